@@ -1,0 +1,49 @@
+"""Datasets: what an image, its labels and its mask are; how they are augmented, mixed and batched.
+
+    source = build_source("folder", "data/animals")
+    dataset = ImageDataset(source, source.ids("train"), train_geometry(512, 320, 640))
+    loader = build_loader(dataset, 32, shuffle=True, drop_last=True, num_workers=8, seed=0)
+
+`base`, `folder` and `voc12` read files, `transforms` and `mixing` augment, `dataset` and `loaders` make batches.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from datasets.base import DatasetInfo, DataSource
+from datasets.dataset import ImageDataset
+from datasets.folder import COCO14Source, FolderSource
+from datasets.loaders import Loader, build_loader
+from datasets.voc12 import VOC12Source
+from tools.errors import UserError
+
+DATASETS = ("voc12", "coco14", "folder", "shapes")
+
+__all__ = ["DATASETS", "DataSource", "DatasetInfo", "ImageDataset", "Loader", "build_loader", "build_source"]
+
+
+def build_source(dataset: str, data_dir: str | Path, masks_dir: str | Path | None = None) -> DataSource:
+    """Open a dataset.
+
+    Args:
+        dataset: one of `DATASETS`; each has its layout (`voc12.py`, `folder.py`), 'shapes' is synthetic in VOC's.
+        data_dir: its folder.
+        masks_dir: folder of ID.png masks read instead of the dataset's own, such as pseudo masks.
+
+    Raises:
+        UserError: unknown dataset, or the folder does not hold it.
+    """
+    data_dir = Path(data_dir)
+    masks_dir = None if masks_dir is None else Path(masks_dir)
+    if dataset == "voc12":
+        return VOC12Source(data_dir, masks_dir)
+    if dataset == "shapes":
+        from datasets.shapes import CLASSES  # here, because only this dataset needs the generator
+
+        return VOC12Source(data_dir, masks_dir, CLASSES)
+    if dataset == "coco14":
+        return COCO14Source(data_dir, masks_dir)
+    if dataset == "folder":
+        return FolderSource(data_dir, masks_dir)
+    raise UserError(f"--dataset {dataset}: unknown. Choose one of: {', '.join(DATASETS)}.")

@@ -1,0 +1,272 @@
+"""What a dataset is to the rest of the code: ids, photographs, image labels and (perhaps) masks.
+
+    source = build_source("voc12", "VOCdevkit/VOC2012")
+    for image_id in source.ids("train"):
+        image, label = source.image(image_id), source.image_label(image_id)
+
+A reader (`folder.py`, `voc12.py`) says where the files lie and which class names an image has; everything else,
+including the checks on what it finds, is shared here. Sources are read-only and picklable, so workers can hold them.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tools.errors import UserError
+from tools.files import load_image, load_mask, read_lines
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+EXIF_ORIENTATION = 0x0112
+LABEL_READERS = 16  # threads; annotation files are small, so on a network disk the latency is what costs
+
+
+def voc_palette() -> np.ndarray:
+    """The PASCAL VOC colour map: uint8 [256, 3], RGB. The bits of an index are spread over the three channels."""
+    index = np.arange(256)
+    palette = np.zeros((256, 3), dtype=np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            palette[:, channel] |= ((index >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
+    return palette
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What the numbers in labels and masks mean. It travels with the data, into checkpoints too.
+
+    Attributes:
+        classes: class names by mask index, background first.
+        palette: uint8 [256, 3], the colours masks are saved with.
+        ignore_index: mask value of pixels that are neither trained on nor evaluated.
+    """
+
+    classes: tuple[str, ...]
+    palette: np.ndarray = field(default_factory=voc_palette, compare=False, repr=False)
+    ignore_index: int = 255
+
+    @property
+    def num_classes(self) -> int:
+        """C = K + 1: classes of a mask, background included."""
+        return len(self.classes)
+
+    @property
+    def num_foreground(self) -> int:
+        """K: entries of an image label."""
+        return len(self.classes) - 1
+
+
+class DataSource(ABC):
+    """Photographs with image labels, perhaps masks, and named lists of ids ("domains").
+
+    Args:
+        root: the dataset's folder; errors name it.
+        info: classes, palette, ignore index.
+        images: photograph of every id that has one.
+        splits: file of every domain, one id per line. Empty: the only domain is `train` and holds every image.
+        masks_dir: folder of ID.png masks; None: the dataset has none.
+    """
+
+    def __init__(
+        self, root: Path, *, info: DatasetInfo, images: dict[str, Path], splits: dict[str, Path], masks_dir: Path | None
+    ) -> None:
+        if masks_dir is not None and not masks_dir.is_dir():
+            raise UserError(f"{masks_dir}: no such folder of masks (ID.png).")
+        self.root = root
+        self.info = info
+        self._images = images
+        self._splits = splits
+        self._masks_dir = masks_dir
+        self._labels: dict[str, np.ndarray] = {}
+
+    def domains(self) -> list[str]:
+        """Names of the lists of ids, sorted."""
+        return sorted(self._splits) or ["train"]
+
+    def ids(self, domain: str) -> list[str]:
+        """The ids of a domain, in the order of its file.
+
+        Raises:
+            UserError: unknown or empty domain, an id listed twice, an id without an image.
+        """
+        if domain not in self.domains():
+            raise UserError(f"{self.root}: no domain '{domain}'. Choose one of: {', '.join(self.domains())}.")
+        if not self._splits:
+            return sorted(self._images)
+        path = self._splits[domain]
+        ids = [self._id_of_line(line) for line in read_lines(path)]
+        if not ids:
+            raise UserError(f"{path}: an empty list. Write one image id per line.")
+        self._check_ids(path, ids)
+        return ids
+
+    def image_path(self, image_id: str) -> Path:
+        """The photograph of an id.
+
+        Raises:
+            UserError: there is none.
+        """
+        if image_id not in self._images:
+            raise UserError(f"{self.root}: no image for id '{image_id}'.")
+        return self._images[image_id]
+
+    def mask_path(self, image_id: str) -> Path | None:
+        """Where the mask of an id is expected; None if the dataset has no masks."""
+        return None if self._masks_dir is None else self._masks_dir / f"{image_id}.png"
+
+    def image(self, image_id: str) -> np.ndarray:
+        """The photograph: uint8 RGB, HxWx3, in [0, 255].
+
+        Raises:
+            UserError: missing or unreadable.
+        """
+        return load_image(self.image_path(image_id))
+
+    def mask(self, image_id: str) -> np.ndarray:
+        """The mask: uint8 HxW, 0 background, 1..K classes, `ignore_index` ignored.
+
+        Raises:
+            UserError: no mask, an unreadable one, a size other than the image's, or an index that is no class.
+        """
+        self.check_masks([image_id])
+        path = self.mask_path(image_id)
+        mask = load_mask(path)
+        size = _upright_size(self.image_path(image_id))
+        if mask.shape != size:
+            raise UserError(f"{path}: {_pixels(mask.shape)}, but its image is {_pixels(size)}. Save both at one size.")
+        self._check_indices(path, mask)
+        return mask
+
+    def check_masks(self, ids: Sequence[str]) -> None:
+        """Prove that every id has a mask file, before work starts that needs it.
+
+        Raises:
+            UserError: the dataset has no masks, or some are missing.
+        """
+        if self._masks_dir is None:
+            raise UserError(f"{self.root}: this dataset has no masks. Give a folder of ID.png masks.")
+        missing = [image_id for image_id in ids if not self.mask_path(image_id).is_file()]
+        if missing:
+            raise UserError(f"{self.mask_path(missing[0])}: no such mask ({len(missing)} of {len(ids)} are missing).")
+
+    def image_label(self, image_id: str) -> np.ndarray:
+        """Multi-hot float32 [K]: 1 where the foreground class occurs in the image. Read once, then kept.
+
+        Raises:
+            UserError: the id has no annotation, or it names an unknown class.
+        """
+        if image_id not in self._labels:
+            label = np.zeros(self.info.num_foreground, dtype=np.float32)
+            label[[index - 1 for index in self._class_indices(image_id)]] = 1
+            self._labels[image_id] = label
+        return self._labels[image_id]
+
+    def image_labels(self, ids: Sequence[str]) -> np.ndarray:
+        """`image_label` of many ids, read in parallel: float32 [N, K]."""
+        with ThreadPoolExecutor(LABEL_READERS) as pool:
+            labels = list(pool.map(self.image_label, ids))
+        return np.stack(labels) if labels else np.zeros((0, self.info.num_foreground), np.float32)
+
+    @abstractmethod
+    def _class_indices(self, image_id: str) -> Iterable[int]:
+        """Mask indices (1..K) of the foreground classes of an image."""
+
+    def _id_of_line(self, line: str) -> str:
+        return line
+
+    def _check_ids(self, path: Path, ids: list[str]) -> None:
+        repeated = first_repeated(ids)
+        if repeated is not None:
+            raise UserError(f"{path}: id '{repeated}' is listed twice. Remove one.")
+        missing = [image_id for image_id in ids if image_id not in self._images]
+        if missing:
+            raise UserError(
+                f"{path}: {len(missing)} of {len(ids)} ids have no image in {self.root}, the first is '{missing[0]}'."
+            )
+
+    def _check_indices(self, path: Path, mask: np.ndarray) -> None:
+        wrong = (mask >= self.info.num_classes) & (mask != self.info.ignore_index)
+        if wrong.any():
+            raise UserError(
+                f"{path}: holds the value {mask[wrong][0]}, but masks hold 0..{self.info.num_classes - 1} "
+                f"or {self.info.ignore_index} (ignore)."
+            )
+
+
+def index_images(folders: Iterable[Path]) -> dict[str, Path]:
+    """The photographs in `folders` by id (file name without its suffix).
+
+    Listing a folder once is far cheaper than asking for 100,000 files one by one.
+
+    Raises:
+        UserError: a folder is missing, two images share an id, or there is no image at all.
+    """
+    images: dict[str, Path] = {}
+    folders = list(folders)
+    for folder in folders:
+        for path in _images_in(folder):
+            if path.stem in images:
+                raise UserError(f"{path}: has the same id as {images[path.stem]}. Rename one.")
+            images[path.stem] = path
+    if not images:
+        raise UserError(f"{folders[0]}: no images ({', '.join(IMAGE_SUFFIXES)}) in it.")
+    return images
+
+
+def index_splits(folder: Path) -> dict[str, Path]:
+    """The lists of ids (*.txt) in `folder` by domain name; empty if there is no such folder."""
+    return {path.stem: path for path in sorted(folder.glob("*.txt"))}
+
+
+def check_classes(path: Path, classes: Sequence[str]) -> tuple[str, ...]:
+    """The class names of `path`, if they can be the classes of uint8 masks.
+
+    Raises:
+        UserError: no foreground class, too many, or a name given twice.
+    """
+    repeated = first_repeated(classes)
+    if repeated is not None:
+        raise UserError(f"{path}: class '{repeated}' is listed twice. Remove one.")
+    if not 2 <= len(classes) <= 255:
+        raise UserError(f"{path}: {len(classes)} classes. List 'background' and 1 to 254 foreground classes.")
+    return tuple(classes)
+
+
+def first_repeated(names: Iterable[str]) -> str | None:
+    """The first name that occurs a second time, None if all differ."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
+def _images_in(folder: Path) -> list[Path]:
+    try:
+        with os.scandir(folder) as entries:
+            return [folder / e.name for e in entries if os.path.splitext(e.name)[1].lower() in IMAGE_SUFFIXES]
+    except OSError as error:
+        raise UserError(f"{folder}: no readable folder of images ({error.strerror}).") from error
+
+
+def _upright_size(path: Path) -> tuple[int, int]:
+    """(height, width) of an image as `load_image` returns it, from the file's header only."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(EXIF_ORIENTATION, 1) >= 5  # 5..8: quarter turns
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"{path}: not a readable image ({error}). Replace or remove it.") from error
+    return (width, height) if turned else (height, width)
+
+
+def _pixels(shape: tuple[int, ...]) -> str:
+    return f"{shape[1]}x{shape[0]} pixels"

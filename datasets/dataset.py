@@ -1,0 +1,79 @@
+"""The torch dataset: ids of a source, read and put through a transform.
+
+dataset = ImageDataset(source, source.ids("train"), train_geometry(512, 320, 640))
+dataset[0]    # {"id": "2007_000032", "image": uint8 [3, 512, 512], "label": float32 [K]}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from datasets.base import DataSource
+
+
+class ImageDataset(Dataset):
+    """Images with what is known about them.
+
+    Items are dicts: "id" str; "image" uint8 [3, H, W]; "label" float32 [K], unless `with_labels` is false; "mask"
+    int64 [H, W], if `with_masks`. Random transforms draw from torch's global generator; `build_loader` seeds it.
+
+    Args:
+        source: where images, labels and masks come from.
+        ids: the images, in order.
+        transform: geometry of one sample (see `transforms`); None keeps images as they are, of whatever sizes.
+        with_masks: read masks too.
+        with_labels: read image labels; turn it off for test sets, which have none.
+
+    Raises:
+        UserError: an id without label or mask. Found here and not hours later in a worker.
+    """
+
+    def __init__(
+        self,
+        source: DataSource,
+        ids: Sequence[str],
+        transform: v2.Transform | None = None,
+        with_masks: bool = False,
+        *,
+        with_labels: bool = True,
+    ) -> None:
+        self.source = source
+        self.ids = list(ids)
+        self.transform = transform
+        self.with_masks = with_masks
+        self.labels = torch.from_numpy(source.image_labels(self.ids)) if with_labels else None
+        if with_masks:
+            source.check_masks(self.ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Read and transform one item.
+
+        Raises:
+            UserError: a file is unreadable, or image and mask do not fit.
+        """
+        image_id = self.ids[index]
+        sample = {"image": tv_tensors.Image(_to_tensor(self.source.image(image_id)).permute(2, 0, 1))}
+        if self.with_masks:
+            sample["mask"] = tv_tensors.Mask(_to_tensor(self.source.mask(image_id)))
+        if self.transform is not None:
+            sample = self.transform(sample)
+        item = {"id": image_id, "image": sample["image"].as_subclass(torch.Tensor)}
+        if self.labels is not None:
+            item["label"] = self.labels[index]
+        if self.with_masks:
+            item["mask"] = sample["mask"].as_subclass(torch.Tensor).long()
+        return item
+
+
+def _to_tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array.copy())  # a copy, because arrays from Pillow are read-only

@@ -1,0 +1,176 @@
+"""Batches in an order, and with augmentations, that depend on the seed and the epoch only.
+
+    loader = build_loader(dataset, 32, shuffle=True, drop_last=True, num_workers=8, seed=0, steps_per_epoch=46)
+    for epoch in range(start, epochs):
+        loader.set_epoch(epoch)
+        for batch in loader:
+            ...
+
+The number of workers changes nothing, and a run resumed at an epoch sees what it would have seen without the break:
+every draw carries its own seed, made from (seed, epoch, position in the epoch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from tools.errors import UserError
+
+ORDER_STREAM, ITEM_STREAM = 0, 1  # keep the two uses of one seed independent
+
+
+class Draw(NamedTuple):
+    """One item to load: its index, and the seed of its augmentation."""
+
+    index: int
+    seed: int
+
+
+def build_loader(
+    dataset: Dataset,
+    batch_size: int,
+    *,
+    shuffle: bool,
+    drop_last: bool,
+    num_workers: int,
+    seed: int,
+    steps_per_epoch: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Loader:
+    """Make a deterministic loader.
+
+    Args:
+        dataset: map-style; its items are collated by torch's default rules.
+        batch_size: images per batch and process.
+        shuffle: draw in random order. Loaders with different seeds give independent orders.
+        drop_last: no smaller last batch. Without effect where `steps_per_epoch` is given: all batches are full then.
+        num_workers: processes that load; 0 loads in this one.
+        seed: non-negative.
+        steps_per_epoch: batches per epoch, whatever the size of the dataset; None: one pass.
+        rank, world_size: this process loads every `world_size`-th draw, from draw `rank` on.
+
+    Raises:
+        UserError: the dataset is empty, or too small for a single full batch.
+    """
+    global_batch = batch_size * world_size
+    draws = len(dataset) if steps_per_epoch is None else steps_per_epoch * global_batch
+    if drop_last:
+        draws -= draws % global_batch
+    if len(dataset) == 0 or draws == 0:
+        raise UserError(
+            f"--batch_size {batch_size}: {len(dataset)} images do not fill one on each of {world_size} GPUs. Lower it."
+        )
+    sampler = EpochSampler(len(dataset), draws, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size)
+    return Loader(dataset, sampler, batch_size, num_workers)
+
+
+class EpochSampler(Sampler[Draw]):
+    """A window onto an endless row of passes over the dataset, each pass in its own order.
+
+    Epoch e takes the draws e*n .. (e+1)*n - 1 of that row. So every image is seen equally often in the long run, also
+    where an epoch is shorter or longer than a pass.
+
+    Args:
+        num_items: size of the dataset.
+        num_draws: n, draws per epoch over all processes.
+        shuffle: passes are random permutations; else they are in order.
+        seed: non-negative.
+        rank, world_size: which of the draws are this process's.
+    """
+
+    def __init__(
+        self, num_items: int, num_draws: int, *, shuffle: bool, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        assert num_items > 0, f"expected a non-empty dataset, got {num_items} items"
+        assert 0 <= rank < world_size, f"expected 0 <= rank < world_size, got {rank} and {world_size}"
+        self.num_items, self.num_draws = num_items, num_draws
+        self.shuffle, self.seed = shuffle, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(range(self.rank, self.num_draws, self.world_size))
+
+    def __iter__(self) -> Iterator[Draw]:
+        seeds = np.random.default_rng((self.seed, ITEM_STREAM, self.epoch)).integers(2**63, size=self.num_draws)
+        mine = slice(self.rank, None, self.world_size)
+        yield from map(Draw, self._order()[mine].tolist(), seeds[mine].tolist())
+
+    def _order(self) -> np.ndarray:
+        """Indices of this epoch, over all processes: int64 [num_draws]."""
+        first = self.epoch * self.num_draws
+        first_pass, last_pass = first // self.num_items, (first + self.num_draws - 1) // self.num_items
+        row = np.concatenate([self._pass(number) for number in range(first_pass, last_pass + 1)])
+        skipped = first - first_pass * self.num_items
+        return row[skipped : skipped + self.num_draws]
+
+    def _pass(self, number: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(self.num_items)
+        return np.random.default_rng((self.seed, ORDER_STREAM, number)).permutation(self.num_items)
+
+
+class Loader:
+    """Iterates over the batches of one epoch, the one named last by `set_epoch`.
+
+    Two things more than torch's DataLoader: items are seeded one by one, and a UserError met in a worker reaches the
+    caller as it was raised, in one line, where DataLoader would wrap it in the worker's traceback.
+    """
+
+    def __init__(self, dataset: Dataset, sampler: EpochSampler, batch_size: int, num_workers: int) -> None:
+        self.sampler = sampler
+        self._loader = DataLoader(
+            _SeededItems(dataset),
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=num_workers,
+            collate_fn=_collate,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=num_workers > 0,
+            generator=torch.Generator(),  # its own, so that iterating leaves the global one alone
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch (0-based) that the next iteration gives."""
+        self.sampler.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in self._loader:
+            if isinstance(batch, UserError):
+                # A copy: raising a local makes a reference cycle through this frame, and then the workers, left to
+                # the garbage collector, take seconds to stop.
+                raise UserError(*batch.args)
+            yield batch
+
+
+class _SeededItems(Dataset):
+    """Items by `Draw`; a UserError is returned, not raised, so that it passes from worker to caller unwrapped."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, draw: Draw) -> Any:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(draw.seed)  # the CPU's only: torch.manual_seed would reset the GPU's
+            try:
+                return self.dataset[draw.index]
+            except UserError as error:
+                return error
+
+
+def _collate(items: list[Any]) -> Any:
+    """torch's batch of the items; or the first error among them."""
+    errors = (item for item in items if isinstance(item, UserError))
+    return next(errors, None) or default_collate(items)

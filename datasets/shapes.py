@@ -1,0 +1,363 @@
+"""A synthetic, photo-like data set in the PASCAL VOC layout, for the demo and for tests that need pixels to learn from.
+
+    python -m datasets.shapes --data_dir data/shapes --num_train 800 --num_val 200
+
+    from datasets.shapes import generate
+    generate("data/shapes", num_train=800, num_val=200, size=128, seed=0)
+
+It keeps what makes weak supervision hard on photographs. Objects have a telling part (sail, wheels, head, roof) and a
+plain one (hull, body, fleece, wall) whose colour varies freely, so class activation maps cover the former and miss the
+latter. Classes go with scenes (boats on water), so activations leak into the context. Objects overlap, stand behind
+grass or poles, and leave the frame. Their outlines are colour edges, which a dense CRF can follow.
+
+Image `i` of a split depends on (seed, split, i) and the size only: not on the number of workers, nor of images.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import multiprocessing
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+import cv2
+import numpy as np
+
+from datasets.base import voc_palette
+from datasets.shapes_motifs import KINDS, SCENES, occlude
+from datasets.shapes_painting import Brush, Canvas, ellipse
+from tools.errors import UserError
+from tools.files import check_writable, save_json, save_mask
+
+CLASSES = ("background", *KINDS)
+IGNORE_INDEX = 255
+MARKER = "generator.json"  # parameters of a complete set, the last file written
+VERSION = 1  # raised whenever the same seed no longer gives the same bytes
+
+NUM_TRAIN, NUM_VAL, SIZE = 800, 200, 128  # defaults: what the demo learns from in two or three minutes on two cores
+
+
+@dataclass(frozen=True)
+class Composition:
+    """What goes into a picture. Probabilities are per image; lengths are fractions of its longer side."""
+
+    home_scene: float = 0.87  # the first object stands in a scene of its class: a context that helps, but can mislead
+    first_home: float = 0.6  # given that: in its own scene, not in one it shares with other classes
+    second_class: float = 0.36  # an object of another class: image labels alone no longer say which pixels are whose
+    same_class: float = 0.22  # a second object of the first class
+    third_object: float = 0.3  # given two
+    overlap: float = 0.3  # given two: objects may hide each other
+    occluder: float = 0.4  # something of the scene stands in front
+    scale_single: tuple[float, float] = (0.29, 0.47)  # half the length of an object: 8-35 % of the image's area
+    scale_several: tuple[float, float] = (0.21, 0.34)
+    min_visible: float = 0.012  # of the image's area: objects with less are neither listed nor evaluated
+    short_side: float = 0.84  # images are up to this much narrower or lower than `size`, so odd sizes occur
+    supersampling: int = 2  # drawn larger, then averaged: clean edges, and masks that agree with them
+
+
+COMPOSITION = Composition()
+
+
+# ----------------------------------------------------------------------------------------------------- composition
+
+
+@dataclass(frozen=True)
+class Placement:
+    """An object of a composition: what, where and how large (fractions of the image's size; angle in radians)."""
+
+    name: str
+    x: float
+    y: float
+    scale: float
+    angle: float
+    flip: bool
+
+    @property
+    def lower_end(self) -> float:
+        return self.y + KINDS[self.name].lower_end * self.scale
+
+    def matrix(self, pixels: float) -> np.ndarray:
+        """Local coordinates -> a picture with `pixels` per unit length: f32 2x3."""
+        cosine, sine = np.cos(self.angle) * self.scale * pixels, np.sin(self.angle) * self.scale * pixels
+        mirror = -1.0 if self.flip else 1.0
+        return np.float32([[mirror * cosine, -sine, self.x * pixels], [mirror * sine, cosine, self.y * pixels]])
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture with its annotation.
+
+    Attributes:
+        image: uint8 RGB HxWx3.
+        mask: uint8 HxW; 0 background, 1..6 classes, 255 along outlines and on objects too hidden to count.
+        objects: class name and box (xmin, ymin, xmax, ymax; pixels from 1, both ends included, as VOC counts).
+    """
+
+    image: np.ndarray
+    mask: np.ndarray
+    objects: tuple[tuple[str, tuple[int, int, int, int]], ...]
+
+
+def draw(rng: np.random.Generator, size: int) -> Sample:
+    """Draw a picture whose longer side is `size` pixels; at least one object shows."""
+    while True:  # a picture in which everything came to lie hidden is drawn again: about one in a thousand
+        sample = _draw_once(rng, size)
+        if sample.objects:
+            return sample
+
+
+def _draw_once(rng: np.random.Generator, size: int) -> Sample:
+    height, width = _choose_shape(rng, size)
+    factor = COMPOSITION.supersampling
+    w, h, pixels = width / size, height / size, size * factor
+    canvas = Canvas(np.zeros((height * factor, width * factor, 3), np.float32), rng)
+    scenery = Brush(canvas, np.float32([[pixels, 0, 0], [0, pixels, 0]]))
+    names, scene = _choose_contents(rng)
+    horizon = SCENES[scene](scenery, rng, w, h)
+    placements = _place(rng, names, w, h, horizon)
+    canvas.visible = [np.zeros(canvas.picture.shape[:2], np.float32) for _ in placements]
+    for index, placement in enumerate(placements):
+        if not KINDS[placement.name].floats:
+            _cast_shadow(scenery, placement)
+        KINDS[placement.name].draw(Brush(canvas, placement.matrix(pixels), index), rng)
+    if rng.random() < COMPOSITION.occluder:
+        hidden = placements[int(rng.integers(len(placements)))]
+        occlude(scenery, rng, scene, hidden.x + rng.uniform(-0.7, 0.7) * hidden.scale, hidden.lower_end)
+    mask, objects = _annotate(canvas.visible, [placement.name for placement in placements], (width, height))
+    return Sample(_photograph(canvas.picture, (width, height), rng), mask, objects)
+
+
+def _choose_shape(rng: np.random.Generator, size: int) -> tuple[int, int]:
+    """Height and width."""
+    short = round(size * rng.uniform(COMPOSITION.short_side, 1))
+    return (short, size) if rng.random() < 0.6 else (size, short)
+
+
+def _choose_contents(rng: np.random.Generator) -> tuple[list[str], str]:
+    """Classes of one to three objects, the one that decides the scene first; and the scene."""
+    first = str(rng.choice(CLASSES[1:]))
+    names = [first]
+    chance = rng.random()
+    if chance < COMPOSITION.second_class:
+        names.append(str(rng.choice(KINDS[first].companions)))
+    elif chance < COMPOSITION.second_class + COMPOSITION.same_class:
+        names.append(first)
+    if len(names) == 2 and rng.random() < COMPOSITION.third_object:
+        names.append(str(rng.choice(names)))
+    return names, _choose_scene(rng, KINDS[first].homes)
+
+
+def _choose_scene(rng: np.random.Generator, homes: tuple[str, ...]) -> str:
+    if rng.random() > COMPOSITION.home_scene:
+        return str(rng.choice(list(SCENES)))
+    return homes[0] if rng.random() < COMPOSITION.first_home else str(rng.choice(homes[1:]))
+
+
+def _place(rng: np.random.Generator, names: list[str], w: float, h: float, horizon: float) -> list[Placement]:
+    """Positions and sizes, farthest first (what stands lower in the picture is nearer, and drawn later)."""
+    low, high = COMPOSITION.scale_single if len(names) == 1 else COMPOSITION.scale_several
+    distance = rng.uniform(0.9, 1.2) if rng.random() < COMPOSITION.overlap else 1.75
+    placements: list[Placement] = []
+    for name in names:
+        tries = [_propose(rng, name, rng.uniform(low, high), w, h, horizon) for _ in range(12)]
+        placements.append(max(tries, key=lambda p: min(_gap(p, placements, distance), 0)))
+    return sorted(placements, key=lambda p: p.lower_end)
+
+
+def _propose(rng: np.random.Generator, name: str, scale: float, w: float, h: float, horizon: float) -> Placement:
+    """A random placement: anywhere for what flies or swims, else standing between the horizon and the lower edge."""
+    kind = KINDS[name]
+    margin = 0.75 * scale  # objects leave the frame a little
+    x = rng.uniform(min(margin, w / 2), max(w - margin, w / 2))
+    if kind.floats:
+        y = rng.uniform(min(margin, h / 2), max(h - margin, h / 2))
+    else:
+        standing = rng.uniform(max(horizon + 0.08, 1.5 * scale), h + 0.04)
+        y = min(standing, h + 0.04) - kind.lower_end * scale
+    return Placement(name, x, y, scale, rng.normal(0, kind.tilt), bool(rng.random() < 0.5))
+
+
+def _gap(placement: Placement, others: list[Placement], distance: float) -> float:
+    """How much farther than `distance` (in mean half lengths) the nearest other object is; negative if it is nearer."""
+    gaps = [
+        np.hypot(placement.x - other.x, placement.y - other.y) / (placement.scale + other.scale) * 2 - distance
+        for other in others
+    ]
+    return float(min(gaps, default=0.0))
+
+
+def _cast_shadow(scenery: Brush, placement: Placement) -> None:
+    for grow, opacity in ((1.1, 0.16), (0.95, 0.18), (0.75, 0.18)):
+        shadow = ellipse(placement.x, placement.lower_end, placement.scale * grow, placement.scale * grow * 0.14)
+        scenery.fill(shadow, np.float32([0.06, 0.07, 0.1]), opacity=opacity, grain=0)
+
+
+def _annotate(visible: list[np.ndarray], names: list[str], size: tuple[int, int]) -> tuple[np.ndarray, tuple]:
+    """`Sample.mask` and `Sample.objects` from what shows of each object on the supersampled canvas."""
+    shares = np.stack([cv2.resize(share, size, interpolation=cv2.INTER_AREA) for share in visible])
+    owner = np.concatenate([1 - shares.sum(0, keepdims=True), shares]).argmax(0).astype(np.uint8)
+    mask, objects = np.zeros_like(owner), []
+    for index, name in enumerate(names, start=1):
+        rows, columns = np.nonzero(owner == index)
+        listed = rows.size >= COMPOSITION.min_visible * owner.size
+        mask[rows, columns] = CLASSES.index(name) if listed else IGNORE_INDEX
+        if listed:
+            box = (columns.min() + 1, rows.min() + 1, columns.max() + 1, rows.max() + 1)
+            objects.append((name, tuple(int(end) for end in box)))
+    neighbours = np.ones((3, 3), np.uint8)
+    mask[cv2.dilate(owner, neighbours) != cv2.erode(owner, neighbours)] = IGNORE_INDEX
+    return mask, tuple(objects)
+
+
+def _photograph(picture: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """Light, lens and sensor: f32 supersampled RGB -> uint8 RGB of `size` (width, height)."""
+    height, width = picture.shape[:2]
+    direction, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.25)
+    x, y = np.linspace(-1, 1, width, dtype=np.float32), np.linspace(-1, 1, height, dtype=np.float32)[:, None]
+    light = 1 + np.float32(strength) * (np.float32(np.cos(direction)) * x + np.float32(np.sin(direction)) * y)
+    white_balance = np.float32(rng.normal(1, 0.035, 3) * rng.uniform(0.85, 1.12))
+    picture = cv2.GaussianBlur(picture * light[..., None] * white_balance, (0, 0), rng.uniform(0.5, 1.3))
+    picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+    noise = rng.standard_normal(picture.shape, dtype=np.float32) * np.float32(rng.uniform(0.008, 0.03))
+    exposed = np.clip(picture + noise, 0, 1) ** np.float32(rng.uniform(0.85, 1.2))
+    return np.round(exposed * 255).astype(np.uint8)
+
+
+# ----------------------------------------------------------------------------------------------------------- files
+
+
+def generate(
+    root: str | os.PathLike,
+    *,
+    num_train: int = NUM_TRAIN,
+    num_val: int = NUM_VAL,
+    size: int = SIZE,
+    seed: int = 0,
+    workers: int | None = None,
+) -> Path:
+    """Make the set in folder `root`, in the layout of the VOC devkit, unless it is there already.
+
+    A set appears whole or not at all: it is made in a folder beside `root` that is then renamed.
+
+    Args:
+        root: a folder that is missing, empty, or holds a set of the same parameters.
+        num_train, num_val: images.
+        size: longer side of the images, pixels.
+        seed: same seed, same bytes.
+        workers: processes; by default one per core.
+
+    Raises:
+        UserError: a number is out of range, or `root` holds something else, or cannot be written.
+    """
+    root = Path(root)
+    parameters = {"version": VERSION, "num_train": num_train, "num_val": num_val, "size": size, "seed": seed}
+    _check(parameters)
+    if _is_complete(root, parameters):
+        return root
+    check_writable(root.parent)
+    with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}.") as partial:
+        _write_set(Path(partial), parameters, os.cpu_count() or 1 if workers is None else workers)
+        _publish(Path(partial), root, parameters)
+    return root
+
+
+def _check(parameters: dict[str, int]) -> None:
+    for name, least, most in (("num_train", 1, 10**5), ("num_val", 1, 10**5), ("size", 48, 1024), ("seed", 0, 2**63)):
+        if not least <= parameters[name] <= most:
+            raise UserError(f"--{name} {parameters[name]}: out of range. Use {least} to {most}.")
+
+
+def _is_complete(root: Path, parameters: dict[str, int]) -> bool:
+    """Whether `root` holds the set. False if there is nothing at all."""
+    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+        return False
+    try:
+        found = json.loads((root / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{root}: holds something else than a generated set. Choose a new folder.") from error
+    if found != parameters:
+        wanted = ", ".join(f"{name} {value}" for name, value in parameters.items())
+        raise UserError(f"{root}: made with other parameters than {wanted}. Choose another folder or delete this one.")
+    return True
+
+
+def _publish(partial: Path, root: Path, parameters: dict[str, int]) -> None:
+    """Give the finished set its name, unless another process was faster."""
+    partial.chmod(0o755)
+    try:
+        os.replace(partial, root)
+    except OSError as error:
+        if not _is_complete(root, parameters):
+            raise UserError(f"{root}: could not be made ({error.strerror}). Choose another folder.") from error
+
+
+def _write_set(root: Path, parameters: dict[str, int], workers: int) -> None:
+    for folder in ("JPEGImages", "SegmentationClass", "Annotations", "ImageSets/Segmentation"):
+        (root / folder).mkdir(parents=True)
+    jobs = []
+    for number, split in enumerate(("train", "val")):
+        ids = [f"{split}_{index:05d}" for index in range(parameters[f"num_{split}"])]
+        (root / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("\n".join(ids) + "\n", encoding="utf-8")
+        jobs += [(image_id, (parameters["seed"], number, index)) for index, image_id in enumerate(ids)]
+    write = functools.partial(_write_sample, root, parameters["size"])
+    if workers > 1:
+        with multiprocessing.Pool(workers, initializer=cv2.setNumThreads, initargs=(0,)) as pool:
+            pool.map(write, jobs, chunksize=16)
+    else:
+        for job in jobs:
+            write(job)
+    save_json(root / MARKER, parameters)
+
+
+def _write_sample(root: Path, size: int, job: tuple[str, tuple[int, int, int]]) -> None:
+    image_id, entropy = job
+    rng = np.random.default_rng(entropy)
+    sample = draw(rng, size)
+    quality = int(rng.integers(70, 96))
+    jpeg = cv2.imencode(".jpg", sample.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    (root / "JPEGImages" / f"{image_id}.jpg").write_bytes(jpeg.tobytes())
+    save_mask(root / "SegmentationClass" / f"{image_id}.png", sample.mask, voc_palette())
+    (root / "Annotations" / f"{image_id}.xml").write_bytes(_annotation(image_id, sample))
+
+
+def _annotation(image_id: str, sample: Sample) -> bytes:
+    """The VOC annotation file."""
+    height, width = sample.mask.shape
+    tree = ElementTree.Element("annotation")
+    ElementTree.SubElement(tree, "filename").text = f"{image_id}.jpg"
+    _add_fields(ElementTree.SubElement(tree, "size"), width=width, height=height, depth=3)
+    ElementTree.SubElement(tree, "segmented").text = "1"
+    for name, (xmin, ymin, xmax, ymax) in sample.objects:
+        truncated = int(xmin == 1 or ymin == 1 or xmax == width or ymax == height)
+        item = ElementTree.SubElement(tree, "object")
+        _add_fields(item, name=name, truncated=truncated, difficult=0)
+        _add_fields(ElementTree.SubElement(item, "bndbox"), xmin=xmin, ymin=ymin, xmax=xmax, ymax=ymax)
+    ElementTree.indent(tree)
+    return ElementTree.tostring(tree, encoding="utf-8")
+
+
+def _add_fields(parent: ElementTree.Element, **fields: object) -> None:
+    for name, value in fields.items():
+        ElementTree.SubElement(parent, name).text = str(value)
+
+
+def _main(args) -> None:
+    numbers = {name: getattr(args, name) for name in ("num_train", "num_val", "size", "seed", "workers")}
+    print(f"{generate(args.data_dir, **numbers)}: {args.num_train} training and {args.num_val} validation images.")
+
+
+if __name__ == "__main__":
+    from tools import cli  # not above: it imports the package this module belongs to
+
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--data_dir", type=Path, required=True, help="folder to make")
+    parser.add_argument("--num_train", type=int, default=NUM_TRAIN, help="training images")
+    parser.add_argument("--num_val", type=int, default=NUM_VAL, help="validation images")
+    parser.add_argument("--size", type=int, default=SIZE, help="longer side of the images, pixels")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes")
+    parser.add_argument("--workers", type=cli.positive_int, default=os.cpu_count() or 1, help="processes")
+    cli.run(_main, parser)

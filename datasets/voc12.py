@@ -1,0 +1,85 @@
+"""PASCAL VOC 2012 as its devkit unpacks it, and any other data in that layout.
+
+    ROOT/JPEGImages/ID.jpg  ROOT/Annotations/ID.xml  ROOT/SegmentationClass/ID.png
+    ROOT/ImageSets/Segmentation/DOMAIN.txt
+
+The image label is the set of object names in the annotation (difficult objects included, as is usual for this task).
+`train_aug` is a list users add to `ImageSets/Segmentation`; its lines may be ids or the "image mask" paths that many
+repositories of this field ship.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from xml.etree import ElementTree
+
+from datasets.base import DatasetInfo, DataSource, index_images, index_splits
+from tools.errors import UserError
+
+VOC_CLASSES = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
+    "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+
+
+class VOC12Source(DataSource):
+    """A dataset in the layout of the VOC devkit.
+
+    Args:
+        data_dir: the folder that holds `JPEGImages/`, or one that holds it as `VOC2012/` or `VOCdevkit/VOC2012/`.
+        masks_dir: folder of ID.png masks read instead of `SegmentationClass/`, such as pseudo masks.
+        classes: class names, background first.
+
+    Raises:
+        UserError: a folder or every list of ids is missing.
+    """
+
+    def __init__(self, data_dir: Path, masks_dir: Path | None = None, classes: Sequence[str] = VOC_CLASSES) -> None:
+        root = _find_devkit(data_dir)
+        splits = index_splits(root / "ImageSets" / "Segmentation")
+        if not splits:
+            raise UserError(f"{root / 'ImageSets' / 'Segmentation'}: no lists of ids (train.txt, val.txt, ...) there.")
+        own_masks = root / "SegmentationClass"
+        super().__init__(
+            root,
+            info=DatasetInfo(tuple(classes)),
+            images=index_images([root / "JPEGImages"]),
+            splits=splits,
+            masks_dir=masks_dir or (own_masks if own_masks.is_dir() else None),
+        )
+
+    def _id_of_line(self, line: str) -> str:
+        first = line.split()[0]
+        return Path(first).stem if "/" in first else first
+
+    def _class_indices(self, image_id: str) -> set[int]:
+        path = self.root / "Annotations" / f"{image_id}.xml"
+        names = read_object_names(path)
+        unknown = names - set(self.info.classes[1:])
+        if unknown:
+            known = ", ".join(self.info.classes[1:])
+            raise UserError(f"{path}: unknown class '{min(unknown)}'. Known: {known}.")
+        return {self.info.classes.index(name) for name in names}
+
+
+def read_object_names(path: Path) -> set[str]:
+    """Names of the objects of a VOC annotation (the names of their parts, such as heads and hands, are not objects).
+
+    Raises:
+        UserError: the file is missing or is not XML.
+    """
+    try:
+        objects = ElementTree.fromstring(path.read_bytes()).iterfind("object")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such annotation, so the image has no labels.") from error
+    except ElementTree.ParseError as error:
+        raise UserError(f"{path}: not a readable annotation ({error}). Unpack the dataset again.") from error
+    return {item.findtext("name", default="").strip() for item in objects}
+
+
+def _find_devkit(data_dir: Path) -> Path:
+    for root in (data_dir, data_dir / "VOC2012", data_dir / "VOCdevkit" / "VOC2012"):
+        if (root / "JPEGImages").is_dir():
+            return root
+    raise UserError(f"{data_dir}: no 'JPEGImages/' here, nor in VOC2012/ or VOCdevkit/VOC2012/ below. Mend --data_dir.")

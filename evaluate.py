@@ -1,0 +1,287 @@
+"""Score predictions against ground truth: IoU per class, mean IoU, and false positive and false negative rates.
+
+Pseudo masks or segmentations (one PNG of class indices per image):
+
+    python evaluate.py --dataset voc12 --domain train --pred_dir experiments/predictions/TAG@train/masks --mode png
+
+CAM files (one NPZ per image), with every background threshold from --min_th to --max_th in one pass over the files:
+
+    python evaluate.py --dataset voc12 --domain train --pred_dir experiments/predictions/TAG@train/cams --mode cams
+
+Every id of the split must have a readable prediction of its mask's size: a missing or corrupt one is an error, never
+skipped. Pixels that are 255 in the ground truth do not count. Pixels predicted as 255 (undecided) are misses of
+their ground-truth class and false positives of none. FP and FN are per cent of the union of ground truth and
+prediction, so IoU + FP + FN = 100. A class that occurs in neither counts 0 in the means, and is named in a warning.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from datasets import build_source
+from datasets.base import DatasetInfo, DataSource
+from tools import cli
+from tools.cam import load_cams
+from tools.errors import UserError
+from tools.files import atomic_write, check_writable, load_mask, save_json
+from tools.metrics import ConfusionMatrix, Scores, ThresholdSweep, scores, threshold_range
+
+IDS_PER_TASK = 64  # few enough that the progress bar moves, enough that passing the counts between processes is nothing
+
+
+def make_parser() -> cli.Parser:
+    """The command line of this script."""
+    parser = cli.Parser(__doc__)
+    group = cli.add_dataset(parser, domain=("train", "split whose ids are scored"))
+    group.add_argument("--masks_dir", type=Path, help="ground-truth masks, if they are not the dataset's own")
+    group = parser.add_argument_group("predictions")
+    group.add_argument("--pred_dir", type=Path, required=True, help="folder of ID.png masks or ID.npz CAM files")
+    group.add_argument("--mode", choices=["png", "cams"], default="png", help="what --pred_dir holds")
+    group.add_argument(
+        "--cam_format", choices=["npz", "npy"], default="npz", help="npy: peers' pickled files, only if you trust them"
+    )
+    group = parser.add_argument_group("background threshold (--mode cams)")
+    group.add_argument("--min_th", type=cli.fraction, default=0.05, help="lowest threshold")
+    group.add_argument("--max_th", type=cli.fraction, default=0.80, help="highest threshold, included")
+    group.add_argument("--step_th", type=cli.fraction, default=0.05, help="distance between thresholds")
+    group.add_argument("--threshold", type=cli.fraction, help="score this single threshold instead of the sweep")
+    group = parser.add_argument_group("run")
+    group.add_argument("--output", type=Path, metavar="FILE.json", help="write the scores here, and FILE.csv beside it")
+    group.add_argument(
+        "--num_workers", type=int, default=min(8, os.cpu_count() or 1), help="reading processes; 0: none"
+    )
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Score the split; the best threshold is the one of highest mIoU (the lowest of equals)."""
+    if args.output:
+        check_writable(args.output.parent)
+    thresholds = select_thresholds(args)
+    source = build_source(args.dataset, cli.data_dir(args), args.masks_dir)
+    ids = source.ids(args.domain)
+    suffix = f".{args.cam_format}" if args.mode == "cams" else ".png"
+    check_masks(source, ids)
+    check_predictions(args.pred_dir, ids, suffix)
+
+    counts = count(PredictionChunks(source, ids, args.pred_dir, suffix, thresholds), args.num_workers)
+    curve = [scores(matrix) for matrix in counts]
+    best = int(np.argmax([score.miou for score in curve]))
+
+    print_table(source.info, curve[best])
+    if thresholds is not None:
+        print_curve(thresholds, curve, best)
+    print(f"\nmIoU {curve[best].miou:.2f}  foreground mIoU {curve[best].miou_foreground:.2f}  ({len(ids)} images)")
+    if args.output:
+        what = {"dataset": args.dataset, "domain": args.domain, "pred_dir": str(args.pred_dir), "images": len(ids)}
+        save_json(args.output, summary(source.info, thresholds, curve, best) | what)
+        save_csv(args.output.with_suffix(".csv"), source.info, thresholds, curve)
+        print(f"Scores are in {args.output} and {args.output.with_suffix('.csv')}")
+
+
+def select_thresholds(args: argparse.Namespace) -> np.ndarray | None:
+    """The ascending thresholds the flags ask for; None for masks, which have none.
+
+    Raises:
+        UserError: the flags contradict each other, or --output does not name a .json file.
+    """
+    if args.output and args.output.suffix != ".json":
+        raise UserError(f"--output {args.output}: must end in .json (the table goes beside it as .csv).")
+    if args.mode == "png":
+        if args.threshold is not None:
+            raise UserError("--threshold: masks have no threshold. Drop it, or pass --mode cams.")
+        return None
+    if args.threshold is not None:
+        return np.array([args.threshold])
+    if args.step_th == 0 or args.min_th > args.max_th:
+        raise UserError(
+            f"--min_th {args.min_th} --max_th {args.max_th} --step_th {args.step_th}: an empty sweep. "
+            "Choose min_th <= max_th and step_th > 0."
+        )
+    return threshold_range(args.min_th, args.max_th, args.step_th)
+
+
+def check_masks(source: DataSource, ids: Sequence[str]) -> None:
+    """Raise UserError if any id has no ground truth to be scored against."""
+    paths = [source.mask_path(i) for i in ids]
+    without = [i for i, path in zip(ids, paths, strict=True) if path is None or not path.is_file()]
+    if without:
+        raise UserError(
+            f"{without[0]}: no ground-truth mask ({len(without)} of {len(ids)} images have none). "
+            "Choose a --domain that has masks, or pass their folder with --masks_dir."
+        )
+
+
+def check_predictions(pred_dir: Path, ids: Sequence[str], suffix: str) -> None:
+    """Raise UserError if the prediction of any id is missing."""
+    if not pred_dir.is_dir():
+        raise UserError(f"{pred_dir}: no such folder. Pass the folder of the predictions with --pred_dir.")
+    missing = [i for i in ids if not (pred_dir / f"{i}{suffix}").is_file()]
+    if missing:
+        raise UserError(
+            f"{pred_dir / (missing[0] + suffix)}: no such prediction ({len(missing)} of {len(ids)} are missing). "
+            "Finish the stage that writes them, or check --pred_dir, --mode and --domain."
+        )
+
+
+class PredictionChunks(Dataset):
+    """Reads and counts `IDS_PER_TASK` predictions per item, in the loader's worker processes.
+
+    An item is int64 [thresholds, C, C+1] (see `tools.metrics`; one "threshold" for masks), or the UserError that says
+    what is wrong with a file: returned, because an error raised in a worker arrives wrapped in its traceback.
+    """
+
+    def __init__(
+        self, source: DataSource, ids: Sequence[str], pred_dir: Path, suffix: str, thresholds: np.ndarray | None
+    ) -> None:
+        """Args: suffix: of the prediction files; thresholds: None for masks, ascending [T] for CAM files."""
+        self.source, self.pred_dir, self.suffix, self.thresholds = source, pred_dir, suffix, thresholds
+        self.chunks = [ids[start : start + IDS_PER_TASK] for start in range(0, len(ids), IDS_PER_TASK)]
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, index: int) -> torch.Tensor | UserError:
+        try:
+            return self._count_masks(index) if self.thresholds is None else self._count_cams(index)
+        except UserError as error:
+            return error
+
+    def _count_masks(self, index: int) -> torch.Tensor:
+        matrix = ConfusionMatrix(self.source.info.num_classes)
+        for image_id in self.chunks[index]:
+            mask = self.source.mask(image_id)
+            prediction = read_prediction(self.pred_dir / f"{image_id}{self.suffix}", mask.shape, self.source.info)
+            matrix.update(torch.tensor(mask), torch.tensor(prediction))
+        return matrix.counts[None]
+
+    def _count_cams(self, index: int) -> torch.Tensor:
+        sweep = ThresholdSweep(self.source.info.num_classes, self.thresholds)
+        for image_id in self.chunks[index]:
+            mask = self.source.mask(image_id)
+            keys, cams = read_cams(self.pred_dir / f"{image_id}{self.suffix}", mask.shape, self.source.info)
+            sweep.update(mask, keys, cams)
+        return torch.from_numpy(sweep.counts)
+
+
+def read_prediction(path: Path, size: tuple[int, int], info: DatasetInfo) -> np.ndarray:
+    """Read a predicted mask, uint8 [H, W].
+
+    Raises:
+        UserError: unreadable, of another size than `size` = (H, W), or with an index that is no class and not 255.
+    """
+    prediction = load_mask(path)
+    _check_size(path, prediction.shape, size)
+    foreign = prediction[(prediction >= info.num_classes) & (prediction != info.ignore_index)]
+    if foreign.size:
+        raise UserError(
+            f"{path}: class index {foreign[0]}, but the dataset's classes are 0 to {info.num_classes - 1}. "
+            "Check that --dataset is the one that was predicted."
+        )
+    return prediction
+
+
+def read_cams(path: Path, size: tuple[int, int], info: DatasetInfo) -> tuple[np.ndarray, np.ndarray]:
+    """Read a CAM file's keys int64 [n+1] and full-size CAMs float [n, H, W].
+
+    Raises:
+        UserError: unreadable, of another size, keys that are not [0, classes...], or values that are not finite.
+    """
+    keys, _, cams = load_cams(path)
+    _check_size(path, cams.shape[1:], size)
+    foreground = keys[1:]
+    in_range = np.all((foreground > 0) & (foreground < info.num_classes))
+    if keys[:1].tolist() != [0] or len(foreground) != len(cams) or not in_range:
+        raise UserError(
+            f"{path}: keys {keys.tolist()} for {len(cams)} CAMs; expected 0 and one class from 1 to "
+            f"{info.num_classes - 1} per CAM. Check that --dataset is the one that was predicted."
+        )
+    if not np.isfinite(cams).all():
+        raise UserError(f"{path}: the CAMs hold values that are not finite. Delete it and run inference.py again.")
+    return keys, cams
+
+
+def _check_size(path: Path, size: tuple[int, ...], expected: tuple[int, int]) -> None:
+    if tuple(size) != tuple(expected):
+        raise UserError(f"{path}: size {size} (height, width), but the ground truth is {expected}. Predict it again.")
+
+
+def count(chunks: PredictionChunks, num_workers: int) -> np.ndarray:
+    """Add up all chunks, int64 [thresholds, C, C+1].
+
+    Raises:
+        UserError: of the first file with a fault, in the order of the ids.
+    """
+    total = 0
+    loader = DataLoader(chunks, batch_size=None, num_workers=min(num_workers, len(chunks)))
+    for counts in tqdm(loader, desc="evaluate", unit=f"x{IDS_PER_TASK} images", leave=False, disable=None):
+        if isinstance(counts, UserError):
+            raise counts
+        total = total + counts
+    return total.numpy()
+
+
+def print_table(info: DatasetInfo, score: Scores) -> None:
+    """One line per class, the means, and a warning that names the classes that never occur."""
+    width = max(len("class"), *(len(name) for name in info.classes))
+    print(f"{'class':<{width}}  {'IoU':>6}  {'FP':>6}  {'FN':>6}   (%)")
+    for row in zip(info.classes, score.iou, score.false_positive, score.false_negative, strict=True):
+        print("{:<{width}}  {:6.2f}  {:6.2f}  {:6.2f}".format(*row, width=width))
+    means = score.miou, score.false_positive.mean(), score.false_negative.mean()
+    print("{:<{width}}  {:6.2f}  {:6.2f}  {:6.2f}".format("mean", *means, width=width))
+    if score.absent:
+        names = ", ".join(info.classes[i] for i in score.absent)
+        print(f"Warning: neither in ground truth nor predicted, counted as 0 in the means: {names}.")
+
+
+def print_curve(thresholds: np.ndarray, curve: Sequence[Scores], best: int) -> None:
+    """mIoU at every threshold, and what was chosen."""
+    print("\nthreshold    mIoU      FP      FN   (%)")
+    for index, (threshold, score) in enumerate(zip(thresholds, curve, strict=True)):
+        means = f"{score.miou:6.2f}  {score.false_positive.mean():6.2f}  {score.false_negative.mean():6.2f}"
+        print(f"{threshold:9.3g}  {means}{'  <- best' if index == best and len(curve) > 1 else ''}")
+    if len(curve) > 1 and best in (0, len(curve) - 1):
+        print("Warning: the best threshold is at the edge of the sweep. Widen it with --min_th or --max_th.")
+
+
+def summary(info: DatasetInfo, thresholds: np.ndarray | None, curve: Sequence[Scores], best: int) -> dict:
+    """What --output holds, in per cent; `threshold` is None and `curve` empty for masks."""
+
+    def per_class(values: np.ndarray) -> dict[str, float]:
+        return dict(zip(info.classes, values.tolist(), strict=True))
+
+    score = curve[best]
+    points = [] if thresholds is None else zip(thresholds.tolist(), curve, strict=True)
+    return {
+        "miou": score.miou,
+        "miou_foreground": score.miou_foreground,
+        "threshold": None if thresholds is None else float(thresholds[best]),
+        "iou": per_class(score.iou),
+        "false_positive": per_class(score.false_positive),
+        "false_negative": per_class(score.false_negative),
+        "absent": [info.classes[i] for i in score.absent],
+        "curve": [{"threshold": t, "miou": s.miou, "miou_foreground": s.miou_foreground} for t, s in points],
+    }
+
+
+def save_csv(path: Path, info: DatasetInfo, thresholds: np.ndarray | None, curve: Sequence[Scores]) -> None:
+    """One row per threshold and class, in per cent; the threshold is empty for masks."""
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["threshold", "class", "iou", "false_positive", "false_negative"])
+        for threshold, score in zip([""] if thresholds is None else thresholds.tolist(), curve, strict=True):
+            columns = zip(info.classes, score.iou, score.false_positive, score.false_negative, strict=True)
+            writer.writerows([threshold, name, *(f"{value:.4f}" for value in values)] for name, *values in columns)
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser())

@@ -1,0 +1,172 @@
+"""Stage 2: CAMs, segmentation maps and pseudo masks of a trained classifier or CSRM.
+
+    python inference.py --tag csrm --dataset voc12 --data_dir data/voc12 --domain train_aug
+
+Images are seen at several scales and mirrored. The image-level labels choose which classes may appear: use this on training
+images, to make the pseudo masks a segmentation model learns from, never to report results on a test split. Writes to
+experiments/predictions/TAG@DOMAIN/
+
+    cams/ID.npz         class activation maps: arrays keys, cam (stride 4), hr_cam (image size), values in [0, 1]
+    masks/ID.npz        the same arrays from CSRM's segmentation branch: softmax over background and the image's classes
+    pseudos-.../ID.png  pseudo masks: argmax of [threshold; CAMs], refined by a dense CRF; class indices, 0 background
+
+The network's shape is read from the checkpoint. Started again, it continues with the images that are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from datasets import DataSource, build_source
+from datasets.transforms import normalize
+from tools import cli
+from tools.cam import cam_labels, load_cams, multi_scale_cams, multi_scale_logits, save_cams, stride4_size
+from tools.checkpoint import check_classes, load_model
+from tools.crf import CAM_SETTINGS, mean_field, unary_from_labels
+from tools.errors import UserError
+from tools.files import check_writable, save_mask
+from tools.losses import resize_maps
+
+
+def make_parser() -> cli.Parser:
+    """The script's flags."""
+    parser = cli.Parser(__doc__)
+    cli.add_common(parser)
+    cli.add_dataset(parser, domain=("train_aug", "split to predict"))
+    group = parser.add_argument_group("inference")
+    group.add_argument("--weights", type=Path, help="checkpoint (default: experiments/models/TAG.pth)")
+    cli.add_views(group)
+    cli.add_switch(group, "--save_cams", True, "write cams/")
+    cli.add_switch(group, "--save_masks", False, "write masks/ (CSRM only)")
+    cli.add_switch(group, "--save_pseudos", True, "write pseudos-.../")
+    group.add_argument(
+        "--cam_format", choices=["npz", "npy"], default="npz", help="npy: the pickled dict peers' tools read"
+    )
+    group = parser.add_argument_group("pseudo masks")
+    group.add_argument("--pseudos_from", choices=["cams", "masks"], default="cams", help="which maps they are made of")
+    group.add_argument("--threshold", type=cli.fraction, default=0.4, help="background threshold on CAMs")
+    cli.add_crf(group)
+    return parser
+
+
+class Predictor:
+    """Makes the files of one image at a time.
+
+    Args:
+        model: a `Classifier` or `CSRM` in eval mode.
+        source: where images and labels come from.
+        folder: experiments/predictions/TAG@DOMAIN.
+        args: the script's flags.
+    """
+
+    def __init__(self, model: nn.Module, source: DataSource, folder: Path, args: argparse.Namespace) -> None:
+        self.model, self.source, self.args = model, source, args
+        self.device = next(model.parameters()).device
+        self.folders = {"cams": folder / "cams", "masks": folder / "masks", "pseudos": folder / pseudos_name(args)}
+
+    def path(self, kind: str, image_id: str) -> Path:
+        """The file of `kind` ('cams', 'masks' or 'pseudos') of an image."""
+        suffix = ".png" if kind == "pseudos" else f".{self.args.cam_format}"
+        return self.folders[kind] / f"{image_id}{suffix}"
+
+    def wanted(self) -> list[str]:
+        """The kinds of files asked for."""
+        return [kind for kind in self.folders if getattr(self.args, f"save_{kind}")]
+
+    def pending(self, ids: list[str]) -> list[str]:
+        """The images of which a wanted file is missing."""
+        return [image_id for image_id in ids if not all(self.path(kind, image_id).exists() for kind in self.wanted())]
+
+    @torch.inference_mode()
+    def __call__(self, image_id: str) -> None:
+        """Write the missing files of one image."""
+        photograph = torch.from_numpy(self.source.image(image_id)).permute(2, 0, 1)[None].to(self.device)
+        for kind in self.wanted():
+            if kind != "pseudos" and not self.path(kind, image_id).exists():
+                save_cams(self.path(kind, image_id), *self._maps(kind, photograph, image_id))
+        if self.args.save_pseudos:
+            self._save_pseudo_mask(photograph, image_id)
+
+    def _maps(self, kind: str, photograph: torch.Tensor, image_id: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        label = torch.from_numpy(self.source.image_label(image_id))
+        options = {"scales": self.args.scales, "hflip": self.args.hflip}
+        if kind == "cams":
+            return multi_scale_cams(cam_forward(self.model), normalize(photograph), label, **options)
+        forward = lambda views: self.model(views, representations=False)["seg_logits"]  # noqa: E731
+        return segmentation_maps(multi_scale_logits(forward, normalize(photograph), **options), label)
+
+    def _save_pseudo_mask(self, photograph: torch.Tensor, image_id: str) -> None:
+        kind = self.args.pseudos_from
+        stored = self.path(kind, image_id)
+        keys, _, maps = load_cams(stored) if stored.exists() else self._maps(kind, photograph, image_id)
+        threshold = self.args.threshold if kind == "cams" else 1 - maps.astype(np.float32).sum(axis=0)
+        labels = torch.from_numpy(cam_labels(maps, threshold)).to(self.device)
+        if self.args.crf_t and len(keys) > 1:
+            unary = unary_from_labels(labels[None], len(keys), self.args.crf_gt_prob)
+            labels = mean_field(photograph, unary, CAM_SETTINGS, self.args.crf_t)[0].argmax(dim=0)
+        save_mask(self.path("pseudos", image_id), keys[labels.cpu().numpy()], self.source.info.palette)
+
+
+def cam_forward(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The model as a function from images to CAM logits, which in CSRM stops before the other branches."""
+    options = {"segmentation": False} if model.config["kind"] == "csrm" else {}
+    return lambda views: model(views, **options)["cams"]
+
+
+def pseudos_name(args: argparse.Namespace) -> str:
+    """The folder of the pseudo masks, named after what made them, so that two settings never mix."""
+    maps = f"t{args.threshold:g}" if args.pseudos_from == "cams" else "masks"
+    return f"pseudos-{maps}-c{args.crf_t}"
+
+
+def segmentation_maps(logits: torch.Tensor, label: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Segmentation logits f32[1,K+1,H,W] as a CAM file's arrays: softmax over background and the image's classes.
+
+    Only the foreground maps are kept, as in every CAM file; the background's is one minus their sum.
+    """
+    keys = torch.cat([torch.zeros(1, dtype=torch.long), 1 + label.nonzero().flatten()])
+    probabilities = logits[:, keys].softmax(dim=1)[:, 1:]
+    low = resize_maps(probabilities, stride4_size(*logits.shape[-2:]))
+    return keys.numpy(), low[0].cpu().numpy(), probabilities[0].cpu().numpy()
+
+
+def check_flags(args: argparse.Namespace, model: nn.Module) -> None:
+    """Refuse flags that ask a classifier for a segmentation branch.
+
+    Raises:
+        UserError: the model has none.
+    """
+    if (args.save_masks or args.pseudos_from == "masks") and model.config["kind"] != "csrm":
+        raise UserError("--save_masks / --pseudos_from masks: only CSRM has a segmentation branch. Use the CAMs.")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Predict every image of the split that is not there yet."""
+    device = cli.select_device(args.device)
+    source = build_source(args.dataset, cli.data_dir(args))
+    ids = source.ids(args.domain)
+    weights = args.weights or cli.model_path(args.tag)
+    model, checkpoint = load_model(weights, device)
+    check_classes(checkpoint, source.info.classes, weights)
+    check_flags(args, model)
+    folder = check_writable(cli.predictions_dir(args.tag, args.domain))
+    predict = Predictor(model, source, folder, args)
+    pending = predict.pending(ids)
+    print(f"{len(ids)} images of '{args.domain}', {len(ids) - len(pending)} done already; writing to {folder}")
+    for image_id in cli.progress(pending, desc="inference", unit="image"):
+        predict(image_id)
+    for kind in predict.wanted():
+        print(f"{kind}: {predict.folders[kind]}")
+    print(
+        f"Next: python refine_sam.py --tag {args.tag} --domain {args.domain} --pseudo_dir {predict.folders['pseudos']}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser())

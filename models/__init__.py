@@ -1,0 +1,69 @@
+"""The three networks, rebuilt from the arguments kept in a checkpoint.
+
+    model = build_model("csrm", architecture="resnest101e", num_classes=21, weights="imagenet", batch_norm="fix")
+    same_network = build_model(**model.config)    # the weights come from model.state_dict()
+
+Every model takes float32 [B,3,H,W] (ImageNet-normalised), returns a dict of tensors, and names the modules that are not
+part of the pretrained backbone with `scratch_modules()`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from models.backbone import Backbone
+from models.classifier import Classifier
+from models.csrm import CSRM
+from models.deeplab import DeepLabV3Plus
+
+__all__ = ["Backbone", "CSRM", "Classifier", "DeepLabV3Plus", "build_model"]
+
+KINDS: dict[str, type[nn.Module]] = {"classifier": Classifier, "csrm": CSRM, "segmentation": DeepLabV3Plus}
+
+
+def build_model(
+    kind: str,
+    *,
+    architecture: str,
+    num_classes: int,
+    weights: str = "none",
+    output_stride: int = 16,
+    batch_norm: str = "normal",
+    trainable_stem: bool = True,
+    trainable_stage4: bool = True,
+    trainable_backbone: bool = True,
+    **head: Any,
+) -> nn.Module:
+    """Build a network.
+
+    Args:
+        kind: "classifier", "csrm" or "segmentation".
+        architecture, weights, output_stride, batch_norm, trainable_*: see `Backbone`.
+        num_classes: of a segmentation map, background included (K+1).
+        head: keyword arguments of the network's own class.
+
+    Returns:
+        The network. Its `config` (plain values, defaults filled in) rebuilds it with `build_model(**config)`; `weights`
+        is "none" there, because whoever keeps the config keeps the trained weights too.
+
+    Raises:
+        UserError: see `Backbone`.
+    """
+    assert kind in KINDS, f"kind must be one of {sorted(KINDS)}, got {kind!r}"
+    backbone = {
+        "architecture": architecture,
+        "output_stride": output_stride,
+        "batch_norm": batch_norm,
+        "trainable_stem": trainable_stem,
+        "trainable_stage4": trainable_stage4,
+        "trainable_backbone": trainable_backbone,
+    }
+    network = KINDS[kind]
+    arguments = inspect.signature(network).bind(Backbone(weights=weights, **backbone), num_classes=num_classes, **head)
+    arguments.apply_defaults()
+    model = network(*arguments.args, **arguments.kwargs)
+    model.config = {"kind": kind, "weights": "none", **backbone, **arguments.kwargs}
+    return model

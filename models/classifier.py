@@ -1,0 +1,52 @@
+"""The CAM prior: an image classifier whose last layer is a 1x1 convolution, so that its logits come with their maps.
+
+    output = build_model("classifier", architecture="resnet50", num_classes=21)(images)
+    output["class_logits"], output["cams"]    # [B,20], [B,20,H/16,W/16]
+
+The class logits are the spatial means of the maps, so image labels are enough to train both.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from models.backbone import Backbone
+from models.layers import init_kaiming
+
+
+def cam_classifier(channels: int, num_classes: int) -> nn.Conv2d:
+    """The 1x1 convolution from last-stage features to the CAM logits of the `num_classes` - 1 foreground classes."""
+    layer = nn.Conv2d(channels, num_classes - 1, 1, bias=False)
+    init_kaiming(layer)
+    return layer
+
+
+class Classifier(nn.Module):
+    """Class activation maps as logits, and their means as class logits.
+
+    Args:
+        backbone: features.
+        num_classes: background included; the classifier has one output less.
+    """
+
+    def __init__(self, backbone: Backbone, *, num_classes: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.classifier = cam_classifier(backbone.channels, num_classes)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Classify images.
+
+        Args:
+            x: float32 [B,3,H,W], ImageNet-normalised.
+
+        Returns:
+            "class_logits" [B,K], and "cams" [B,K,h,w] at the output stride: signed logits, before any ReLU.
+        """
+        cams = self.classifier(self.backbone(x)[1])
+        return {"class_logits": cams.mean(dim=(2, 3)), "cams": cams}
+
+    def scratch_modules(self) -> list[nn.Module]:
+        """The layers that are not part of the backbone."""
+        return [self.classifier]

@@ -1,0 +1,95 @@
+"""CSRM: one backbone, three branches that supervise one another.
+
+    model = build_model("csrm", architecture="resnest101e", num_classes=21, batch_norm="fix", trainable_stem=False)
+    output = model(images)
+    output = model(images, segmentation=False)    # CAMs only: no more work than the classifier
+
+The classification branch reads the last stage directly; the others share an ASPP trunk at stride 4.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from models.backbone import Backbone
+from models.classifier import cam_classifier
+from models.layers import SegmentationBranch, Trunk, conv_norm_relu, init_kaiming
+
+
+class CSRM(nn.Module):
+    """Classification, segmentation and representation branches (David, Pedrini & Dias, VISAPP 2025).
+
+    The classification branch is the `Classifier`, under the same names, so that a CAM prior can be restored into it.
+
+    Args:
+        backbone: features.
+        num_classes: background included (K+1).
+        decoder_channels: width of the ASPP and of the branches, and length D of the representations.
+        use_gn: GroupNorm (4 groups) in new layers; False: batch norm.
+        dropout: probability after the ASPP.
+        use_rep_head: add the representation branch.
+        use_sal_head: add a saliency head.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        num_classes: int,
+        decoder_channels: int = 256,
+        use_gn: bool = True,
+        dropout: float = 0.5,
+        use_rep_head: bool = True,
+        use_sal_head: bool = False,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.classifier = cam_classifier(backbone.channels, num_classes)
+        self.trunk = Trunk(backbone, decoder_channels=decoder_channels, dropout=dropout, use_gn=use_gn)
+        self.segmentation = SegmentationBranch(
+            self.trunk.channels, num_classes, channels=decoder_channels, use_gn=use_gn
+        )
+        self.representation = self.saliency = None
+        if use_rep_head:
+            self.representation = nn.Sequential(
+                conv_norm_relu(self.trunk.channels, decoder_channels, 3, use_gn=use_gn),
+                nn.Conv2d(decoder_channels, decoder_channels, 1),
+            )
+            init_kaiming(self.representation)
+        if use_sal_head:
+            self.saliency = nn.Conv2d(self.trunk.channels, 1, 1)
+            init_kaiming(self.saliency)
+
+    def forward(
+        self, x: torch.Tensor, *, segmentation: bool = True, representations: bool = True
+    ) -> dict[str, torch.Tensor]:
+        """Run the branches that are asked for.
+
+        Args:
+            x: float32 [B,3,H,W], ImageNet-normalised.
+            segmentation: False stops after the CAMs.
+            representations: False leaves out the representation branch.
+
+        Returns:
+            "class_logits" [B,K]; "cams" [B,K,h,w], signed logits at the output stride; and at stride 4 "seg_logits"
+            [B,K+1,H/4,W/4] and, if the network has these heads, "representations" [B,D,H/4,W/4] (not normalised) and
+            "saliency" [B,1,H/4,W/4] (logits).
+        """
+        low, high = self.backbone(x)
+        cams = self.classifier(high)
+        output = {"class_logits": cams.mean(dim=(2, 3)), "cams": cams}
+        if not segmentation:
+            return output
+        trunk = self.trunk(low, high)
+        output["seg_logits"] = self.segmentation(trunk)
+        if representations and self.representation is not None:
+            output["representations"] = self.representation(trunk)
+        if self.saliency is not None:
+            output["saliency"] = self.saliency(trunk)
+        return output
+
+    def scratch_modules(self) -> list[nn.Module]:
+        """The layers that are not part of the backbone."""
+        modules = [self.classifier, self.trunk, self.segmentation, self.representation, self.saliency]
+        return [module for module in modules if module is not None]

@@ -1,0 +1,141 @@
+"""Layers that CSRM and DeepLabV3+ add to a backbone.
+
+    trunk = Trunk(backbone)
+    seg_logits = SegmentationBranch(trunk.channels, num_classes=21)(trunk(*backbone(images)))
+
+They start from Kaiming-normal weights and are normalised in groups, because small batches of mixed crops make poor
+batch statistics.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.backbone import Backbone
+from tools.errors import UserError
+
+GROUPS = 4
+"""Groups of the GroupNorm in new layers."""
+
+LOW_LEVEL_CHANNELS = 48
+"""Width of the projected stage-1 features (DeepLabV3+, section 4.1)."""
+
+
+def normalization(channels: int, use_gn: bool) -> nn.Module:
+    """GroupNorm with 4 groups, or batch norm.
+
+    Raises:
+        UserError: the groups cannot be of equal size.
+    """
+    if use_gn and channels % GROUPS:
+        raise UserError(
+            f"--decoder_channels {channels}: not a multiple of {GROUPS}, the groups of GroupNorm. Change it."
+        )
+    return nn.GroupNorm(GROUPS, channels) if use_gn else nn.BatchNorm2d(channels)
+
+
+def conv_norm_relu(
+    in_channels: int, out_channels: int, kernel_size: int, *, dilation: int = 1, use_gn: bool
+) -> nn.Module:
+    """Convolution that keeps the size, normalisation, ReLU."""
+    return nn.Sequential(
+        nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            padding=dilation * (kernel_size // 2),
+            dilation=dilation,
+            bias=False,
+        ),
+        normalization(out_channels, use_gn),
+        nn.ReLU(inplace=True),
+    )
+
+
+def init_kaiming(module: nn.Module) -> None:
+    """Kaiming-normal weights and zero biases in every convolution of `module` (He et al., ICCV 2015)."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling (DeepLabV3, section 3.3): 1x1, three dilated 3x3 and the image mean, projected.
+
+    With batch norm (`use_gn=False`) the image-mean branch cannot train on a batch of one.
+
+    Args:
+        in_channels: of the last-stage features.
+        channels: of every branch and of the output.
+        output_stride: of the input; the dilations 6, 12, 18 are for 16 and double for 8.
+        dropout: probability after the projection.
+        use_gn: GroupNorm instead of batch norm.
+    """
+
+    def __init__(self, in_channels: int, channels: int, *, output_stride: int, dropout: float, use_gn: bool) -> None:
+        super().__init__()
+        rates = [rate * 16 // output_stride for rate in (6, 12, 18)]
+        self.branches = nn.ModuleList(
+            [conv_norm_relu(in_channels, channels, 1, use_gn=use_gn)]
+            + [conv_norm_relu(in_channels, channels, 3, dilation=rate, use_gn=use_gn) for rate in rates]
+        )
+        self.image_mean = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), conv_norm_relu(in_channels, channels, 1, use_gn=use_gn)
+        )
+        self.project = nn.Sequential(conv_norm_relu(5 * channels, channels, 1, use_gn=use_gn), nn.Dropout(dropout))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B,`in_channels`,h,w] -> [B,`channels`,h,w]."""
+        parts = [branch(x) for branch in self.branches]
+        parts.append(self.image_mean(x).expand_as(parts[0]))
+        return self.project(torch.cat(parts, dim=1))
+
+
+class Trunk(nn.Module):
+    """ASPP features enlarged to stride 4 beside projected stage-1 features (DeepLabV3+, figure 2).
+
+    Args:
+        backbone: whose feature maps it takes; not kept.
+        decoder_channels: width of the ASPP.
+        dropout: probability after the ASPP.
+        use_gn: GroupNorm instead of batch norm.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        decoder_channels: int = 256,
+        dropout: float = 0.5,
+        use_gn: bool = True,
+    ) -> None:
+        super().__init__()
+        self.channels = decoder_channels + LOW_LEVEL_CHANNELS
+        self.aspp = ASPP(
+            backbone.channels, decoder_channels, output_stride=backbone.output_stride, dropout=dropout, use_gn=use_gn
+        )
+        self.low = conv_norm_relu(backbone.low_channels, LOW_LEVEL_CHANNELS, 1, use_gn=use_gn)
+        init_kaiming(self)
+
+    def forward(self, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        """Stage-1 features [B,C1,H/4,W/4], last-stage features [B,C4,h,w] -> [B,`channels`,H/4,W/4]."""
+        high = F.interpolate(self.aspp(high), size=low.shape[2:], mode="bilinear", align_corners=True)
+        return torch.cat([high, self.low(low)], dim=1)
+
+
+class SegmentationBranch(nn.Sequential):
+    """Two 3x3 convolutions, each followed by dropout .1, and the 1x1 that gives the class logits."""
+
+    def __init__(self, in_channels: int, num_classes: int, *, channels: int = 256, use_gn: bool = True) -> None:
+        super().__init__(
+            conv_norm_relu(in_channels, channels, 3, use_gn=use_gn),
+            nn.Dropout(0.1),
+            conv_norm_relu(channels, channels, 3, use_gn=use_gn),
+            nn.Dropout(0.1),
+            nn.Conv2d(channels, num_classes, 1),
+        )
+        init_kaiming(self)

@@ -1,0 +1,33 @@
+# Where and how the stages run. Every variable can be set in the environment: DEVICE=cpu ./runners/1-csrm.sh
+# Sourced by the runners; works under bash and under sbatch (submit from the repository's root).
+
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/../..}"
+
+: "${DATASET:=voc12}"       # voc12, coco14, folder or shapes: picks a block in dataset.sh
+: "${DEVICE:=auto}"         # auto, cpu, cuda or cuda:N
+: "${WORKERS:=$(nproc)}"    # loader and helper processes
+: "${SEED:=0}"
+
+if [[ "$SEED" == 0 ]]; then : "${NAME:=$DATASET}"; else : "${NAME:=$DATASET-seed$SEED}"; fi
+TAG_PRIOR=$NAME-prior TAG_CSRM=$NAME-csrm TAG_SEG=$NAME-deeplab  # checkpoints and predictions are called after these
+
+if [[ -z "${PYTHON:-}" ]]; then
+  PYTHON=python3
+  if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; fi
+fi
+
+# run SCRIPT FLAGS...: show the command, then run it on the dataset.
+run() {
+  local command=("$PYTHON" "$@" --dataset "$DATASET" --data_dir "$DATA_DIR")
+  printf '\n$'; printf ' %q' "${command[@]}"; printf '\n'
+  "${command[@]}"
+}
+
+# score STAGE DOMAIN FOLDER FLAGS...: evaluate the predictions in FOLDER; the report of the last stage collects the
+# scores. Without a DOMAIN there is no ground truth, and nothing to do.
+score() {
+  if [[ -n "$2" ]]; then
+    run evaluate.py --domain "$2" --pred_dir "$3" --output "$REPORT/$1.json" --num_workers "$WORKERS" "${@:4}"
+  fi
+}

@@ -1,0 +1,49 @@
+"""The mean teacher: the average itself, what is copied, and that it never trains."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tools.ema import Teacher, ema_decay
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+
+
+def test_update_is_the_weighted_mean_of_parameters_and_a_copy_of_buffers():
+    student = network()
+    teacher = Teacher(student)
+    old = student[0].weight.detach().clone()
+    with torch.no_grad():
+        student[0].weight.add_(1.0)
+    student[1].running_mean.fill_(3.0)
+    student[1].num_batches_tracked.fill_(7)
+    teacher.update(student, 0.75)
+    torch.testing.assert_close(teacher.module[0].weight, old + 0.25)
+    assert torch.equal(teacher.module[1].running_mean, student[1].running_mean)
+    assert teacher.module[1].num_batches_tracked == 7
+
+
+def test_decay_zero_copies_and_shares_nothing():
+    student, teacher = network(), Teacher(network())
+    teacher.update(student, 0.0)
+    for mine, theirs in zip(teacher.module.parameters(), student.parameters(), strict=True):
+        assert torch.equal(mine, theirs) and mine.data_ptr() != theirs.data_ptr()
+
+
+def test_teacher_never_trains():
+    student = network().train()
+    teacher = Teacher(student).train()
+    assert not any(module.training for module in teacher.modules())
+    assert student.training and all(p.requires_grad for p in student.parameters())
+    assert not any(p.requires_grad for p in teacher.parameters())
+    x = torch.randn(2, 3, requires_grad=True)
+    assert torch.equal(teacher(x), teacher(x)) and not teacher(x).requires_grad
+
+
+def test_decay_grows_to_its_maximum():
+    assert [ema_decay(t) for t in (0, 1, 3)] == pytest.approx([0.0, 0.5, 0.75])
+    assert ema_decay(98) == pytest.approx(0.98989898) and ema_decay(99) == ema_decay(10_000) == 0.99

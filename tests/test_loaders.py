@@ -1,0 +1,140 @@
+"""Loaders: determinism, the endless row of passes, errors out of workers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from datasets import ImageDataset, build_loader, build_source
+from datasets.loaders import EpochSampler
+from datasets.transforms import train_geometry
+from tools.errors import UserError
+
+
+class Noise(Dataset):
+    """Its items say which index was asked for, and what their random number was."""
+
+    def __init__(self, length: int, bad: int = -1) -> None:
+        self.length, self.bad = length, bad
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict:
+        if index == self.bad:
+            raise UserError(f"image {index}: broken.")
+        return {"index": index, "noise": torch.rand(())}
+
+
+def load(
+    dataset: Dataset, epochs=(0,), *, batch_size=4, seed=0, num_workers=0, shuffle=True, drop_last=True, **options
+):
+    """(index, noise) of all items of the epochs, in order."""
+    settings = {"shuffle": shuffle, "drop_last": drop_last, "num_workers": num_workers, "seed": seed}
+    loader = build_loader(dataset, batch_size, **settings, **options)
+    items = []
+    for epoch in epochs:
+        loader.set_epoch(epoch)
+        batches = list(loader)
+        assert len(batches) == len(loader)
+        items += [pair for b in batches for pair in zip(b["index"].tolist(), b["noise"].tolist(), strict=True)]
+    return items
+
+
+def indices(items: list) -> list[int]:
+    return [index for index, _ in items]
+
+
+def test_workers_change_nothing():
+    reference = load(Noise(20), (0, 1))
+    assert load(Noise(20), (0, 1), num_workers=1) == reference
+    assert load(Noise(20), (0, 1), num_workers=2) == reference
+    assert len({noise for _, noise in reference}) == 40
+
+
+def test_a_resumed_run_sees_what_the_unbroken_one_would():
+    assert load(Noise(20), (3,), steps_per_epoch=3) == load(Noise(20), range(4), steps_per_epoch=3)[-12:]
+
+
+def test_two_seeds_give_independent_orders():
+    first, second = load(Noise(100), seed=0), load(Noise(100), seed=1)
+    assert sorted(indices(first)) == sorted(indices(second)) == list(range(100))
+    assert sum(a == b for a, b in zip(indices(first), indices(second), strict=True)) < 10
+    assert not {noise for _, noise in first} & {noise for _, noise in second}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7])
+def test_steps_per_epoch_cycle_through_the_set_evenly(steps: int):
+    epochs = 5
+    counts = Counter(indices(load(Noise(10), range(epochs), steps_per_epoch=steps)))
+    assert sum(counts.values()) == 4 * steps * epochs
+    assert max(counts.values()) - min(counts[index] for index in range(10)) <= 1
+
+
+def test_a_set_smaller_than_a_batch_can_fill_it():
+    assert Counter(indices(load(Noise(3), steps_per_epoch=2, batch_size=6))) == {0: 4, 1: 4, 2: 4}
+
+
+def test_in_order_and_with_a_last_smaller_batch():
+    for epochs in ((0,), (5,)):
+        assert indices(load(Noise(10), epochs, shuffle=False, drop_last=False)) == list(range(10))
+    assert indices(load(Noise(10), shuffle=False)) == list(range(8))
+
+
+def test_processes_share_the_epoch_among_them():
+    alone = [list(EpochSampler(10, 12, shuffle=True, seed=3))[rank::2] for rank in range(2)]
+    shared = [EpochSampler(10, 12, shuffle=True, seed=3, rank=rank, world_size=2) for rank in range(2)]
+    assert [list(sampler) for sampler in shared] == alone
+    assert [len(sampler) for sampler in shared] == [6, 6]
+    assert len(load(Noise(20), batch_size=3, rank=1, world_size=2)) == 9
+
+
+def test_iterating_leaves_the_global_generator_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    load(Noise(8))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def error_of(action: Callable[[], object]) -> str:
+    """The UserError's text. Not pytest.raises: that keeps the frames, and with them the workers, alive."""
+    try:
+        action()
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_user_error_reaches_the_caller_as_one_line(num_workers: int):
+    assert error_of(lambda: load(Noise(8, bad=5), num_workers=num_workers)) == "image 5: broken."
+
+
+def test_unreadable_image_is_named_from_a_worker(folder_copy: Path):
+    (folder_copy / "images" / "b.png").write_bytes(b"not an image")
+    source = build_source("folder", folder_copy)
+    dataset = ImageDataset(source, source.ids("train"), train_geometry(16, 12, 20))
+    message = error_of(lambda: list(build_loader(dataset, 3, shuffle=True, drop_last=True, num_workers=1, seed=0)))
+    assert message.startswith(str(folder_copy / "images" / "b.png")) and "\n" not in message
+
+
+def test_batches_of_images(folder_root: Path):
+    source = build_source("folder", folder_root)
+    dataset = ImageDataset(source, source.ids("train"), train_geometry(16, 12, 20), with_masks=True)
+    (batch,) = build_loader(dataset, 3, shuffle=True, drop_last=True, num_workers=0, seed=0)
+    assert sorted(batch["id"]) == ["a", "b", "c"]
+    assert batch["image"].shape == (3, 3, 16, 16) and batch["image"].dtype == torch.uint8
+    assert batch["label"].shape == (3, 2) and batch["label"].dtype == torch.float32
+    assert batch["mask"].shape == (3, 16, 16) and batch["mask"].dtype == torch.int64
+
+
+@pytest.mark.parametrize(("length", "drop_last"), [(3, True), (0, True), (0, False)])
+def test_no_batch_at_all_is_the_users_mistake(length: int, drop_last: bool):
+    with pytest.raises(UserError, match=f"--batch_size 4: {length} images"):
+        load(Noise(length), drop_last=drop_last)

@@ -1,0 +1,146 @@
+"""Metrics against plain loops, argmax at every threshold, and the golden vectors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tools.metrics import ConfusionMatrix, ThresholdSweep, scores, threshold_range
+
+GOLDEN = Path(__file__).parent / "golden" / "evaluation.npz"
+
+
+def plain_scores(pairs, num_classes):
+    """IoU, FP and FN per class, pixel by pixel, from their definitions."""
+    rows = []
+    for c in range(num_classes):
+        tp = fp = fn = 0
+        for mask, prediction in pairs:
+            for truth, guess in zip(mask.flatten().tolist(), prediction.flatten().tolist(), strict=True):
+                if truth != 255:
+                    tp += truth == c and guess == c
+                    fp += truth != c and guess == c
+                    fn += truth == c and guess != c
+        union = max(tp + fp + fn, 1)
+        rows.append([100 * tp / union, 100 * fp / union, 100 * fn / union])
+    return np.array(rows).T
+
+
+def confusion(pairs, num_classes):
+    matrix = ConfusionMatrix(num_classes)
+    for mask, prediction in pairs:
+        matrix.update(torch.from_numpy(mask), torch.from_numpy(prediction))
+    return matrix.counts
+
+
+def random_mask(rng, num_classes, size):
+    return rng.choice([*range(num_classes), 255], size=size).astype(np.uint8)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**31), num_classes=st.integers(1, 5), images=st.integers(1, 3))
+def test_confusion_matrix_equals_plain_loops(seed, num_classes, images):
+    rng = np.random.default_rng(seed)
+    size = rng.integers(1, 8, 2)
+    pairs = [(random_mask(rng, num_classes, size), random_mask(rng, num_classes, size)) for _ in range(images)]
+    got = scores(confusion(pairs, num_classes))
+    np.testing.assert_allclose([got.iou, got.false_positive, got.false_negative], plain_scores(pairs, num_classes))
+    sums = got.iou + got.false_positive + got.false_negative
+    np.testing.assert_allclose(sums, [0 if c in got.absent else 100 for c in range(num_classes)])
+
+
+def test_perfect_prediction_with_an_absent_class():
+    mask = np.array([[0, 1], [255, 0]], np.uint8)
+    got = scores(confusion([(mask, np.where(mask == 255, 2, mask))], 4))
+    assert got.absent == (2, 3)
+    assert got.miou == 50.0  # absent classes stay in the mean, as 0
+    assert got.miou_foreground == pytest.approx(100 / 3)
+
+
+def test_undecided_pixels_are_misses_and_no_false_positives():
+    mask, prediction = np.array([[1, 1, 0]], np.uint8), np.array([[1, 255, 255]], np.uint8)
+    got = scores(confusion([(mask, prediction)], 2))
+    np.testing.assert_allclose(got.iou, [0, 50])
+    np.testing.assert_allclose(got.false_negative, [100, 50])
+    np.testing.assert_allclose(got.false_positive, [0, 0])
+
+
+def test_everything_ignored_and_empty_batches_count_nothing():
+    ignored = np.full((3, 2), 255, np.uint8)
+    empty = np.zeros((0, 4, 4), np.uint8)
+    got = scores(confusion([(ignored, np.ones_like(ignored)), (empty, empty)], 2))
+    assert got.miou == 0 and got.absent == (0, 1)
+
+
+def test_background_only_dataset_has_no_foreground_mean():
+    assert scores(confusion([(np.zeros((2, 2), np.uint8),) * 2], 1)).miou_foreground == 0
+
+
+def test_shapes_must_agree():
+    with pytest.raises(AssertionError, match="predictions"):
+        ConfusionMatrix(2).update(torch.zeros(2, 2), torch.zeros(2, 3))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_confusion_matrix_stays_on_the_gpu_and_never_synchronises():
+    masks = torch.randint(0, 21, (4, 65, 33), device="cuda")
+    predictions = torch.randint(0, 21, (4, 65, 33), device="cuda")
+    matrix = ConfusionMatrix(21, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        matrix.update(masks, predictions)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = confusion([(masks.cpu().numpy(), predictions.cpu().numpy())], 21)
+    assert torch.equal(matrix.counts.cpu(), expected)
+
+
+def test_threshold_range_includes_its_end_and_does_not_drift():
+    assert threshold_range(0.05, 0.80, 0.05).tolist() == [round(0.05 * i, 2) for i in range(1, 17)]
+    assert threshold_range(0.3, 0.3, 0.1).tolist() == [0.3]
+    assert threshold_range(0.1, 0.45, 0.1).tolist() == [0.1, 0.2, 0.3, 0.4]
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**31), present=st.integers(0, 3), ties=st.booleans())
+def test_sweep_equals_argmax_at_every_threshold(seed, present, ties):
+    rng = np.random.default_rng(seed)
+    num_classes, thresholds = 5, threshold_range(0.0, 1.0, 0.1)
+    sweep = ThresholdSweep(num_classes, thresholds)
+    pairs = [[] for _ in thresholds]
+    for _ in range(3):
+        mask = random_mask(rng, num_classes, rng.integers(1, 9, 2))
+        keys = np.concatenate([[0], rng.permutation(np.arange(1, num_classes))[:present]])
+        cams = rng.random((present, *mask.shape), np.float32)
+        if ties:  # exactly at thresholds, and equal to each other
+            cams = thresholds.astype(np.float32)[(cams * len(thresholds)).astype(int)]
+        sweep.update(mask, keys, cams)
+        for j, t in enumerate(thresholds):
+            stack = np.concatenate([np.full((1, *mask.shape), t, np.float32), cams])
+            pairs[j].append((mask, keys[stack.argmax(axis=0)].astype(np.uint8)))
+    expected = np.stack([confusion(p, num_classes).numpy() for p in pairs])
+    np.testing.assert_array_equal(sweep.counts, expected)
+
+
+def test_sweep_reproduces_golden_vectors():
+    golden = np.load(GOLDEN)
+    thresholds = golden["thresholds"]
+    sweep = ThresholdSweep(golden["iou_per_threshold_per_class"].shape[1], thresholds)
+    for i in range(6):
+        sweep.update(golden[f"gt_{i}"], golden[f"keys_{i}"], golden[f"cam_{i}"])
+    curve = [scores(counts) for counts in sweep.counts]
+    np.testing.assert_allclose([s.iou for s in curve], golden["iou_per_threshold_per_class"], atol=1e-6, rtol=0)
+    np.testing.assert_allclose([s.miou for s in curve], golden["miou"], atol=1e-6, rtol=0)
+
+
+def test_sweep_rejects_unordered_thresholds_and_wrong_shapes():
+    with pytest.raises(AssertionError, match="ascend"):
+        ThresholdSweep(2, np.array([0.2, 0.1]))
+    with pytest.raises(AssertionError, match="CAMs"):
+        ThresholdSweep(2, np.array([0.2])).update(np.zeros((2, 2)), np.array([0, 1]), np.zeros((1, 2, 3)))

@@ -1,0 +1,261 @@
+"""Networks: shapes at awkward sizes, strides, what is frozen, what is new, and rebuilding from the config."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from models import Backbone, build_model
+from models.layers import ASPP
+from tools.errors import UserError
+from tools.optim import parameter_groups
+
+KINDS = ("classifier", "csrm", "segmentation")
+FAMILIES = ("test_resnet", "mobilenetv2_035", "test_convnext", "test_byobnet")  # four ways in which timm takes features
+
+
+def build(kind: str, architecture: str = "test_resnet", **arguments) -> nn.Module:
+    torch.manual_seed(0)
+    width = {} if kind == "classifier" else {"decoder_channels": 8}
+    return build_model(kind, **{"architecture": architecture, "num_classes": 4, **width, **arguments})
+
+
+def images(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def convolutions(module: nn.Module) -> list[nn.Conv2d]:
+    return [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
+
+
+def backward(model: nn.Module, x: torch.Tensor) -> None:
+    sum(output.square().mean() for output in model(x).values()).backward()
+
+
+@pytest.mark.parametrize("batch, height, width", [(1, 97, 131), (2, 64, 64), (1, 33, 160)])
+def test_csrm_output_shapes(batch, height, width):
+    outputs = build("csrm", use_sal_head=True).train()(images(batch, 3, height, width))
+    coarse, fine = [(batch, c, math.ceil(height / s), math.ceil(width / s)) for c, s in ((3, 16), (4, 4))]
+    assert outputs["class_logits"].shape == (batch, 3)
+    assert outputs["cams"].shape == coarse
+    assert outputs["seg_logits"].shape == fine
+    assert outputs["representations"].shape == (batch, 8, *fine[2:])
+    assert outputs["saliency"].shape == (batch, 1, *fine[2:])
+
+
+@pytest.mark.parametrize("kind, names", [("classifier", {"class_logits", "cams"}), ("segmentation", {"seg_logits"})])
+def test_outputs_of_the_other_networks(kind, names):
+    outputs = build(kind).train()(images(1, 3, 49, 35))
+    assert set(outputs) == names
+    assert all(output.isfinite().all() for output in outputs.values())
+
+
+def test_csrm_computes_only_what_is_asked_for():
+    model, x = build("csrm").eval(), images(1, 3, 48, 48)
+    everything = model(x)
+    without_representations = model(x, representations=False)
+    assert set(everything) == {"class_logits", "cams", "seg_logits", "representations"}
+    assert set(without_representations) == set(everything) - {"representations"}
+    assert set(model(x, segmentation=False)) == {"class_logits", "cams"}
+    assert set(build("csrm", use_rep_head=False)(x)) == {"class_logits", "cams", "seg_logits"}
+    torch.testing.assert_close(without_representations["seg_logits"], everything["seg_logits"])
+
+
+@pytest.mark.parametrize("kind", ["classifier", "csrm"])
+def test_class_logits_are_the_means_of_the_cams(kind):
+    model, x = build(kind).eval(), images(2, 3, 50, 70)
+    outputs = model(x)
+    torch.testing.assert_close(outputs["class_logits"], outputs["cams"].flatten(2).mean(2))
+    model.classifier.weight.data.neg_()
+    torch.testing.assert_close(model(x)["cams"], -outputs["cams"])  # signed, and without a bias
+
+
+# -- backbone -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("output_stride", [8, 16])
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_backbone_strides_and_channels(architecture, output_stride):
+    backbone = Backbone(architecture, output_stride=output_stride)
+    low, high = backbone(images(1, 3, 64, 96))
+    assert low.shape == (1, backbone.low_channels, 16, 24)
+    assert high.shape == (1, backbone.channels, 64 // output_stride, 96 // output_stride)
+
+
+def test_dilation_replaces_the_stride_of_the_last_stage_and_nothing_else():
+    torch.manual_seed(0)
+    plain = timm.create_model("test_resnet", features_only=True)
+    dilated = Backbone("test_resnet", output_stride=16)
+    dilated.net.load_state_dict(plain.state_dict())
+    x = images(1, 3, 64, 64)
+    torch.testing.assert_close(dilated.eval()(x)[0], plain.eval()(x)[1])
+    assert {conv.dilation for conv in convolutions(dilated.net.layer4) if conv.kernel_size == (3, 3)} <= {
+        (1, 1),
+        (2, 2),
+    }
+    assert all(conv.stride == (1, 1) for conv in convolutions(dilated.net.layer4))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_every_trainable_parameter_gets_a_gradient(kind, architecture):
+    """Data-parallel training hangs or fails on parameters that take no part in the loss."""
+    model = build(kind, architecture).train()
+    backward(model, images(2, 3, 64, 64))
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_frozen_parts_get_no_gradient_and_keep_their_statistics(architecture):
+    model = build("csrm", architecture, batch_norm="fix", trainable_stem=False)
+    model = copy.deepcopy(model).eval().train()  # as the teacher is made, and as validation leaves it
+    before = copy.deepcopy(model.backbone.state_dict())
+    backward(model, images(2, 3, 64, 64))
+    assert not any(norm.training for norm in model.modules() if isinstance(norm, nn.BatchNorm2d))
+    assert all(torch.equal(before[name], value) for name, value in model.backbone.state_dict().items())
+    norms = [p for m in model.backbone.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()]
+    first, last = convolutions(model.backbone)[0], convolutions(model.backbone)[-1]
+    assert first.weight.grad is None and all(p.grad is None for p in norms)
+    assert last.weight.grad is not None
+    assert model.trunk.training and model.trunk.aspp.project[1].training  # dropout of the new layers stays on
+
+
+def test_batch_norm_is_trained_where_it_is_asked_for():
+    backbone = Backbone("test_resnet", trainable_stem=False).train()
+    before = copy.deepcopy(backbone.state_dict())
+    backbone(images(2, 3, 64, 64))
+    moved = {name for name, value in backbone.state_dict().items() if not torch.equal(before[name], value)}
+    assert any(name.startswith("net.layer1") and name.endswith("running_mean") for name in moved)
+    assert not any(name.startswith(("net.conv1", "net.bn1")) for name in moved)  # the frozen stem's stay
+
+
+@pytest.mark.parametrize(
+    "switch, frozen", [("trainable_stem", "conv1 bn1"), ("trainable_stage4", "layer4"), ("trainable_backbone", "*")]
+)
+def test_switches_freeze_their_part(switch, frozen):
+    backbone = Backbone("test_resnet", **{switch: False})
+    expected = {name for name, _ in backbone.net.named_children() if name in frozen.split() or frozen == "*"}
+    of = {trainable: set() for trainable in (True, False)}
+    for name, parameter in backbone.net.named_parameters():
+        of[parameter.requires_grad].add(name.partition(".")[0])
+    assert of[False] == expected & (of[True] | of[False]) and of[True].isdisjoint(of[False])
+
+
+def test_mobilenet_stem_ends_where_stage_1_begins():
+    backbone = Backbone("mobilenetv2_035", trainable_stem=False)
+    frozen = {name for name, p in backbone.net.named_parameters() if not p.requires_grad}
+    assert {".".join(name.split(".")[: 2 if "blocks" in name else 1]) for name in frozen} == {
+        "conv_stem",
+        "bn1",
+        "blocks.0",
+    }
+
+
+def test_resnest_keeps_the_pooling_of_its_authors():
+    net = Backbone("resnest14d", output_stride=16).net
+    assert isinstance(net.layer4[0].avd_last, nn.AvgPool2d) and net.layer4[0].avd_last.stride == 1
+    assert isinstance(net.layer4[0].downsample[0], nn.Identity)
+    untouched = timm.create_model("resnest14d", features_only=True, output_stride=16)
+    assert str(net.layer3) == str(untouched.layer3) and net.state_dict().keys() == untouched.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    "architecture, message",
+    [
+        ("resnet51", "resnet50"),
+        ("zzz", "no such model"),
+        ("test_vit", "strides 4 and 16"),
+        ("vgg11", "strides 4 and 16"),
+    ],
+)
+def test_unsuitable_architectures_are_refused_in_one_line(architecture, message):
+    with pytest.raises(UserError, match=message) as error:
+        Backbone(architecture)
+    assert str(error.value).startswith(f"--architecture {architecture}:") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("error", [OSError("no route to host"), RuntimeError("no pretrained weights exist")])
+def test_a_failed_download_names_the_remedy(monkeypatch, error):
+    create = timm.create_model
+
+    def offline(*args, pretrained=False, **arguments):
+        if pretrained:
+            raise error
+        return create(*args, **arguments)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(UserError, match="--backbone_weights FILE, or none"):
+        Backbone("test_resnet", weights="imagenet")
+
+
+# -- new layers -----------------------------------------------------------------------------------------------------
+def test_published_sizes_of_the_new_layers():
+    model = build_model("csrm", architecture="test_resnet", num_classes=21)
+    assert model.trunk.channels == 304 and model.classifier.out_channels == 20
+    assert model.segmentation[0][0].weight.shape == (256, 304, 3, 3)
+    assert model.segmentation[-1].weight.shape == (21, 256, 1, 1)
+    assert model.representation[-1].weight.shape == (256, 256, 1, 1)
+    assert [branch[0].dilation[0] for branch in model.trunk.aspp.branches] == [1, 6, 12, 18]
+    assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.5, 0.1, 0.1]
+
+
+def test_aspp_dilations_double_at_output_stride_8():
+    model = build("segmentation", output_stride=8)
+    assert [branch[0].dilation[0] for branch in model.trunk.aspp.branches] == [1, 12, 24, 36]
+
+
+@pytest.mark.parametrize("kind", ["csrm", "segmentation"])
+@pytest.mark.parametrize("use_gn", [True, False])
+def test_normalisation_of_new_layers(kind, use_gn):
+    new = [layer for module in build(kind, use_gn=use_gn).scratch_modules() for layer in module.modules()]
+    groups = [layer.num_groups for layer in new if isinstance(layer, nn.GroupNorm)]
+    batch_norms = [layer for layer in new if isinstance(layer, nn.BatchNorm2d)]
+    assert (set(groups) == {4} and not batch_norms) if use_gn else (not groups and batch_norms)
+
+
+def test_a_width_that_groups_cannot_share_is_refused():
+    with pytest.raises(UserError, match="--decoder_channels 30: not a multiple of 4"):
+        build("csrm", decoder_channels=30)
+
+
+def test_new_convolutions_start_kaiming_normal():
+    model = build("csrm", decoder_channels=64, use_sal_head=True)
+    for conv in (c for module in model.scratch_modules() for c in convolutions(module)):
+        fan_in = conv.weight[0].numel()
+        assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / fan_in), rel=6 / math.sqrt(conv.weight.numel()))
+        assert conv.bias is None or not conv.bias.any()
+
+
+def test_aspp_image_mean_reaches_every_pixel():
+    torch.manual_seed(0)
+    aspp = ASPP(8, 8, output_stride=16, dropout=0.5, use_gn=True).eval()
+    x = images(1, 8, 40, 40).requires_grad_()
+    aspp(x)[0, :, 0, 0].sum().backward()
+    assert (x.grad[0, :, 39, 39] != 0).any()  # beyond the reach of dilation 18
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scratch_modules_are_all_but_the_backbone(kind):
+    model = build(kind, **({"use_sal_head": True} if kind == "csrm" else {}))
+    scratch = [id(p) for module in model.scratch_modules() for p in module.parameters()]
+    assert len(scratch) == len(set(scratch))
+    assert set(scratch) == {id(p) for name, p in model.named_parameters() if not name.startswith("backbone.")}
+    groups = parameter_groups(model, lr=1.0, weight_decay=0.0)
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+# -- config ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", KINDS)
+def test_config_rebuilds_the_network(kind):
+    model = build(kind, batch_norm="fix", trainable_stem=False, output_stride=8).eval()
+    again = build_model(**json.loads(json.dumps(model.config))).eval()
+    again.load_state_dict(model.state_dict())
+    assert again.config == model.config
+    x = images(1, 3, 40, 40)
+    for name, output in model(x).items():
+        torch.testing.assert_close(again(x)[name], output, rtol=0, atol=0)
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]

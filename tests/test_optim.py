@@ -1,0 +1,88 @@
+"""Parameter groups, learning rates against golden values, and every optimiser by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tools.errors import UserError
+from tools.optim import OPTIMIZERS, build_optimizer, parameter_groups, poly_schedule
+
+
+class Network(nn.Module):
+    """A pretrained convolution with normalisation, a frozen stem and a new head."""
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1).requires_grad_(False)
+        self.stage = nn.Sequential(nn.Conv2d(4, 4, 1, bias=bias), nn.BatchNorm2d(4))
+        self.head = nn.Conv2d(4, 2, 1, bias=bias)
+
+    def scratch_modules(self) -> list[nn.Module]:
+        return [self.head]
+
+    def forward(self, x):
+        return self.head(self.stage(self.stem(x)))
+
+
+def test_groups_split_the_trainable_parameters_by_origin_and_kind():
+    model = Network()
+    groups = parameter_groups(model, lr=1.0, weight_decay=0.5, alpha_scratch=10.0, alpha_bias=2.0)
+    conv, norm, head = *model.stage, model.head
+    members = [[conv.weight, norm.weight], [conv.bias, norm.bias], [head.weight], [head.bias]]
+    assert [[id(p) for p in g["params"]] for g in groups] == [[id(p) for p in m] for m in members]
+    assert [g["lr"] for g in groups] == [1.0, 2.0, 10.0, 20.0]
+    assert [g["weight_decay"] for g in groups] == [0.5, 0.0, 0.5, 0.0]
+
+
+def test_learning_rates_golden():
+    golden = np.load(Path(__file__).parent / "golden" / "poly_lr.npz")
+    lr, scratch, bias = (golden[name].item() for name in ("base_lr", "alpha_scratch", "alpha_bias"))
+    optimizer = build_optimizer(Network(), "sgd", lr=lr, weight_decay=0, alpha_scratch=scratch, alpha_bias=bias)
+    schedule = poly_schedule(optimizer, golden["max_step"].item(), golden["power"].item())
+    assert [group["name"] for group in optimizer.param_groups] == golden["groups"].tolist()
+    for expected in golden["lr_used_at_each_step"]:
+        np.testing.assert_allclose([group["lr"] for group in optimizer.param_groups], expected, atol=1e-7)
+        optimizer.step()
+        schedule.step()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_every_optimizer_moves_only_what_is_trainable(name, bias):
+    model = Network(bias)
+    before = {key: value.clone() for key, value in model.named_parameters()}
+    optimizer = build_optimizer(model, name, lr=0.1, weight_decay=0.01)
+    model(torch.randn(2, 3, 4, 4)).square().sum().backward()
+    optimizer.step()
+    for key, value in model.named_parameters():
+        assert torch.equal(value, before[key]) == key.startswith("stem"), key
+
+
+def test_a_schedule_restored_from_its_state_goes_on_as_if_never_stopped():
+    def start():
+        optimizer = build_optimizer(Network(), "sgd", lr=0.1, weight_decay=0)
+        return optimizer, poly_schedule(optimizer, max_step=10)
+
+    def advance(optimizer, schedule, steps):
+        for _ in range(steps):
+            optimizer.step()
+            schedule.step()
+
+    (optimizer, schedule), (other, restored) = start(), start()
+    advance(optimizer, schedule, 4)
+    other.load_state_dict(optimizer.state_dict())
+    restored.load_state_dict(schedule.state_dict())
+    advance(optimizer, schedule, 3)
+    advance(other, restored, 3)
+    assert restored.get_last_lr() == schedule.get_last_lr()
+    assert other.param_groups[0]["lr"] == pytest.approx(0.1 * 0.3**0.9)
+
+
+def test_nesterov_without_momentum_is_a_clear_error():
+    with pytest.raises(UserError, match="--momentum above 0"):
+        build_optimizer(Network(), "sgd", lr=0.1, weight_decay=0, momentum=0.0)

@@ -1,0 +1,102 @@
+"""Pixel labels from CAMs and from the teacher: golden values, batches of unlike images, and images without classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tools.pseudo_labels import mutual_promotion_labels, reliable_cam_labels, teacher_labels
+
+
+@pytest.fixture(scope="module")
+def golden():
+    data = np.load(Path(__file__).parent / "golden" / "pseudo_labels.npz")
+    images = torch.from_numpy(data["images_u8"]).permute(0, 3, 1, 2).contiguous()
+    return data, images, torch.from_numpy(data["cams"]), torch.from_numpy(data["labels"])
+
+
+def test_reliable_cam_labels_golden(golden):
+    data, images, cams, labels = golden
+    ours = reliable_cam_labels(images, cams, labels, data["bg_threshold"].item(), data["fg_threshold"].item())
+    assert ours.dtype == torch.int64
+    assert (ours.numpy() == data["masks_cam_mode"]).mean() >= 0.999
+
+
+def test_mutual_promotion_labels_golden(golden):
+    data, _, cams, labels = golden
+    ours = mutual_promotion_labels(torch.from_numpy(data["bg_probs"]), cams, labels, data["sigma"].item())
+    assert (ours.numpy() == data["masks_mutual_promotion_mode"]).mean() >= 0.999
+
+
+def test_an_image_gets_the_same_labels_alone_and_in_a_batch_with_more_classes():
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (3, 3, 17, 23), dtype=torch.uint8)
+    cams = F.interpolate(torch.randn(3, 5, 2, 2), (5, 6), mode="bilinear")
+    labels = torch.tensor([[0, 0, 1, 0, 0], [1, 0, 1, 1, 1], [0, 0, 0, 0, 0]]).float()
+    together = reliable_cam_labels(images, cams, labels, crf_iterations=3)
+    for i in range(3):
+        alone = reliable_cam_labels(images[i : i + 1], cams[i : i + 1], labels[i : i + 1], crf_iterations=3)
+        assert torch.equal(together[i : i + 1], alone)
+
+
+@pytest.mark.parametrize("crf_iterations", [0, 2])
+def test_no_class_in_any_image_is_all_background(crf_iterations):
+    images = torch.randint(0, 256, (2, 3, 9, 7), dtype=torch.uint8)
+    labels = reliable_cam_labels(images, torch.randn(2, 4, 3, 3), torch.zeros(2, 4), crf_iterations=crf_iterations)
+    assert torch.equal(labels, torch.zeros(2, 9, 7, dtype=torch.long))
+
+
+def plain_labels(cam, image_label, foreground, background, size):
+    """The two readings for one image without a CRF, pixel by pixel, over all the classes."""
+    cam = np.maximum(cam * image_label[:, None, None], 0)
+    cam = cam / (cam.max(axis=(1, 2), keepdims=True) + 1e-5)
+    cam = F.interpolate(torch.from_numpy(cam)[None], size, mode="bilinear", align_corners=True)[0].numpy()
+    labels = np.full(size, 255)
+    for y, x in np.ndindex(*size):
+        sure = np.argmax([foreground, *cam[:, y, x]])
+        maybe = np.argmax([background, *cam[:, y, x]])
+        if sure > 0 or maybe == 0:
+            labels[y, x] = sure
+    return labels
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 3), st.integers(1, 4))
+def test_without_crf_it_is_two_thresholds(seed, batch, num_classes):
+    rng = np.random.default_rng(seed)
+    cams = rng.normal(size=(batch, num_classes, 3, 4)).astype(np.float32)
+    image_labels = (rng.random((batch, num_classes)) < 0.5).astype(np.float32)
+    ours = reliable_cam_labels(
+        torch.zeros(batch, 3, 7, 9, dtype=torch.uint8),
+        torch.from_numpy(cams),
+        torch.from_numpy(image_labels),
+        background_threshold=0.2,
+        foreground_threshold=0.5,
+        crf_iterations=0,
+    )
+    expected = [plain_labels(cam, label, 0.5, 0.2, (7, 9)) for cam, label in zip(cams, image_labels, strict=True)]
+    np.testing.assert_array_equal(ours.numpy(), np.stack(expected))
+
+
+def test_mutual_promotion_ignores_what_no_map_is_sure_of():
+    cams = torch.tensor([[[[1.0, 0.5, 0.1]], [[9.0, 9.0, 9.0]]]])
+    background = torch.tensor([[[0.2, 0.3, 0.9]]])
+    labels = mutual_promotion_labels(background, cams, torch.tensor([[1.0, 0.0]]), sigma=0.75)
+    assert labels.tolist() == [[[1, 255, 0]]]
+
+
+def test_teacher_labels_are_the_renormalised_softmax_over_present_classes():
+    torch.manual_seed(0)
+    logits, image_labels = 3 * torch.randn(3, 5, 4, 6), torch.tensor([[1, 0, 0.4, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+    masked = logits.softmax(1) * (F.pad(image_labels, (1, 0), value=1) > 0)[:, :, None, None]
+    expected_confidence, expected_labels = (masked / masked.sum(1, keepdim=True)).max(1)
+    labels, confidence = teacher_labels(logits, image_labels)
+    assert torch.equal(labels, expected_labels)
+    torch.testing.assert_close(confidence, expected_confidence)
+    assert labels[1].eq(0).all() and confidence[1].eq(1).all()

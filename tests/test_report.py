@@ -1,0 +1,144 @@
+"""The stage table, summary.json and the picture sheet."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datasets import build_source
+from datasets.base import voc_palette
+from tools import report
+from tools.cam import save_cams
+from tools.errors import UserError
+from tools.files import save_json, save_mask
+
+CLASSES = ["background", "cat", "dog"]
+LABELS = {"a": "cat", "b": "cat", "c": "dog", "d": ""}
+SIZE = (12, 16)
+
+
+@pytest.fixture
+def data(tmp_path):
+    root = tmp_path / "data"
+    (root / "images").mkdir(parents=True)
+    (root / "splits").mkdir()
+    (root / "classes.txt").write_text("\n".join(CLASSES))
+    (root / "labels.csv").write_text("id,labels\n" + "".join(f"{i},{names}\n" for i, names in LABELS.items()))
+    (root / "splits" / "train.txt").write_text("a\nb\nc\n")
+    (root / "splits" / "test.txt").write_text("d\n")
+    for i in LABELS:
+        Image.fromarray(np.full((*SIZE, 3), 100, np.uint8)).save(root / "images" / f"{i}.png")
+    for i in "abc":
+        save_mask(root / "masks" / f"{i}.png", np.full(SIZE, 1 + (i == "c")), voc_palette())
+    return root
+
+
+def scores_file(path, **changes):
+    save_json(
+        path, {"miou": 61.238, "miou_foreground": 58.0, "threshold": 0.25, "domain": "train", "images": 3} | changes
+    )
+    return path
+
+
+def run(data, output, *flags):
+    arguments = ["--dataset", "folder", "--data_dir", str(data), "--output_dir", str(output), *map(str, flags)]
+    report.main(report.make_parser().parse_args(arguments))
+
+
+def test_summary_and_table(data, tmp_path, capsys):
+    prior = scores_file(tmp_path / "prior.json")
+    final = scores_file(tmp_path / "final.json", miou=70.0, threshold=None, domain="val")
+    run(data, tmp_path / "out", "--summary", f"prior_cam={prior}", f"segmentation_val={final}")
+    written = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert written == {"prior_cam": 61.24, "segmentation_val": 70.0}
+    lines = capsys.readouterr().out.splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert table[0] == ["stage", "split", "images", "mIoU", "foreground", "threshold"]
+    assert table[2] == ["prior_cam", "train", "3", "61.24", "58.00", "0.25"]
+    assert table[3] == ["segmentation_val", "val", "3", "70.00", "58.00", "-"]
+    assert len({len(line) for line in lines if line.startswith("|")}) == 1
+    assert not (tmp_path / "out" / "gallery.png").exists()
+
+
+def test_overlay_paints_classes_and_keeps_the_background_grey():
+    image = np.full((1, 3, 3), [200, 50, 10], np.uint8)
+    painted = report.overlay(image, np.array([[0, 1, 255]], np.uint8), voc_palette()).astype(int)
+    assert np.ptp(painted[0, 0]) <= 1  # grey
+    assert painted[0, 1, 0] > painted[0, 1, 1] + 50  # class 1 of the VOC palette is dark red
+    assert painted[0, 2].min() > 200  # ignored: nearly white
+
+
+def test_pick_images_shows_every_class_first(data):
+    source = build_source("folder", data)
+    assert report.pick_images(source, ["a", "b", "c"], 2) == ["a", "c"]
+    assert report.pick_images(source, ["d", "a", "b", "c"], 9) == ["a", "c", "b", "d"]
+
+
+def test_columns_read_masks_and_cams_from_several_folders(tmp_path):
+    save_mask(tmp_path / "train" / "a.png", np.ones(SIZE), voc_palette())
+    hr_cam = np.full((1, *SIZE), 0.5, np.float32)
+    save_cams(tmp_path / "cams" / "b.npz", np.array([0, 2]), hr_cam, hr_cam)
+    texts = [f"Mine={tmp_path / 'train'}", f"Mine={tmp_path / 'cams'}:0.45", f"Strict={tmp_path / 'cams'}:.6"]
+    mine, strict = report.parse_columns(texts)
+    assert mine.title == "Mine" and strict.title == "Strict"
+    assert np.all(mine.mask("a") == 1) and np.all(mine.mask("b") == 2) and mine.mask("c") is None
+    assert np.all(strict.mask("b") == 0)
+
+
+def test_gallery_has_a_row_per_image_and_grey_cells_where_nothing_is(data, tmp_path):
+    save_mask(tmp_path / "pred" / "a.png", np.full(SIZE, 2), voc_palette())
+    run(data, tmp_path, "--domain", "train", "test", "--num_images", 2, "--columns", f"A name={tmp_path / 'pred'}")
+    sheet = np.asarray(Image.open(tmp_path / "gallery.png").convert("RGB"))
+    row_height = report.CELL * SIZE[0] // SIZE[1]
+    assert sheet.shape[1] == 2 * report.MARGIN + 3 * (report.CELL + report.GAP) - report.GAP
+    assert sheet.shape[0] > 3 * row_height
+    left = report.MARGIN + 2 * (report.CELL + report.GAP) + report.CELL // 2
+    empty = (sheet[:, left] == report.EMPTY).all(axis=1).sum()
+    assert 2 * row_height <= empty <= 2 * row_height + 2  # images c and d have no prediction (plus the headings' rules)
+
+
+def test_gallery_of_a_one_pixel_image_without_columns(data):
+    Image.fromarray(np.zeros((1, 1, 3), np.uint8)).save(data / "images" / "a.png")
+    save_mask(data / "masks" / "a.png", np.array([[255]]), voc_palette())
+    assert report.gallery(build_source("folder", data), {"train": ["a"]}, []).mode == "RGB"
+
+
+def test_legend_wraps_and_lists_only_classes_that_occur(data):
+    names = ["background", *(f"a class with a long name {i}" for i in range(1, 60))]
+    (data / "classes.txt").write_text("\n".join(names))
+    heights = {}
+    for count in (2, 4, 40):
+        mask = np.arange(SIZE[0] * SIZE[1]).reshape(SIZE) % count
+        save_mask(data / "masks" / "a.png", mask, voc_palette())
+        heights[count] = report.gallery(build_source("folder", data), {"train": ["a"]}, []).height
+    assert heights[2] < heights[4] < heights[40]
+
+
+@pytest.mark.parametrize("mask", [np.zeros((3, 3)), np.full(SIZE, 7)])
+def test_gallery_names_masks_that_are_not_of_this_dataset(data, tmp_path, mask):
+    save_mask(tmp_path / "pred" / "a.png", mask, voc_palette())
+    with pytest.raises(UserError, match="column 'X', a: "):
+        run(data, tmp_path, "--columns", f"X={tmp_path / 'pred'}")
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"miou": 3}'])
+def test_files_that_are_not_scores(data, tmp_path, content):
+    (tmp_path / "bad.json").write_text(content)
+    with pytest.raises(UserError, match=r"bad\.json: not"):
+        run(data, tmp_path, "--summary", f"x={tmp_path / 'bad.json'}")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--summary", "x=nowhere.json"], "nowhere.json: no such file"),
+        (["--summary", "prior.json"], "not of the form NAME=PATH"),
+        (["--columns", "X=nowhere:0.3"], "nowhere: no such folder"),
+    ],
+)
+def test_mistakes_are_named(data, tmp_path, flags, message):
+    with pytest.raises(UserError, match=message):
+        run(data, tmp_path, *flags)

@@ -1,0 +1,1 @@
+"""The parts every stage shares, one idea per file; the entry scripts put them together."""

@@ -1,0 +1,136 @@
+"""Class activation maps: from logits to normalised maps, over scales and flips, and the files that hold them.
+
+    keys, cam, hr_cam = multi_scale_cams(cam_logits, image, label, scales=(0.5, 1, 1.5, 2), hflip=True)
+    save_cams("cams/2007_000032.npz", keys, cam, hr_cam)
+
+A CAM file holds `keys` int64 [n+1] = [0, 1 + class, ...] of the n classes the image is labelled with, `cam` float16
+[n, ceil(H/4), ceil(W/4)] and `hr_cam` float16 [n, H, W], both in [0, 1]; there is no background map. Peers' tools keep the
+same three in a pickled dict (`.npy`); that format is written, and unpickled, only on request.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from tools.errors import UserError
+from tools.files import atomic_write
+from tools.losses import resize_maps
+
+_DAMAGED = (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError)
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
+"""Maps a normalised image batch f32[B,3,h,w] to logit maps f32[B,C,h',w'] at any stride."""
+
+
+def stride4_size(height: int, width: int) -> tuple[int, int]:
+    """The size of a map at output stride 4 of an image of height x width."""
+    return (height + 3) // 4, (width + 3) // 4
+
+
+def scaled_views(image: torch.Tensor, scales: Sequence[float]) -> list[torch.Tensor]:
+    """The normalised image f32[1,3,H,W] at each scale; sides are rounded, at least 1 pixel."""
+    height, width = image.shape[-2:]
+    sizes = [(max(1, round(height * scale)), max(1, round(width * scale))) for scale in scales]
+    return [
+        image
+        if size == (height, width)
+        else F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
+        for size in sizes
+    ]
+
+
+def flipped_pair(forward: Forward, view: torch.Tensor, hflip: bool) -> list[torch.Tensor]:
+    """Logit maps of a view and, with `hflip`, of its mirror image (mirrored back)."""
+    if not hflip:
+        return [forward(view)]
+    maps = forward(torch.cat([view, view.flip(-1)]))
+    return [maps[:1], maps[1:].flip(-1)]
+
+
+def multi_scale_cams(
+    forward: Forward, image: torch.Tensor, label: torch.Tensor, *, scales: Sequence[float], hflip: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """CAMs of one image, summed over scales and flips (IRN, Ahn et al., CVPR 2019).
+
+    Args:
+        forward: gives CAM logits f32[B,K,h,w].
+        image: normalised, f32[1,3,H,W].
+        label: f32[K], 1 for the classes in the image.
+        scales: factors applied to the image.
+        hflip: also use the mirrored image.
+
+    Returns:
+        keys int64 [n+1], cam f32[n, ceil(H/4), ceil(W/4)] and hr_cam f32[n,H,W] (see the module docstring).
+    """
+    present = label.nonzero().flatten()
+    size = image.shape[-2:]
+    cam = hr_cam = 0
+    for view in scaled_views(image, scales):
+        pair = flipped_pair(forward, view, hflip)
+        activation = sum(F.relu(maps[:, present].float()) for maps in pair)
+        cam = cam + resize_maps(activation, stride4_size(*size))
+        hr_cam = hr_cam + resize_maps(activation, size)
+    keys = np.concatenate([[0], 1 + present.cpu().numpy()]).astype(np.int64)
+    return keys, _unit_maximum(cam[0]).cpu().numpy(), _unit_maximum(hr_cam[0]).cpu().numpy()
+
+
+def _unit_maximum(cams: torch.Tensor) -> torch.Tensor:
+    return cams / (cams.amax(dim=(-2, -1), keepdim=True) + 1e-5)
+
+
+def multi_scale_logits(forward: Forward, image: torch.Tensor, *, scales: Sequence[float], hflip: bool) -> torch.Tensor:
+    """Mean segmentation logits f32[1,C,H,W] of the normalised image f32[1,3,H,W] over scales and flips."""
+    size = image.shape[-2:]
+    maps = [resize_maps(m, size) for view in scaled_views(image, scales) for m in flipped_pair(forward, view, hflip)]
+    return torch.stack(maps).mean(dim=0)
+
+
+def save_cams(path: Path, keys: np.ndarray, cam: np.ndarray, hr_cam: np.ndarray) -> None:
+    """Write one CAM file; the suffix of `path` chooses `.npz` or the pickled `.npy` of peers' tools."""
+    arrays = {"keys": keys.astype(np.int64), "cam": cam.astype(np.float16), "hr_cam": hr_cam.astype(np.float16)}
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        if path.suffix == ".npy":
+            np.save(file, np.array(arrays, dtype=object), allow_pickle=True)
+        else:
+            np.savez(file, **arrays)
+
+
+def load_cams(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Read one CAM file: keys int64 [n+1], cam [n,h,w], hr_cam [n,H,W] (float16 or float32).
+
+    A `.npy` file is unpickled, which can run code: pass one only if you trust where it comes from.
+
+    Raises:
+        UserError: missing, truncated, or not a CAM file.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".npy":
+            content = np.load(path, allow_pickle=True).item()
+            return np.asarray(content["keys"]), np.asarray(content["cam"]), np.asarray(content["hr_cam"])
+        with np.load(path, allow_pickle=False) as content:
+            return content["keys"], content["cam"], content["hr_cam"]
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such CAM file. Run inference.py again: it adds what is missing.") from error
+    except (KeyError, ValueError, OSError, EOFError, AttributeError, *_DAMAGED) as error:
+        raise UserError(f"{path}: not a readable CAM file. Delete it and run inference.py again.") from error
+
+
+def cam_labels(hr_cam: np.ndarray, background: float | np.ndarray) -> np.ndarray:
+    """Index into `keys` of each pixel, int64 [H,W]: argmax of [background; hr_cam]; background wins ties.
+
+    Args:
+        hr_cam: maps [n,H,W].
+        background: a threshold in [0, 1], or the background's own map [H,W].
+    """
+    first = np.broadcast_to(np.asarray(background, dtype=np.float32), (1, *hr_cam.shape[1:]))
+    return np.concatenate([first, hr_cam.astype(np.float32)]).argmax(axis=0)

@@ -1,0 +1,88 @@
+"""Checkpoints: everything needed to use a model without knowing how it was trained, or to go on training it.
+
+    save_checkpoint("experiments/models/a.pth", model=student.state_dict(), config=student.config, classes=info.classes, ...)
+    model, checkpoint = load_model("experiments/models/a.pth", device)
+
+A checkpoint is a dict of plain containers and tensors, read with `weights_only=True`:
+
+    config      arguments of models.build_model          model      its weights (CSRM: the student's)
+    classes     class names, background first            teacher    CSRM: the teacher's weights
+    args        the command line, for the record         epoch      epochs finished; max_epoch: of how many
+    step        optimiser steps taken                    version    of the code
+    optimizer, scaler, memory_bank                       what only a resumed run needs
+
+Random states are not stored: every epoch seeds all generators from (seed, epoch), so a resumed run draws what an
+uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from models import build_model
+from tools.errors import UserError
+from tools.files import atomic_write
+
+VERSION = "1.0.0"
+"""Version of the code, kept in every checkpoint."""
+
+
+def save_checkpoint(path: Path, **content: Any) -> None:
+    """Write a checkpoint atomically. Equal content gives equal bytes."""
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        torch.save({"version": VERSION, **content}, file)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of ours onto the CPU.
+
+    Raises:
+        UserError: the file is missing, damaged, or not a checkpoint of this project.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such checkpoint. Train it first, or pass another with --weights.") from error
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path}: not a readable checkpoint. Train it again, or pass another.") from error
+    if not isinstance(content, dict) or "config" not in content:
+        raise UserError(
+            f"{path}: bare weights, not a checkpoint of this project. Use them with --restore when training."
+        )
+    return content
+
+
+def load_model(path: str | Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+    """Rebuild the model of a checkpoint, in eval mode on `device`; of CSRM, the teacher.
+
+    Returns:
+        The model and the whole checkpoint.
+
+    Raises:
+        UserError: see `load_checkpoint`; or the weights do not fit the recorded architecture.
+    """
+    checkpoint = load_checkpoint(path)
+    model = build_model(**{**checkpoint["config"], "weights": "none"})
+    try:
+        model.load_state_dict(checkpoint.get("teacher", checkpoint["model"]))
+    except RuntimeError as error:
+        raise UserError(
+            f"{path}: its weights do not fit its architecture. The file is damaged; train again."
+        ) from error
+    return model.to(device).eval(), checkpoint
+
+
+def check_classes(checkpoint: dict[str, Any], classes: tuple[str, ...], path: str | Path) -> None:
+    """Refuse a model trained on other classes than the dataset's.
+
+    Raises:
+        UserError: the class names differ.
+    """
+    if tuple(checkpoint["classes"]) != tuple(classes):
+        ours, theirs = ", ".join(classes[1:]), ", ".join(checkpoint["classes"][1:])
+        raise UserError(f"{path}: trained on the classes [{theirs}], but the dataset has [{ours}]. Check --dataset.")

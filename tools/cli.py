@@ -1,0 +1,282 @@
+"""Command lines of the entry scripts: shared flags, help that reads as a manual, mistakes answered in one line.
+
+    parser = cli.Parser(__doc__)
+    cli.add_common(parser)
+    cli.add_dataset(parser)
+    ...
+    if __name__ == "__main__":
+        cli.run(main, make_parser())
+
+Flags are declared `--like_this`; `--like-this` is accepted too. Switches take an optional value: `--hflip` is
+`--hflip true`, and `--hflip false` turns off what is on by default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from datasets import DATASETS
+from tools.errors import UserError
+from tools.optim import OPTIMIZERS
+
+EXPERIMENTS = Path("experiments")
+"""Everything runs produce lies below this folder, in the working directory."""
+
+
+class _ManualFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the layout of the module docstring and shows every default."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=116)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        hidden = action.default is None or action.default == ""
+        return action.help if hidden else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """`argparse` with both spellings of a flag, the docstring as the manual, and one-line errors (exit code 2)."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(description=description, formatter_class=_ManualFormatter, allow_abbrev=False)
+
+    def parse_known_args(self, args=None, namespace=None):
+        tokens = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_underscored(token) for token in tokens], namespace)
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _underscored(token: str) -> str:
+    if not token.startswith("--"):
+        return token
+    name, equals, value = token[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def run(main: Callable[[argparse.Namespace], None], parser: Parser) -> None:
+    """Parse the command line and call `main`; a `UserError` becomes one line on stderr and exit code 2."""
+    args = parser.parse_args()
+    try:
+        main(args)
+    except UserError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"\n{parser.prog}: interrupted. Run the same command again to continue.\n")
+
+
+def boolean(text: str) -> bool:
+    """The value of a switch: true/false, yes/no, on/off, 1/0."""
+    if text.lower() in ("true", "yes", "on", "1"):
+        return True
+    if text.lower() in ("false", "no", "off", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
+
+
+def add_switch(group: argparse._ActionsContainer, name: str, default: bool, text: str) -> None:
+    """A flag that reads `--name`, `--name true` or `--name false`."""
+    group.add_argument(name, type=boolean, nargs="?", const=True, default=default, metavar="BOOL", help=text)
+
+
+def numbers(text: str) -> list[float]:
+    """A comma-separated list of positive numbers, such as `0.5,1,1.5,2`."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of numbers such as 0.5,1,2") from error
+    if min(values) <= 0:
+        raise argparse.ArgumentTypeError(f"'{text}': every number must be positive")
+    return values
+
+
+def positive_int(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return int(text)
+
+
+def count(text: str) -> int:
+    """A whole number of at least 0."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 0")
+    return int(text)
+
+
+def fraction(text: str) -> float:
+    """A number in [0, 1]."""
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number") from error
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is not between 0 and 1")
+    return value
+
+
+def add_common(parser: Parser) -> None:
+    """--tag --seed --device --num_workers."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--tag", required=True, help="name of this run; its files are called after it")
+    group.add_argument("--seed", type=count, default=0, help="seed of all random numbers")
+    group.add_argument("--device", default="auto", help="auto (the GPU if there is one), cpu, cuda or cuda:N")
+    add_workers(group)
+
+
+def add_workers(group: argparse._ActionsContainer) -> None:
+    """--num_workers."""
+    default = min(8, os.cpu_count() or 1)
+    group.add_argument("--num_workers", type=count, default=default, help="helper processes; 0: none")
+
+
+def add_dataset(parser: Parser, **domains: tuple[str, str]) -> argparse._ArgumentGroup:
+    """--dataset --data_dir and one flag per entry of `domains` (flag name -> default, help); returns the group."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", default="voc12", choices=DATASETS, help="kind of dataset")
+    group.add_argument("--data_dir", type=Path, help="its folder (default: data/DATASET)")
+    for name, (default, text) in domains.items():
+        group.add_argument(f"--{name}", default=default, help=text)
+    return group
+
+
+def add_images(parser: Parser, *, size: int = 512, low: int = 320, high: int = 640) -> None:
+    """--image_size --min_image_size --max_image_size."""
+    group = parser.add_argument_group("training images (pixels)")
+    group.add_argument("--image_size", type=positive_int, default=size, help="side of the training crop")
+    group.add_argument("--min_image_size", type=positive_int, default=low, help="smallest size of the random scaling")
+    group.add_argument("--max_image_size", type=positive_int, default=high, help="largest size of the random scaling")
+
+
+def add_network(parser: Parser, *, architecture: str, mode: str) -> argparse._ArgumentGroup:
+    """The backbone's flags; returns the group, for the script's own additions."""
+    group = parser.add_argument_group("network")
+    group.add_argument("--architecture", default=architecture, help="any timm backbone with feature maps, by name")
+    group.add_argument("--backbone_weights", default="imagenet", help="imagenet (timm's own), none, or a file")
+    group.add_argument("--mode", choices=["fix", "normal"], default=mode, help="backbone batch norm: frozen or trained")
+    add_switch(group, "--dilated", False, "output stride 8 instead of 16")
+    add_switch(group, "--trainable_stem", mode == "normal", "train the first convolutions too")
+    add_switch(group, "--trainable_stage4", True, "train the last stage of the backbone")
+    add_switch(group, "--trainable_backbone", True, "train the backbone at all")
+    return group
+
+
+def add_decoder(group: argparse._ArgumentGroup) -> None:
+    """Flags of the ASPP and decoder shared by CSRM and DeepLabV3+."""
+    add_switch(group, "--use_gn", True, "GroupNorm (4 groups) in new layers; false: batch norm")
+    group.add_argument("--dropout", type=fraction, default=0.5, help="dropout after the ASPP")
+    group.add_argument("--decoder_channels", type=positive_int, default=256, help="width of the ASPP and the branches")
+
+
+def add_optimization(
+    parser: Parser, *, lr: float, wd: float, batch_size: int, max_epoch: int, alpha_bias: float
+) -> None:
+    """Optimiser, schedule and precision."""
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--batch_size", type=positive_int, default=batch_size, help="images per loader and step")
+    group.add_argument("--max_epoch", type=positive_int, default=max_epoch, help="epochs")
+    group.add_argument("--max_steps", type=positive_int, help="steps per epoch (default: one pass over the images)")
+    group.add_argument("--accumulate_steps", type=positive_int, default=1, help="steps per optimiser update")
+    group.add_argument(
+        "--mixed_precision",
+        choices=["auto", "bf16", "fp16", "off"],
+        default="auto",
+        help="auto: bf16 on GPUs, off on CPUs",
+    )
+    group.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="momentum: without Nesterov")
+    group.add_argument("--lr", type=float, default=lr, help="learning rate of pretrained weights")
+    group.add_argument("--wd", type=float, default=wd, help="weight decay (never on biases)")
+    group.add_argument("--momentum", type=float, default=0.9, help="momentum of sgd and momentum")
+    add_switch(group, "--nesterov", True, "Nesterov momentum in sgd")
+    group.add_argument("--lr_poly_power", type=float, default=0.9, help="power of the polynomial decay to zero")
+    group.add_argument("--lr_alpha_scratch", type=float, default=10.0, help="learning rate multiplier of new layers")
+    group.add_argument("--lr_alpha_bias", type=float, default=alpha_bias, help="learning rate multiplier of biases")
+    group.add_argument("--grad_max_norm", type=float, default=1.0, help="gradient norm is clipped at this; 0: never")
+    group.add_argument("--label_smoothing", type=fraction, default=0.1, help="label smoothing of every loss")
+
+
+def add_views(group: argparse._ActionsContainer) -> None:
+    """--scales --hflip: the views of an image that are averaged at test time."""
+    group.add_argument("--scales", type=numbers, default=[0.5, 1.0, 1.5, 2.0], help="image scales, comma-separated")
+    add_switch(group, "--hflip", True, "also use mirrored images")
+
+
+def add_crf(group: argparse._ActionsContainer) -> None:
+    """Dense CRF flags of pseudo labels and pseudo masks."""
+    group.add_argument("--crf_t", type=count, default=10, help="mean-field iterations of the dense CRF; 0: no CRF")
+    group.add_argument("--crf_gt_prob", type=fraction, default=0.7, help="confidence of the hard-label unary")
+
+
+def progress(items: Iterable, *, desc: str, unit: str, total: int | None = None) -> tqdm:
+    """A progress bar with rate and ETA; into a log file it writes a line a minute instead of redrawing."""
+    interval = 0.5 if sys.stderr.isatty() else 60
+    return tqdm(items, desc=desc, unit=unit, total=total, mininterval=interval, maxinterval=interval, smoothing=0.1)
+
+
+def network_arguments(args: argparse.Namespace) -> dict[str, object]:
+    """The flags of `add_network` and `add_decoder` (those the script has) as arguments of `models.build_model`."""
+    renamed = {"architecture": "architecture", "backbone_weights": "weights", "mode": "batch_norm"}
+    kept = ("trainable_stem", "trainable_stage4", "trainable_backbone", "use_gn", "dropout", "decoder_channels")
+    arguments = {**renamed, **{name: name for name in kept}}
+    given = {argument: getattr(args, flag) for flag, argument in arguments.items() if hasattr(args, flag)}
+    return {**given, "output_stride": 8 if args.dilated else 16}
+
+
+def loader_arguments(args: argparse.Namespace) -> dict[str, object]:
+    """The training loaders' flags as arguments of `datasets.build_loader`."""
+    return {
+        "shuffle": True,
+        "drop_last": True,
+        "num_workers": args.num_workers,
+        "seed": args.seed,
+        "steps_per_epoch": args.max_steps,
+    }
+
+
+def data_dir(args: argparse.Namespace) -> Path:
+    """The dataset's folder: --data_dir, or data/DATASET."""
+    return args.data_dir or Path("data") / args.dataset
+
+
+def select_device(name: str) -> torch.device:
+    """Resolve --device.
+
+    Raises:
+        UserError: a GPU is asked for and none can be used.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: not a device. Use auto, cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {name}: PyTorch sees {torch.cuda.device_count()} GPUs. Use --device cpu or another index."
+        )
+    return device
+
+
+def autocast_dtype(mixed_precision: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of automatic mixed precision, None for full precision."""
+    if mixed_precision == "auto":
+        mixed_precision = "bf16" if device.type == "cuda" else "off"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[mixed_precision]
+
+
+def model_path(tag: str) -> Path:
+    """Where the checkpoint of run `tag` lies."""
+    return EXPERIMENTS / "models" / f"{tag}.pth"
+
+
+def predictions_dir(tag: str, domain: str) -> Path:
+    """Where predictions of run `tag` on `domain` lie."""
+    return EXPERIMENTS / "predictions" / f"{tag}@{domain}"

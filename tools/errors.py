@@ -1,0 +1,10 @@
+"""The one exception that means "the user can mend this": one clear line, exit code 2, no traceback.
+
+    raise UserError(f"{path}: no such folder. Pass the folder that holds 'images/' with --data_dir.")
+
+`tools.cli.run` turns it into that line. Anything else that escapes a script is our fault and keeps its traceback.
+"""
+
+
+class UserError(Exception):
+    """A mistake of the user's. The message names the file or flag, and the remedy."""

@@ -1,0 +1,129 @@
+"""Reading and writing the files the stages hand to each other.
+
+Every writer goes through `atomic_write`, so a killed run leaves either the old file, the new file or nothing:
+that is what lets each stage trust whatever it finds and continue where it stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from tools.errors import UserError
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it to `path` if the block succeeds, delete it if not.
+
+    Raises:
+        UserError: the folder cannot be created or written to.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+        os.close(handle)
+    except OSError as error:
+        raise UserError(f"{path.parent}: cannot write there ({error.strerror}). Choose a writable folder.") from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(
+            f"{path}: could not be written ({error.strerror}). Check free space and permissions."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder: str | os.PathLike) -> Path:
+    """Create `folder` and prove that a file can be written in it, before hours of work depend on that.
+
+    Raises:
+        UserError: it cannot.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write there ({error.strerror}). Choose a writable folder.") from error
+    return folder
+
+
+def read_lines(path: str | os.PathLike) -> list[str]:
+    """The non-empty lines of a text file, stripped.
+
+    Raises:
+        UserError: the file is missing or is not UTF-8 text.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text. Save it as UTF-8.") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def load_image(path: str | os.PathLike) -> np.ndarray:
+    """Read a photograph, upright (EXIF orientation applied).
+
+    Returns:
+        uint8 RGB, HxWx3, in [0, 255]. Grey images are repeated over the channels; transparency is dropped.
+
+    Raises:
+        UserError: the file is missing or is not an image that can be decoded to its end.
+    """
+    try:
+        with Image.open(path) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such image.") from error
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise UserError(f"{path}: not a readable image ({error}). Replace or remove it.") from error
+
+
+def load_mask(path: str | os.PathLike) -> np.ndarray:
+    """Read a segmentation mask stored as a palette or grey PNG.
+
+    Returns:
+        uint8 HxW of class indices: 0 background, 255 ignore.
+
+    Raises:
+        UserError: the file is missing, unreadable, or holds colours instead of indices.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("P", "L", "1"):
+                raise UserError(f"{path}: a {image.mode} picture, but masks hold class indices (palette or grey PNG).")
+            return np.asarray(image, dtype=np.uint8)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such mask.") from error
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise UserError(f"{path}: not a readable mask ({error}). Replace or remove it.") from error
+
+
+def save_mask(path: str | os.PathLike, mask: np.ndarray, palette: np.ndarray) -> None:
+    """Write class indices (uint8 HxW) as a PNG with `palette` (uint8 256x3), so that any viewer shows the classes."""
+    image = Image.fromarray(mask.astype(np.uint8), mode="P")
+    image.putpalette(palette.astype(np.uint8).tobytes())
+    with atomic_write(path) as temporary:
+        image.save(temporary, format="PNG", optimize=False)
+
+
+def save_json(path: str | os.PathLike, content: object) -> None:
+    """Write `content` as indented JSON."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,138 @@
+"""The losses of CSRM on logits, and the schedules that go with them.
+
+Every function returns a float32 scalar with its graph intact, also when no pixel counts (then 0, never NaN), and reads
+nothing back to the host. Segmentation maps may be smaller than the labels: they are upsampled here.
+
+    loss_c = multilabel_loss(student["class_logits"], image_labels, label_smoothing=0.1)
+    loss_c2s = c2s_loss(student["seg_logits"], cam_labels, label_smoothing=0.1)
+
+The contrastive loss lives in `tools.memory_bank`, beside the memory it draws from.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE_INDEX = 255
+
+
+def multilabel_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Multi-label soft margin loss, L_c, with binary label smoothing: y <- (1 - e) y + e / 2.
+
+    Args:
+        logits: float [B, K], one per foreground class.
+        labels: float [B, K] in [0, 1]; mixed images may have fractions.
+        label_smoothing: e in [0, 1].
+    """
+    targets = (1 - label_smoothing) * labels + label_smoothing / 2
+    return F.multilabel_soft_margin_loss(logits.float(), targets)
+
+
+def c2s_loss(seg_logits: Tensor, cam_labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """L_c2s, class activation maps teach the segmentation branch: cross entropy over the images that show a class.
+
+    An image whose reliable labels are all background or ignored most likely has CAMs that found nothing; training on
+    it would teach that its objects are background.
+
+    Args:
+        seg_logits: float [B, C, h, w].
+        cam_labels: int64 [B, H, W], 0 background, 255 ignore (`tools.pseudo_labels.reliable_cam_labels`).
+    """
+    foreground = (cam_labels != 0) & (cam_labels != IGNORE_INDEX)
+    has_foreground = foreground.flatten(1).any(dim=1)[:, None, None]
+    return cross_entropy(seg_logits, cam_labels.where(has_foreground, IGNORE_INDEX), label_smoothing)
+
+
+def s2c_loss(
+    cams: Tensor, seg_logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, saliency: Tensor | None = None
+) -> Tensor:
+    """L_s2c, the segmentation branch teaches the CAMs: cross entropy of [background; CAM logits] with teacher labels.
+
+    CAMs have no background channel, so the student's own background logit stands in, without gradient: only the CAMs
+    learn here. A saliency head, if there is one, takes its place and does learn, as this is its only supervision.
+
+    Args:
+        cams: float [B, K, h', w'] raw CAM logits.
+        seg_logits: float [B, K+1, h, w].
+        labels: int64 [B, H, W], the teacher's labels where it is confident, else 255.
+        saliency: float [B, 1, h, w] logits, or None.
+    """
+    size = labels.shape[-2:]
+    background = seg_logits[:, :1].detach() if saliency is None else saliency
+    logits = torch.cat([resize_maps(background, size), resize_maps(cams, size)], dim=1)
+    return cross_entropy(logits, labels, label_smoothing)
+
+
+def unsupervised_loss(logits: Tensor, labels: Tensor, teacher_entropy: Tensor, percentile: float) -> Tensor:
+    """L_u (U2PL, CVPR 2022): cross entropy with the teacher's labels on the pixels it is least uncertain about.
+
+    Pixels whose entropy is at or above the percentile (over the labelled pixels) are dropped; the mean over those kept
+    is multiplied by (all pixels, the ignored included) / (kept pixels).
+
+    Args:
+        logits: float [B, C, h, w], of the student.
+        labels: int64 [B, H, W], 255 ignore.
+        teacher_entropy: float [B, H, W] (`entropy`).
+        percentile: in [0, 100]; 100 - alpha(e) (`unreliable_percent`).
+    """
+    labelled = labels != IGNORE_INDEX
+    kept = labelled & (teacher_entropy < masked_percentile(teacher_entropy, labelled, percentile))
+    weight = labels.numel() / kept.sum().clamp(min=1)
+    return weight * cross_entropy(logits, labels.where(kept, IGNORE_INDEX))
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Mean cross entropy over the pixels that are not 255; 0, where torch's own mean is NaN, if there is none.
+
+    Args:
+        logits: float [B, C, h, w], upsampled to the size of the labels.
+        labels: int64 [B, H, W].
+    """
+    per_pixel = F.cross_entropy(
+        resize_maps(logits, labels.shape[-2:]),
+        labels,
+        ignore_index=IGNORE_INDEX,
+        label_smoothing=label_smoothing,
+        reduction="none",
+    )
+    return per_pixel.sum() / (labels != IGNORE_INDEX).sum().clamp(min=1)
+
+
+def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize float maps [B, C, h, w] to (H, W), in float32: bilinear, corners aligned, as everywhere in this method."""
+    maps = maps.float()
+    if maps.shape[-2:] == tuple(size):
+        return maps
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=True)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy in nats of the softmax over classes: float [B, C, H, W] -> float32 [B, H, W] in [0, log C]."""
+    log_probs = logits.float().log_softmax(dim=1)
+    return -(log_probs.exp() * log_probs).sum(dim=1)
+
+
+def masked_percentile(values: Tensor, mask: Tensor, percentile: float) -> Tensor:
+    """The percentile (linear interpolation) of the float `values` where the boolean `mask` holds; NaN if nowhere.
+
+    `torch.quantile` refuses more than 16 million values, which a batch of full-size maps can exceed, and choosing
+    the values with a boolean index would wait for the device.
+    """
+    ordered = values.masked_fill(~mask, torch.inf).flatten().sort().values
+    position = percentile / 100 * (mask.sum() - 1).clamp(min=0).double()
+    below, above = ordered[torch.stack([position.floor(), position.ceil()]).long()]
+    return below.lerp(above, position.frac().to(values.dtype))
+
+
+def s2c_weight(epoch: int, max_epoch: int, warmup_epochs: int = 1) -> float:
+    """w(e), the weight of L_s2c: 0 during warm-up, then linear from .1 towards 1 (`epoch` counts from 0)."""
+    if epoch < warmup_epochs:
+        return 0.0
+    return min(0.1 + 0.9 * (epoch - warmup_epochs) / (max_epoch - warmup_epochs), 1.0)
+
+
+def unreliable_percent(epoch: int, max_epoch: int) -> float:
+    """alpha(e), per cent of the pixels at either end of the entropy that count as (un)certain: 20 falling to 0."""
+    return 20.0 * (1 - epoch / max_epoch)

@@ -1,0 +1,254 @@
+"""The contrastive loss L_contra and its class-wise memory bank (ReCo, ICLR 2022; U2PL, CVPR 2022).
+
+Every class keeps a queue of representations of pixels that are confusable with it but are not it. Pixels of a class in
+the student are pulled to the class's mean in the teacher and pushed from keys of that queue.
+
+    bank = MemoryBank(num_classes=21, dim=256).to(device)
+    low, high = entropy_masks(teacher_entropy, unlabeled_labels, alpha=20)
+    loss = contrastive_loss(bank, student_reps, teacher_reps, labels, probs, image_labels, low, high)
+
+Batches are two halves: "labeled" images (labels from CAMs) first, then "unlabeled" ones (labels from the teacher).
+Pixels are only ever chosen through indices of fixed length, so that nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tools.losses import IGNORE_INDEX, masked_percentile
+
+
+class MemoryBank(nn.Module):
+    """First-in, first-out queues of negative keys, one per class, in buffers: checkpoints carry them.
+
+    Under distributed training every process keeps a bank of its own, fed with its own images.
+
+    Args:
+        num_classes: C, with the background as class 0.
+        dim: D, the length of a representation.
+        queue_size: keys kept per foreground class.
+        background_queue_size: keys kept for the background, which borders on every class.
+    """
+
+    def __init__(
+        self, *, num_classes: int, dim: int, queue_size: int = 30_000, background_queue_size: int = 50_000
+    ) -> None:
+        super().__init__()
+        self.capacities = [background_queue_size] + [queue_size] * (num_classes - 1)
+        # All queues lie in one buffer, one after the other, so that a single gather samples from all of them.
+        # The row after the last queue is never read: `push` writes there what it has no key for.
+        self.register_buffer("storage", torch.zeros(sum(self.capacities) + 1, dim))
+        self.register_buffer("starts", torch.tensor([0] + self.capacities[:-1]).cumsum(0), persistent=False)
+        self.register_buffer("sizes", torch.zeros(num_classes, dtype=torch.long))
+        self.register_buffer("heads", torch.zeros(num_classes, dtype=torch.long))
+
+    def keys(self, class_index: int) -> Tensor:
+        """All keys of a class, float32 [n, D], in no particular order. Reads n back: not for training steps."""
+        start = self.starts[class_index]
+        return self.storage[start : start + self.sizes[class_index]]
+
+    @torch.no_grad()
+    def push(self, class_index: int, vectors: Tensor, mask: Tensor) -> Tensor:
+        """Append the vectors in `mask`, in order, over the oldest keys of a class.
+
+        Args:
+            vectors: float [P, D].
+            mask: bool [P].
+
+        Returns:
+            int64 scalar, the number of vectors in the mask (which may be more than the queue keeps).
+        """
+        capacity = self.capacities[class_index]
+        running = mask.cumsum(0)
+        count = running[-1]
+        kept = count.clamp(max=capacity)
+        # Only the last `capacity` keys survive, so no more are looked up; slots from `kept` on have no key.
+        slot = torch.arange(min(capacity, len(mask)), device=mask.device)
+        position = _position_of_rank(running, count - kept + slot)
+        row = self.starts[class_index] + (self.heads[class_index] + slot) % capacity
+        row = row.where(slot < kept, len(self.storage) - 1)
+        self.storage.index_copy_(0, row, vectors.index_select(0, position).to(self.storage.dtype))
+        self.heads[class_index] = (self.heads[class_index] + kept) % capacity
+        self.sizes[class_index] = (self.sizes[class_index] + kept).clamp(max=capacity)
+        return count
+
+    def sample(self, count: int) -> Tensor:
+        """Draw `count` keys of every class with replacement, float32 [C, count, D]; of an empty queue, zeros."""
+        ranks = torch.rand(len(self.capacities), count, device=self.storage.device) * self.sizes[:, None]
+        rows = self.starts[:, None] + ranks.long()
+        return self.storage.index_select(0, rows.flatten()).view(*rows.shape, -1)
+
+
+def contrastive_loss(
+    bank: MemoryBank,
+    student_reps: Tensor,
+    teacher_reps: Tensor,
+    labels: Tensor,
+    teacher_probs: Tensor,
+    image_labels: Tensor,
+    low_entropy: Tensor,
+    high_entropy: Tensor,
+    *,
+    low_rank: int = 3,
+    high_rank: int = 6,
+    num_anchors: int = 256,
+    num_negatives: int = 50,
+    temperature: float = 0.5,
+    positive_threshold: float = 0.3,
+) -> Tensor:
+    """L_contra: feed the bank with this step's keys, then contrast anchors with the class means and with the bank.
+
+    Args:
+        student_reps: float [2B, D, h, w], with gradient.
+        teacher_reps: float [2B, D, h, w].
+        labels: int64 [2B, h, w], 255 ignore: CAM labels of the labeled half, then teacher labels.
+        teacher_probs: float [2B, C, h, w], softmax of the teacher's segmentation logits.
+        image_labels: float [2B, K], after mixing: a class is in the image where it is above 0.
+        low_entropy, high_entropy: bool [B, h, w] over the unlabeled half (`entropy_masks`).
+        low_rank, high_rank: a pixel is confusable with its teacher's `low_rank` most probable classes, and an uncertain
+            pixel also with those ranked in [low_rank, high_rank).
+        positive_threshold: teacher probability of its label above which a pixel can be an anchor.
+
+    Returns:
+        float32 scalar: the sum over the classes that have anchors and keys, divided by the number of classes that have
+        reliable pixels; 0 if at most one class has any.
+    """
+    feed_bank(bank, teacher_reps, labels, teacher_probs, image_labels, high_entropy, low_rank, high_rank)
+    # Pixels that are not reliable become 255, so that "reliable and labelled c" is one comparison from here on.
+    reliable = labels.where(torch.cat([torch.ones_like(low_entropy), low_entropy]), IGNORE_INDEX)
+    pixels, has_anchors = sample_anchors(reliable, teacher_probs, num_anchors, positive_threshold)
+    anchors = gather_pixels(student_reps, pixels)
+    # Mixed precision would turn the products below into half precision, whose sums over a batch can overflow.
+    with torch.autocast(student_reps.device.type, enabled=False):
+        positives, has_reliable = class_means(teacher_reps, reliable, teacher_probs.shape[1])
+        per_class = info_nce(anchors.float(), positives, bank.sample(num_anchors * num_negatives), temperature)
+
+    num_reliable = has_reliable.sum()
+    contributes = has_anchors & (bank.sizes > 0) & (num_reliable > 1)
+    return per_class.where(contributes, 0).sum() / num_reliable.clamp(min=1)
+
+
+def info_nce(anchors: Tensor, positives: Tensor, negatives: Tensor, temperature: float) -> Tensor:
+    """Mean cross entropy per class of finding the positive among the negatives by cosine similarity.
+
+    Args:
+        anchors: float [C, A, D].
+        positives: float [C, D], one per class.
+        negatives: float [C, A * N, D], N for each anchor.
+
+    Returns:
+        float [C].
+    """
+    anchors = F.normalize(anchors, dim=-1)
+    to_positive = torch.einsum("cad,cd->ca", anchors, F.normalize(positives, dim=-1))
+    # The negatives are by far the largest tensor: their products are divided by their norms, not they themselves.
+    negatives = negatives.unflatten(1, (anchors.shape[1], -1))
+    norms = torch.linalg.vector_norm(negatives, dim=-1).clamp(min=1e-12)
+    to_negatives = torch.einsum("cad,cand->can", anchors, negatives) / norms
+    logits = torch.cat([to_positive[..., None], to_negatives], dim=-1) / temperature
+    return -logits.log_softmax(dim=-1)[..., 0].mean(dim=1)
+
+
+def feed_bank(
+    bank: MemoryBank,
+    teacher_reps: Tensor,
+    labels: Tensor,
+    teacher_probs: Tensor,
+    image_labels: Tensor,
+    high_entropy: Tensor,
+    low_rank: int,
+    high_rank: int,
+) -> Tensor:
+    """Push the teacher's representations of the pixels that are confusable with c but not c, for every class c.
+
+    Those are labeled pixels (not 255) with another label and c among their `low_rank` most probable classes, and
+    uncertain unlabeled pixels where c is as probable but not in the image, or is ranked in [low_rank, high_rank).
+    Arguments as of `contrastive_loss`.
+
+    Returns:
+        int64 [C], the number of new keys per class.
+    """
+    half = len(labels) // 2
+    num_classes = teacher_probs.shape[1]
+    ranked = teacher_probs.topk(min(high_rank, num_classes), dim=1).indices
+    in_image = F.pad(image_labels, (1, 0), value=1.0) > 0  # the background is in every image
+    vectors = teacher_reps.permute(0, 2, 3, 1).flatten(0, 2)  # one copy per step; none if already channels last
+    new_keys = []
+    for c in range(num_classes):
+        confusable = (ranked[:, :low_rank] == c).any(dim=1)
+        unlikely = (ranked[half:, low_rank:] == c).any(dim=1)
+        labeled = confusable[:half] & (labels[:half] != c) & (labels[:half] != IGNORE_INDEX)
+        absent = ~in_image[half:, c, None, None]
+        unlabeled = high_entropy & ((confusable[half:] & absent) | unlikely)
+        new_keys.append(bank.push(c, vectors, torch.cat([labeled, unlabeled]).flatten()))
+    return torch.stack(new_keys)
+
+
+def entropy_masks(teacher_entropy: Tensor, labels: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """The most and the least certain alpha per cent of the pixels that are not 255.
+
+    Args:
+        teacher_entropy: float [B, h, w] of the unlabeled half.
+        labels: int64 [B, h, w].
+        alpha: in [0, 50] (`tools.losses.unreliable_percent`).
+
+    Returns:
+        Two bool [B, h, w]: below the alpha-th percentile; at or above the (100 - alpha)-th.
+    """
+    labelled = labels != IGNORE_INDEX
+    low = labelled & (teacher_entropy < masked_percentile(teacher_entropy, labelled, alpha))
+    high = labelled & (teacher_entropy >= masked_percentile(teacher_entropy, labelled, 100 - alpha))
+    return low, high
+
+
+@torch.no_grad()
+def class_means(representations: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Mean representation per label: float [N, D, h, w] and int64 [N, h, w] -> float32 [C, D], bool [C] (any pixel)."""
+    sums = representations.new_zeros(num_classes, representations.shape[1], dtype=torch.float32)
+    counts = sums.new_zeros(num_classes)
+    # One image at a time: a membership matrix of a whole COCO batch is half a gigabyte.
+    for rep, label in zip(representations.flatten(2), labels.flatten(1), strict=True):
+        member = (label == torch.arange(num_classes, device=label.device)[:, None]).float()
+        sums += member @ rep.float().T
+        counts += member.sum(dim=1)
+    return sums / counts.clamp(min=1)[:, None], counts > 0
+
+
+@torch.no_grad()
+def sample_anchors(labels: Tensor, teacher_probs: Tensor, count: int, threshold: float) -> tuple[Tensor, Tensor]:
+    """Draw pixels of every class, with replacement, among those the teacher gives their label more than `threshold`.
+
+    Args:
+        labels: int64 [N, h, w], 255 where a pixel cannot be an anchor.
+        teacher_probs: float [N, C, h, w].
+
+    Returns:
+        int64 [C, count], positions in the flattened [N, h, w], and bool [C], false where there was no pixel to draw
+        (the positions of such a class are valid but mean nothing).
+    """
+    num_classes = teacher_probs.shape[1]
+    own = teacher_probs.gather(1, labels.clamp(max=num_classes - 1)[:, None])[:, 0]
+    labels = labels.where(own > threshold, IGNORE_INDEX).flatten()
+    pixels, available = [], []
+    for c in range(num_classes):
+        running = (labels == c).cumsum(0)
+        ranks = torch.rand(count, device=labels.device) * running[-1]
+        pixels.append(_position_of_rank(running, ranks.long()))
+        available.append(running[-1] > 0)
+    return torch.stack(pixels), torch.stack(available)
+
+
+def gather_pixels(maps: Tensor, pixels: Tensor) -> Tensor:
+    """The vectors of `maps`, [N, D, h, w], at int64 positions [...] in the flattened [N, h, w]: [..., D]."""
+    area = maps.shape[-2] * maps.shape[-1]
+    return maps.flatten(2)[pixels // area, :, pixels % area]
+
+
+def _position_of_rank(running: Tensor, ranks: Tensor) -> Tensor:
+    """Position of the (rank+1)-th true entry of a mask, from the mask's running sum; the last position if too few.
+
+    It chooses entries of a mask like a boolean index, but with a length known beforehand.
+    """
+    return torch.searchsorted(running, ranks + 1).clamp(max=len(running) - 1)

@@ -1,0 +1,156 @@
+"""How good a segmentation is: confusion matrix, IoU, error rates, and the sweep over background thresholds of CAMs.
+
+    matrix = ConfusionMatrix(num_classes=21, device=device)
+    for batch in loader:
+        matrix.update(batch["mask"], logits.argmax(1))     # stays on the device, nothing waits
+    print(scores(matrix.counts).miou)                      # the one moment the host asks for the numbers
+
+    sweep = ThresholdSweep(num_classes=21, thresholds=threshold_range(0.05, 0.80, 0.05))
+    for mask, keys, cams in files:
+        sweep.update(mask, keys, cams)                     # one pass, all thresholds
+    best = max((scores(counts) for counts in sweep.counts), key=lambda s: s.miou)
+
+Counts have one row per ground-truth class and one column per predicted class, plus a last column for pixels predicted
+as `IGNORE_INDEX`: pseudo masks may leave pixels undecided. Such a pixel is a miss of its ground-truth class and a false
+positive of none. Pixels whose ground truth is `IGNORE_INDEX` are not counted at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+
+IGNORE_INDEX = 255
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """The figures of one confusion matrix, in per cent; arrays are float64 [C], background first.
+
+    For class i with TP = true positives, T = its ground-truth pixels, P = pixels predicted as i, U = T + P - TP:
+
+        iou[i] = TP / U     false_positive[i] = (P - TP) / U     false_negative[i] = (T - TP) / U
+
+    The error rates are over the union, as in SEAM, IRN (CVPR 2019) and Puzzle-CAM, so the three add up to 100: a class
+    with many false positives is over-segmented, one with many false negatives under-segmented. A class with U = 0
+    (`absent`) gets 0 in all three and stays in the means, as in the public tables.
+    """
+
+    iou: np.ndarray
+    false_positive: np.ndarray
+    false_negative: np.ndarray
+    absent: tuple[int, ...]
+
+    @property
+    def miou(self) -> float:
+        """Mean IoU over all classes, background included."""
+        return float(self.iou.mean())
+
+    @property
+    def miou_foreground(self) -> float:
+        """Mean IoU over the foreground classes; 0 if there are none."""
+        return float(self.iou[1:].mean()) if len(self.iou) > 1 else 0.0
+
+
+def scores(counts: np.ndarray | torch.Tensor) -> Scores:
+    """Turn counts (int [C, C+1], see the module's docstring) into `Scores`. Moves a tensor to the host."""
+    counts = np.asarray(counts.cpu() if isinstance(counts, torch.Tensor) else counts)
+    hits = np.diagonal(counts).astype(np.float64)
+    truth = counts.sum(axis=1)
+    predicted = counts[:, :-1].sum(axis=0)
+    union = truth + predicted - hits
+    divisor = np.maximum(union, 1)
+    return Scores(
+        iou=100 * hits / divisor,
+        false_positive=100 * (predicted - hits) / divisor,
+        false_negative=100 * (truth - hits) / divisor,
+        absent=tuple(np.flatnonzero(union == 0).tolist()),
+    )
+
+
+class ConfusionMatrix:
+    """Counts of (ground truth, prediction) pairs, accumulated on the device the masks are on.
+
+    `counts` is int64 [C, C+1]. Several processes add theirs with `torch.distributed.all_reduce(matrix.counts)`.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device | str = "cpu"):
+        # One slot more than the matrix has: ignored pixels are counted there. Dropping them with a boolean mask instead
+        # would make the host wait for the number of pixels left.
+        self._slots = torch.zeros(num_classes * (num_classes + 1) + 1, dtype=torch.int64, device=device)
+        self.num_classes = num_classes
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """A view, int64 [C, C+1]."""
+        return self._slots[:-1].view(self.num_classes, self.num_classes + 1)
+
+    @torch.no_grad()
+    def update(self, masks: torch.Tensor, predictions: torch.Tensor) -> None:
+        """Add the pixels of one or more images.
+
+        Args:
+            masks: ground truth, any integer type and shape; 0..C-1 or 255, on this matrix's device.
+            predictions: same shape and device; 0..C-1 or 255.
+        """
+        assert masks.shape == predictions.shape, f"masks {tuple(masks.shape)}, predictions {tuple(predictions.shape)}"
+        columns = self.num_classes + 1
+        predictions = predictions.long()
+        predictions = predictions.masked_fill(predictions == IGNORE_INDEX, self.num_classes)
+        slots = masks.long() * columns + predictions
+        slots = slots.masked_fill(masks == IGNORE_INDEX, len(self._slots) - 1).flatten()
+        self._slots.index_add_(0, slots, torch.ones_like(slots))  # torch.bincount would synchronise
+
+
+def threshold_range(minimum: float, maximum: float, step: float) -> np.ndarray:
+    """Thresholds minimum, minimum + step, ... up to and including `maximum`; float64, ascending, free of drift."""
+    assert step > 0 and minimum <= maximum, f"minimum {minimum}, maximum {maximum}, step {step}"
+    count = int(np.floor((maximum - minimum) / step + 1e-6)) + 1
+    return np.round(minimum + step * np.arange(count), 10)
+
+
+class ThresholdSweep:
+    """Confusion matrices of argmax[t; CAMs] for many background thresholds t, from one look at every pixel.
+
+    Whatever t is, a pixel is either background or the class of its strongest CAM, and it is that class exactly where
+    this CAM is greater than t (at equality argmax takes the first channel, the background). So a histogram over (ground
+    truth, strongest class, number of thresholds below the CAM's value) holds every one of the matrices.
+    """
+
+    def __init__(self, num_classes: int, thresholds: np.ndarray):
+        """Args: num_classes: C = K+1; thresholds: ascending, one matrix is kept for each."""
+        assert len(thresholds) > 0 and np.all(np.diff(thresholds) > 0), f"thresholds must ascend, got {thresholds}"
+        self.num_classes = num_classes
+        # Single precision, as a threshold channel stacked on float32 CAMs would be: decides the ties.
+        self._thresholds = np.asarray(thresholds, dtype=np.float32)
+        self.histogram = np.zeros((num_classes, num_classes, len(thresholds) + 1), dtype=np.int64)
+
+    def update(self, mask: np.ndarray, keys: np.ndarray, cams: np.ndarray) -> None:
+        """Add the pixels of one image.
+
+        Args:
+            mask: ground truth, integer [H, W]; 0..C-1 or 255.
+            keys: int [n+1], 0 and then the class index (1..C-1) of every CAM.
+            cams: float [n, H, W]; n may be 0: everything is background.
+        """
+        assert cams.shape == (len(keys) - 1, *mask.shape), f"{len(keys)} keys, CAMs {cams.shape}, mask {mask.shape}"
+        valid = mask != IGNORE_INDEX
+        truth = mask[valid].astype(np.int64)
+        strongest, bins = np.zeros_like(truth), np.zeros_like(truth)
+        if len(cams):
+            cams = cams[:, valid].astype(np.float32)
+            strongest = np.asarray(keys, dtype=np.int64)[1:][cams.argmax(axis=0)]
+            bins = np.searchsorted(self._thresholds, cams.max(axis=0), side="left")
+        index = np.ravel_multi_index((truth, strongest, bins), self.histogram.shape)
+        self.histogram += np.bincount(index, minlength=self.histogram.size).reshape(self.histogram.shape)
+
+    @property
+    def counts(self) -> np.ndarray:
+        """int64 [thresholds, C, C+1], one matrix per threshold (its last column, undecided pixels, is 0)."""
+        up_to = self.histogram.cumsum(axis=2)[..., :-1]  # pixels whose strongest CAM is <= threshold j
+        above = self.histogram.sum(axis=2, keepdims=True) - up_to
+        matrices = np.concatenate((above, np.zeros_like(above[:, :1])), axis=1).transpose(2, 0, 1)
+        matrices[:, :, 0] += up_to.sum(axis=1).T
+        return matrices

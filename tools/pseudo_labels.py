@@ -1,0 +1,118 @@
+"""Pixel labels made from image labels: from CAMs for the segmentation branch, from the teacher for the CAMs.
+
+    cam_labels = reliable_cam_labels(images, teacher["cams"], image_labels)                  # 0..K, 255 where in doubt
+    labels, confidence = teacher_labels(resize_maps(seg_logits, images.shape[-2:]), image_labels)
+    labels_of_confident_pixels = labels.where(confidence > 0.5, 255)
+
+An image is only ever given classes of its image label: everything here works on the present classes alone, which also
+keeps the dense CRF affordable with 80 classes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tools.crf import CAM_SETTINGS, mean_field, unary_from_labels
+from tools.losses import IGNORE_INDEX, resize_maps
+
+
+@torch.no_grad()
+def reliable_cam_labels(
+    images: Tensor,
+    cams: Tensor,
+    image_labels: Tensor,
+    background_threshold: float = 0.05,
+    foreground_threshold: float = 0.30,
+    *,
+    crf_iterations: int = 10,
+    gt_prob: float = 0.7,
+) -> Tensor:
+    """Labels of the pixels whose class is clear from the CAMs, after IRN (CVPR 2019).
+
+    The CAMs are read twice: with a high threshold, what is an object is sure; with a low one, what is background is.
+    A dense CRF over the background and the image's classes refines both readings; pixels sure in neither are ignored.
+
+    Args:
+        images: uint8 [B, 3, H, W], RGB: what the network saw, before normalisation.
+        cams: float [B, K, h, w], raw CAM logits.
+        image_labels: float [B, K]; classes above 0 are in the image. An image without classes becomes all background.
+        background_threshold, foreground_threshold: in (0, 1), of CAMs divided by their maximum.
+        crf_iterations: mean-field updates; 0 leaves the CRF out.
+        gt_prob: confidence of the CRF in the thresholded CAMs.
+
+    Returns:
+        int64 [B, H, W]: 0 background, 1..K classes, 255 ignore.
+    """
+    present, classes = _present_maps(cams, image_labels)
+    score, index = resize_maps(present, images.shape[-2:]).max(dim=1)
+    readings = [(index + 1) * (score > t) for t in (foreground_threshold, background_threshold)]
+    if crf_iterations:
+        num_labels = 1 + (image_labels > 0).sum(dim=1)
+        unary = torch.stack([unary_from_labels(reading, num_labels, gt_prob) for reading in readings], dim=1)
+        readings = mean_field(images, unary, CAM_SETTINGS, crf_iterations).argmax(dim=2).unbind(dim=1)
+    foreground, background = readings
+    doubtful = (foreground == 0) & (background != 0)
+    return _look_up(classes, foreground).masked_fill(doubtful, IGNORE_INDEX)
+
+
+@torch.no_grad()
+def mutual_promotion_labels(
+    background_probs: Tensor, cams: Tensor, image_labels: Tensor, sigma: float = 0.75
+) -> Tensor:
+    """Labels from the CAMs and a background probability of another branch; pixels below `sigma` are ignored.
+
+    Args:
+        background_probs: float [B, H, W] in [0, 1].
+        cams: float [B, K, h, w], raw CAM logits.
+        image_labels: float [B, K]; classes above 0 are in the image.
+        sigma: in [0, 1], the least value of the winning map.
+
+    Returns:
+        int64 [B, H, W]: 0 background, 1..K classes, 255 ignore.
+    """
+    present, classes = _present_maps(cams, image_labels)
+    maps = torch.cat([background_probs.float()[:, None], resize_maps(present, background_probs.shape[-2:])], dim=1)
+    score, index = maps.max(dim=1)
+    return _look_up(classes, index).masked_fill(score < sigma, IGNORE_INDEX)
+
+
+@torch.no_grad()
+def teacher_labels(seg_logits: Tensor, image_labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The teacher's most probable class among the background and the image's classes, and its probability among these.
+
+    Args:
+        seg_logits: float [B, K+1, H, W].
+        image_labels: float [B, K]; classes above 0 are in the image.
+
+    Returns:
+        int64 [B, H, W] in [0, K], and float32 [B, H, W] in (0, 1].
+    """
+    absent = F.pad(image_labels, (1, 0), value=1.0) <= 0
+    # A softmax without the absent classes is the full one with them masked out and the rest renormalised.
+    logits = seg_logits.float().masked_fill(absent[:, :, None, None], -torch.inf)
+    score, labels = logits.max(dim=1)
+    return labels, (score - logits.logsumexp(dim=1)).exp()
+
+
+def _present_maps(cams: Tensor, image_labels: Tensor) -> tuple[Tensor, Tensor]:
+    """CAMs of the present classes, rectified and divided by their maximum, first in the channels; the rest is zero.
+
+    Returns:
+        float32 [B, n, h, w], where n (at least 1) is the most classes that an image of the batch has, and int64
+        [B, n+1], the label of each channel, with the background in front.
+    """
+    present = image_labels > 0
+    # The one value read back per step: the dense CRF waits for the device anyway, and is several times slower on K.
+    most = max(1, int(present.sum(dim=1).max()))
+    order = present.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    maps = (cams.float() * present[:, :, None, None]).relu()
+    maps = maps.gather(1, order[:, :, None, None].expand(-1, -1, *cams.shape[-2:]))
+    maps = maps / (maps.amax(dim=(2, 3), keepdim=True) + 1e-5)
+    return maps, F.pad(order + 1, (1, 0), value=0)
+
+
+def _look_up(classes: Tensor, index: Tensor) -> Tensor:
+    """Replace channel indices [B, H, W] by class labels, with one table [B, n+1] per image."""
+    return classes.gather(1, index.flatten(1)).view_as(index)

@@ -1,0 +1,300 @@
+"""What a whole run came to: a table of mIoU per stage, `summary.json`, and a picture sheet, `gallery.png`.
+
+    python -m tools.report --dataset shapes --domain train val --output_dir experiments/demo \\
+        --summary prior_cam=prior.json csrm_cam=csrm.json segmentation_val=val.json \\
+        --columns "CAM prior=experiments/predictions/prior@train/cams:0.25" \\
+                  "Refined=experiments/predictions/sam-csrm@train" \\
+                  "DeepLabV3+=experiments/predictions/seg@train/masks" \\
+                  "DeepLabV3+=experiments/predictions/seg@val/masks"
+
+--summary takes the files `evaluate.py --output` wrote; the table has one row for each, in that order.
+
+The sheet has one block per domain, one row per image: the photograph, its ground truth, then the columns. A column is
+a folder of masks (ID.png) or of CAM files (ID.npz; shown as argmax[THRESHOLD; CAMs]). A title given twice is one column
+that looks for an image in both folders. Where a column has no prediction for an image its cell stays grey.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from datasets import build_source
+from datasets.base import DatasetInfo, DataSource
+from tools import cli
+from tools.cam import cam_labels, load_cams
+from tools.errors import UserError
+from tools.files import atomic_write, check_writable, load_mask, save_json
+
+CELL = 224  # pixels: width of a picture, and the greatest height of one
+GAP, MARGIN, LINE = 6, 18, 26
+PAPER, INK, FAINT, EMPTY = (255, 255, 255), (28, 28, 30), (120, 120, 126), (226, 226, 229)
+CAM_THRESHOLD = 0.4  # the pseudo masks' own default
+
+
+def make_parser() -> cli.Parser:
+    """The command line of this module."""
+    parser = cli.Parser(__doc__)
+    group = cli.add_dataset(parser)
+    group.add_argument("--domain", nargs="+", default=["train"], help="splits the pictures are from, a block for each")
+    group.add_argument("--num_images", type=cli.positive_int, default=6, help="pictures per split")
+    group = parser.add_argument_group("report")
+    group.add_argument("--output_dir", type=Path, required=True, help="folder of summary.json and gallery.png")
+    group.add_argument("--summary", nargs="+", default=[], metavar="STAGE=FILE", help="scores written by evaluate.py")
+    group.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="TITLE=DIR[:THRESHOLD]",
+        help=f"masks or CAM files to show; CAMs without a threshold are cut at {CAM_THRESHOLD}",
+    )
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print the table; write summary.json if there are stages and gallery.png if there are columns."""
+    check_writable(args.output_dir)
+    stages = {name: load_scores(Path(file)) for name, file in map(_pair, args.summary)}
+    columns = parse_columns(args.columns)
+    if stages:
+        print(stage_table(stages))
+        save_json(args.output_dir / "summary.json", {name: round(s["miou"], 2) for name, s in stages.items()})
+        print(f"\nSummary: {args.output_dir / 'summary.json'}")
+    if columns:
+        source = build_source(args.dataset, cli.data_dir(args))
+        blocks = {domain: pick_images(source, source.ids(domain), args.num_images) for domain in args.domain}
+        sheet = gallery(source, blocks, columns)
+        with atomic_write(args.output_dir / "gallery.png") as temporary:
+            sheet.save(temporary, format="PNG", optimize=True)
+        print(f"Picture sheet: {args.output_dir / 'gallery.png'}")
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise UserError(f"'{text}': not of the form NAME=PATH. Quote names that have spaces.")
+    return name, value
+
+
+def load_scores(path: Path) -> dict:
+    """Read a file written by `evaluate.py --output`.
+
+    Raises:
+        UserError: missing, or not such a file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file. Write it with evaluate.py --output {path}.") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}). Write it again with evaluate.py --output.") from error
+    if not isinstance(content, dict) or not {"miou", "miou_foreground", "threshold"} <= content.keys():
+        raise UserError(f"{path}: not a file of scores. Write it with evaluate.py --output.")
+    return content
+
+
+def stage_table(stages: dict[str, dict]) -> str:
+    """A Markdown table, one row per stage: its split, mIoU, foreground mIoU (%) and background threshold.
+
+    Args:
+        stages: name of the stage -> content of its `evaluate.py --output` file.
+    """
+    rows = [("stage", "split", "images", "mIoU", "foreground", "threshold")]
+    for name, score in stages.items():
+        threshold = "-" if score["threshold"] is None else f"{score['threshold']:.3g}"
+        means = f"{score['miou']:.2f}", f"{score['miou_foreground']:.2f}"
+        rows.append((name, score.get("domain", "-"), str(score.get("images", "-")), *means, threshold))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = "<<>>>>"  # words to the left, numbers to the right
+    rule = [":" + "-" * (w - 1) if side == "<" else "-" * (w - 1) + ":" for side, w in zip(sides, widths, strict=True)]
+    cells = [[f"{v:{side}{w}}" for v, side, w in zip(row, sides, widths, strict=True)] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [cells[0], rule, *cells[1:]])
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """One column of the sheet: a title, and the folders (with the threshold of their CAMs) it takes masks from."""
+
+    title: str
+    folders: tuple[tuple[Path, float], ...]
+
+    def mask(self, image_id: str) -> np.ndarray | None:
+        """The column's mask of this image, uint8 [H, W]; None if no folder has it."""
+        for folder, threshold in self.folders:
+            if (folder / f"{image_id}.png").is_file():
+                return load_mask(folder / f"{image_id}.png")
+            if (folder / f"{image_id}.npz").is_file():
+                keys, _, hr_cam = load_cams(folder / f"{image_id}.npz")
+                return keys[cam_labels(hr_cam, threshold)].astype(np.uint8)
+        return None
+
+
+def parse_columns(texts: Sequence[str]) -> list[Column]:
+    """Read `TITLE=DIR[:THRESHOLD]`, joining equal titles.
+
+    Raises:
+        UserError: another form, or a folder that does not exist.
+    """
+    folders: dict[str, list[tuple[Path, float]]] = {}
+    for title, place in map(_pair, texts):
+        name, threshold = re.fullmatch(r"(.+?)(?::(\d*\.?\d+))?", place).groups()
+        if not Path(name).is_dir():
+            raise UserError(f"{name}: no such folder (column '{title}').")
+        folders.setdefault(title, []).append((Path(name), float(threshold or CAM_THRESHOLD)))
+    return [Column(title, tuple(places)) for title, places in folders.items()]
+
+
+def pick_images(source: DataSource, ids: Sequence[str], number: int) -> list[str]:
+    """Choose up to `number` ids that show as many classes as possible; the same ones every time.
+
+    One after the other, the image whose classes were shown least so far; the earliest id among equals.
+    """
+    labels = source.image_labels(ids)
+    shown = np.zeros(labels.shape[1])
+    chosen: list[int] = []
+    for _ in range(min(number, len(ids))):
+        gain = labels @ (0.2**shown)
+        gain[chosen] = -1
+        chosen.append(int(gain.argmax()))
+        shown += labels[chosen[-1]]
+    return [ids[i] for i in chosen]
+
+
+def gallery(source: DataSource, blocks: dict[str, Sequence[str]], columns: Sequence[Column]) -> Image.Image:
+    """Draw the picture sheet.
+
+    Args:
+        source: where photographs and ground truth come from.
+        blocks: heading -> ids of its rows.
+        columns: what to show beside them and their ground truth.
+
+    Returns:
+        An RGB picture: a block per heading, a row per id, and the legend of the classes that occur.
+    """
+    titles = ["Image", "Ground truth", *(column.title for column in columns)]
+    width = 2 * MARGIN + len(titles) * (CELL + GAP) - GAP
+    parts, seen = [_titles(titles, width)], set()
+    for heading, block in blocks.items():
+        if len(blocks) > 1:
+            parts.append(_heading(heading, width))
+        for image_id in block:
+            masks = row_masks(source, columns, image_id)
+            seen.update(int(v) for mask in masks if mask is not None for v in np.unique(mask))
+            parts.append(_row(source.image(image_id), masks, source.info.palette, width))
+    parts.append(_legend(source.info, sorted(seen), width))
+    return _stack(parts, width)
+
+
+def row_masks(source: DataSource, columns: Sequence[Column], image_id: str) -> list[np.ndarray | None]:
+    """Ground truth and the columns' masks of one image, uint8 [H, W] each; None where there is none.
+
+    Raises:
+        UserError: a mask is of another size than the image, or holds indices that are no classes.
+    """
+    path, size, info = source.mask_path(image_id), source.image(image_id).shape[:2], source.info
+    masks = [source.mask(image_id) if path is not None and path.is_file() else None]
+    for column in columns:
+        mask = column.mask(image_id)
+        if mask is not None and mask.shape != size:
+            raise UserError(f"column '{column.title}', {image_id}: {mask.shape}, the image {size}. Predict it again.")
+        if mask is not None and np.any((mask >= info.num_classes) & (mask != info.ignore_index)):
+            raise UserError(f"column '{column.title}', {image_id}: an index that is no class. Check --dataset.")
+        masks.append(mask)
+    return masks
+
+
+def overlay(image: np.ndarray, mask: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """Paint classes over a pale grey copy of the photograph: background stays grey, ignored pixels become white.
+
+    Args:
+        image: uint8 RGB [H, W, 3].
+        mask: uint8 [H, W], 0 background, 255 ignored.
+        palette: uint8 [256, 3].
+
+    Returns:
+        uint8 RGB [H, W, 3].
+    """
+    grey = image.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+    paper = np.repeat((0.55 * grey + 70)[..., None], 3, axis=2)
+    colours = palette.astype(np.float32).copy()
+    colours[255] = 255
+    opacity = np.where(mask == 0, 0.0, 0.72)[..., None]
+    return (opacity * colours[mask] + (1 - opacity) * paper).clip(0, 255).astype(np.uint8)
+
+
+def _row(image: np.ndarray, masks: Sequence[np.ndarray | None], palette: np.ndarray, width: int) -> Image.Image:
+    """One photograph and its masks, side by side; a grey cell for every mask that is missing."""
+    height, image_width = image.shape[:2]
+    scale = CELL / max(height, image_width)
+    size = max(1, round(image_width * scale)), max(1, round(height * scale))
+    row = Image.new("RGB", (width, size[1] + GAP), PAPER)
+    for index, mask in enumerate([None, *masks]):
+        left = MARGIN + index * (CELL + GAP)
+        if index and mask is None:
+            ImageDraw.Draw(row).rectangle((left, 0, left + CELL - 1, size[1] - 1), fill=EMPTY)
+            continue
+        picture = overlay(image, mask, palette) if index else image
+        row.paste(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS), (left + (CELL - size[0]) // 2, 0))
+    return row
+
+
+def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size=size)
+
+
+def _titles(titles: Sequence[str], width: int) -> Image.Image:
+    """Each title centred over its column."""
+    line = Image.new("RGB", (width, LINE + GAP), PAPER)
+    for index, title in enumerate(titles):
+        centre = MARGIN + index * (CELL + GAP) + CELL // 2
+        ImageDraw.Draw(line).text((centre, LINE // 2), title, fill=INK, font=_font(17), anchor="mm")
+    return line
+
+
+def _heading(text: str, width: int) -> Image.Image:
+    """The name of a block over a thin rule."""
+    line = Image.new("RGB", (width, LINE + GAP), PAPER)
+    draw = ImageDraw.Draw(line)
+    draw.text((MARGIN, LINE // 2), text, fill=FAINT, font=_font(15), anchor="lm")
+    draw.line((MARGIN, LINE - 1, width - MARGIN, LINE - 1), fill=EMPTY)
+    return line
+
+
+def _legend(info: DatasetInfo, indices: Sequence[int], width: int) -> Image.Image:
+    """Colour swatches with class names, wrapped to `width`; background is left out (it is the unpainted photograph)."""
+    entries = [("ignored" if i == info.ignore_index else info.classes[i], i) for i in indices if i != 0]
+    font, swatch, places = _font(15), 16, []
+    x, y = MARGIN, GAP
+    for text, index in entries:
+        step = swatch + 8 + int(font.getlength(text)) + 22
+        if x + step > width - MARGIN and x > MARGIN:
+            x, y = MARGIN, y + LINE
+        places.append((x, y, text, index))
+        x += step
+    legend = Image.new("RGB", (width, y + LINE), PAPER)
+    draw = ImageDraw.Draw(legend)
+    for x, y, text, index in places:
+        colour = PAPER if index == info.ignore_index else tuple(int(v) for v in info.palette[index])
+        draw.rectangle((x, y, x + swatch, y + swatch), fill=colour, outline=FAINT)
+        draw.text((x + swatch + 8, y + swatch // 2), text, fill=INK, font=font, anchor="lm")
+    return legend
+
+
+def _stack(parts: Sequence[Image.Image], width: int) -> Image.Image:
+    sheet = Image.new("RGB", (width, sum(p.height for p in parts) + 2 * (MARGIN - GAP)), PAPER)
+    y = MARGIN - GAP
+    for part in parts:
+        sheet.paste(part, (0, y))
+        y += part.height
+    return sheet
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser())

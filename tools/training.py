@@ -1,0 +1,197 @@
+"""The loop around a training step: epochs, resume, mixed precision, accumulation, clipping, schedule, logs, checkpoints.
+
+    trainer = Trainer(model, args, info, steps_per_epoch=46)
+    for epoch in trainer.epochs():
+        for batch in trainer.progress(epoch, loader):
+            with trainer.autocast():
+                losses = ...            # dict of scalars; "loss" is the one to minimise
+            trainer.update(losses)
+
+A run killed at any moment and started again with the same command continues after its last finished epoch and ends with
+the same weights: every epoch seeds all generators from (seed, epoch).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import time
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from datasets import DatasetInfo
+from tools import cli
+from tools.checkpoint import check_classes, load_checkpoint, save_checkpoint
+from tools.errors import UserError
+from tools.files import check_writable
+from tools.optim import build_optimizer, poly_schedule
+
+RESUME_ONLY = ("optimizer", "schedule", "scaler", "memory_bank")
+"""Entries dropped from the checkpoint of a finished run."""
+
+
+class Trainer:
+    """Drives the training of one model.
+
+    Args:
+        model: trained in place; has `config` and `scratch_modules()`.
+        args: the script's flags (see `cli.add_common`, `cli.add_optimization`).
+        info: of the dataset; its class names go into the checkpoint.
+        device: where the model lies.
+        steps_per_epoch: batches per epoch.
+        companions: further modules kept in the checkpoint, such as the teacher.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: argparse.Namespace,
+        info: DatasetInfo,
+        *,
+        device: torch.device,
+        steps_per_epoch: int,
+        companions: dict[str, nn.Module] | None = None,
+    ) -> None:
+        self.model, self.args, self.info, self.device = model, args, info, device
+        self.steps_per_epoch = steps_per_epoch
+        self.companions = companions or {}
+        self.optimizer = build_optimizer(
+            model,
+            args.optimizer,
+            lr=args.lr,
+            weight_decay=args.wd,
+            momentum=args.momentum,
+            nesterov=args.nesterov,
+            alpha_scratch=args.lr_alpha_scratch,
+            alpha_bias=args.lr_alpha_bias,
+        )
+        self.updates_per_epoch = -(-steps_per_epoch // args.accumulate_steps)
+        self.schedule = poly_schedule(self.optimizer, self.updates_per_epoch * args.max_epoch, args.lr_poly_power)
+        self.dtype = cli.autocast_dtype(args.mixed_precision, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.path = cli.model_path(args.tag)
+        self.step = self.batch = 0
+        self.sums: dict[str, torch.Tensor] = {}
+
+    # -- epochs ---------------------------------------------------------------------------------------------------
+    def epochs(self) -> Iterator[int]:
+        """Yield the index of each epoch still to do, with all generators seeded; save after each."""
+        check_writable(self.path.parent)
+        first = self._resume()
+        self.writer = SummaryWriter(cli.EXPERIMENTS / "logs" / self.args.tag, purge_step=self.step)
+        for epoch in range(first, self.args.max_epoch):
+            seed_everything(self.args.seed, epoch)
+            self.model.train()
+            yield epoch
+            self._save(epoch + 1)
+        self.writer.close()
+        print(f"Model: {self.path}")
+
+    def progress(self, epoch: int, batches: Iterable) -> Iterator:
+        """Yield the batches of an epoch under a progress bar; then log the mean losses and the speed."""
+        self.sums, self.batch, start = {}, 0, time.perf_counter()
+        title = f"epoch {epoch + 1}/{self.args.max_epoch}"
+        bar = cli.progress(batches, desc=title, unit="step", total=self.steps_per_epoch)
+        every = max(1, self.steps_per_epoch // 20)
+        for batch in bar:
+            yield batch
+            if self.batch % every == 0:  # reading a loss waits for the device: seldom
+                bar.set_postfix(loss=f"{self.means()['loss']:.3f}", refresh=False)
+        rate = self.batch / (time.perf_counter() - start)
+        means = self.means()
+        self.log(epoch, means)
+        text = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+        tqdm.write(f"{title}  {text}  lr {self.schedule.get_last_lr()[0]:.2e}  {rate:.2f} steps/s")
+
+    def means(self) -> dict[str, float]:
+        """Mean of each loss over the batches of the epoch so far."""
+        return {name: total.item() / max(1, self.batch) for name, total in self.sums.items()}
+
+    def log(self, epoch: int, values: dict[str, float]) -> None:
+        """Write scalars to TensorBoard at the end of an epoch."""
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, epoch + 1)
+
+    # -- one step -------------------------------------------------------------------------------------------------
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Automatic mixed precision for the forward passes."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+    def update(self, losses: dict[str, torch.Tensor]) -> bool:
+        """Backpropagate `losses["loss"]`; every `accumulate_steps` batches, clip and step the optimiser.
+
+        Returns:
+            Whether the weights changed.
+        """
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        self.batch += 1
+        self.scaler.scale(losses["loss"] / self.args.accumulate_steps).backward()
+        if self.batch % self.args.accumulate_steps and self.batch != self.steps_per_epoch:
+            return False
+        if self.args.grad_max_norm:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.args.grad_max_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+        self.step += 1
+        return True
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+    def _save(self, epoch: int) -> None:
+        content = {
+            "config": self.model.config,
+            "model": self.model.state_dict(),
+            **{name: module.state_dict() for name, module in self.companions.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "classes": list(self.info.classes),
+            "args": {name: _plain(value) for name, value in vars(self.args).items()},
+            "epoch": epoch,
+            "max_epoch": self.args.max_epoch,
+            "step": self.step,
+        }
+        if epoch == self.args.max_epoch:
+            content = {name: value for name, value in content.items() if name not in RESUME_ONLY}
+        save_checkpoint(self.path, **content)
+
+    def _resume(self) -> int:
+        if not self.path.exists():
+            return 0
+        checkpoint = load_checkpoint(self.path)
+        if checkpoint["config"] != self.model.config or checkpoint["max_epoch"] != self.args.max_epoch:
+            raise UserError(f"{self.path}: made with another network or schedule. Choose another --tag, or delete it.")
+        check_classes(checkpoint, self.info.classes, self.path)
+        if checkpoint["epoch"] == self.args.max_epoch:
+            print(f"{self.path} is already trained; nothing to do. Choose another --tag, or delete it to train again.")
+            return self.args.max_epoch
+        self.model.load_state_dict(checkpoint["model"])
+        for name, module in self.companions.items():
+            module.load_state_dict(checkpoint[name])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.scaler.load_state_dict(checkpoint["scaler"])
+        self.schedule.load_state_dict(checkpoint["schedule"])
+        self.step = checkpoint["step"]
+        print(f"{self.path}: continuing after epoch {checkpoint['epoch']} of {self.args.max_epoch}.")
+        return checkpoint["epoch"]
+
+
+def seed_everything(seed: int, epoch: int) -> None:
+    """Seed Python, NumPy and PyTorch (all devices) as a function of the run's seed and the epoch."""
+    value = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+
+
+def _plain(value: object) -> object:
+    return value if isinstance(value, (int, float, str, bool, list, type(None))) else str(value)

@@ -1,0 +1,333 @@
+"""Stage 1: CSRM. A student with a CAM branch and a segmentation branch that teach each other, guided by an EMA teacher.
+
+    python train_csrm.py --tag csrm --dataset voc12 --data_dir data/voc12 --restore experiments/models/prior.pth
+
+Reads photographs and image-level labels only. Writes experiments/models/TAG.pth (student and teacher) and TensorBoard
+curves in experiments/logs/TAG. Started again, it continues after the last finished epoch. --domain_valid reports the mean
+IoU on a split with masks after each epoch; the last checkpoint is kept whatever it says. `inference.py --tag TAG` makes
+the pseudo masks. docs/method.md explains every symbol.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from datasets import DataSource, ImageDataset, Loader, build_loader, build_source
+from datasets.mixing import classmix, cutmix
+from datasets.transforms import PhotometricAugmentation, crop_geometry, normalize, train_geometry
+from models import build_model
+from models.restore import restore
+from tools import cli
+from tools.ema import Teacher, ema_decay
+from tools.losses import (
+    IGNORE_INDEX,
+    c2s_loss,
+    entropy,
+    multilabel_loss,
+    resize_maps,
+    s2c_loss,
+    s2c_weight,
+    unreliable_percent,
+    unsupervised_loss,
+)
+from tools.memory_bank import MemoryBank, contrastive_loss, entropy_masks
+from tools.pseudo_labels import mutual_promotion_labels, reliable_cam_labels, teacher_labels
+from tools.training import Trainer
+from tools.validation import validate
+
+
+def make_parser() -> cli.Parser:
+    """The script's flags; defaults are the published VOC 2012 run."""
+    parser = cli.Parser(__doc__)
+    cli.add_common(parser)
+    cli.add_dataset(
+        parser,
+        domain_train=("train_aug", "split to train on"),
+        domain_valid=("", "split with masks to report on after each epoch; empty: none"),
+    )
+    network = cli.add_network(parser, architecture="resnest101e", mode="fix")
+    cli.add_decoder(network)
+    cli.add_switch(network, "--use_sal_head", False, "a saliency head's logit as background of L_s2c")
+    cli.add_switch(network, "--use_rep_head", True, "representation branch; false: no contrastive loss")
+    network.add_argument(
+        "--restore", type=Path, help="CAM prior: a checkpoint of train_classifier.py or public weights"
+    )
+    cli.add_images(parser)
+    cli.add_optimization(parser, lr=0.007, wd=1e-4, batch_size=32, max_epoch=15, alpha_bias=1.0)
+    add_csrm(parser)
+    return parser
+
+
+def add_csrm(parser: cli.Parser) -> None:
+    """The method's own flags."""
+    group = parser.add_argument_group("mixing")
+    group.add_argument(
+        "--augment", choices=["classmix", "cutmix", "none"], default="classmix", help="how images are mixed"
+    )
+    group.add_argument("--cutmix_prob", type=cli.fraction, default=0.5, help="probability that a step mixes")
+    group = parser.add_argument_group("pseudo labels")
+    group.add_argument("--c2s_mode", choices=["cam", "mp", "gt"], default="cam", help="labels of L_c2s: CAMs and dense CRF, "
+                       "CAMs against the teacher's background (mutual promotion), or the masks (an upper bound)")  # fmt: skip
+    group.add_argument("--c2s_fg", type=cli.fraction, default=0.30, help="cam: CAM above which a pixel is foreground")
+    group.add_argument("--c2s_bg", type=cli.fraction, default=0.05, help="cam: CAM below which a pixel is background")
+    group.add_argument(
+        "--c2s_sigma", type=cli.fraction, default=0.75, help="mp: probability below which a pixel is ignored"
+    )
+    group.add_argument("--s2c_sigma", type=cli.fraction, default=0.5, help="teacher probability that L_s2c asks for")
+    cli.add_crf(group)
+    group = parser.add_argument_group("losses")
+    for name, text in (
+        ("c", "image labels -> class logits"),
+        ("c2s", "CAM labels -> segmentation branch"),
+        ("s2c", "teacher labels -> CAMs"),
+        ("u", "teacher labels -> segmentation branch"),
+        ("contra", "contrast of pixel representations"),
+    ):
+        group.add_argument(f"--w_{name}", type=float, default=1.0, help=f"weight of L_{name}: {text}")
+    group.add_argument("--contra_low_rank", type=cli.positive_int, default=3, help="classes a pixel is confusable with")
+    group.add_argument(
+        "--contra_high_rank",
+        type=cli.positive_int,
+        default=6,
+        help="rank beyond which a class is impossible (COCO: 12)",
+    )
+    group.add_argument("--warmup_epochs", type=cli.count, default=1, help="first epochs with L_c and L_c2s only")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Two halves of B images each: "labeled" (strongly augmented, first) and "unlabeled" (cropped only)."""
+
+    images: Tensor  # uint8 [2B,3,H,W]: what the dense CRF looks at; networks get normalize(images)
+    image_labels: Tensor  # float32 [2B,K]
+    masks: Tensor | None  # int64 [2B,H,W], only for --c2s_mode gt
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the student is taught, at full size; a tensor of 2B images has the labeled half first."""
+
+    image_labels: Tensor  # float32 [2B,K], after mixing
+    cam_labels: Tensor  # int64 [B,H,W] of the labeled half: reliable CAM labels, 255 elsewhere
+    teacher_labels: Tensor  # int64 [2B,H,W]: the teacher's classes among [background, image labels]
+    confidence: Tensor  # float32 [2B,H,W]: their probability
+
+
+class Criterion(nn.Module):
+    """L = w_c L_c + w_c2s L_c2s + w(e) w_s2c L_s2c + w_u L_u + w_contra L_contra.
+
+    During warm-up only L_c and L_c2s. A weight of 0 switches a loss off. One method per loss; each returns a scalar.
+    """
+
+    def __init__(self, args: argparse.Namespace, num_classes: int) -> None:
+        super().__init__()
+        self.args = args
+        self.weights = {name: getattr(args, f"w_{name}") for name in ("c", "c2s", "s2c", "u", "contra")}
+        if not args.use_rep_head:
+            self.weights["contra"] = 0.0
+        self.bank = MemoryBank(num_classes=num_classes, dim=args.decoder_channels)
+
+    def needs_teacher(self, epoch: int) -> bool:
+        """Whether this epoch's losses look at the teacher's uncertainty and representations."""
+        return epoch >= self.args.warmup_epochs and bool(self.weights["u"] or self.weights["contra"])
+
+    def forward(self, student: dict[str, Tensor], teacher: dict[str, Tensor], targets: Targets, epoch: int) -> dict:
+        """The losses of one mixed batch, by name; "loss" is their weighted sum.
+
+        Args:
+            student, teacher: outputs of `models.CSRM` for the mixed images (teacher: {} where not needed).
+            epoch: counted from 0.
+        """
+        terms = {"c": self.classification, "c2s": self.cam_to_segmentation}
+        if epoch >= self.args.warmup_epochs:
+            terms |= {"s2c": self.segmentation_to_cam, "u": self.unsupervised, "contra": self.contrast}
+        losses = {name: term(student, teacher, targets, epoch) for name, term in terms.items() if self.weights[name]}
+        weights = {
+            **self.weights,
+            "s2c": self.weights["s2c"] * s2c_weight(epoch, self.args.max_epoch, self.args.warmup_epochs),
+        }
+        return {"loss": sum(weights[name] * loss for name, loss in losses.items()), **losses}
+
+    def classification(self, student: dict, teacher: dict, targets: Targets, epoch: int) -> Tensor:
+        """L_c: image labels, both halves."""
+        return multilabel_loss(student["class_logits"], targets.image_labels, self.args.label_smoothing)
+
+    def cam_to_segmentation(self, student: dict, teacher: dict, targets: Targets, epoch: int) -> Tensor:
+        """L_c2s: reliable CAM labels teach the segmentation branch, labeled half."""
+        labeled, _ = student["seg_logits"].chunk(2)
+        return c2s_loss(labeled, targets.cam_labels, self.args.label_smoothing)
+
+    def segmentation_to_cam(self, student: dict, teacher: dict, targets: Targets, epoch: int) -> Tensor:
+        """L_s2c: the teacher's confident labels teach the CAMs, both halves."""
+        labels = targets.teacher_labels.where(targets.confidence > self.args.s2c_sigma, IGNORE_INDEX)
+        return s2c_loss(
+            student["cams"], student["seg_logits"], labels, self.args.label_smoothing, student.get("saliency")
+        )
+
+    def unsupervised(self, student: dict, teacher: dict, targets: Targets, epoch: int) -> Tensor:
+        """L_u: the teacher's certain labels teach the segmentation branch, unlabeled half."""
+        _, labels = targets.teacher_labels.chunk(2)
+        _, student_logits = student["seg_logits"].chunk(2)
+        _, teacher_logits = teacher["seg_logits"].chunk(2)
+        uncertainty = entropy(resize_maps(teacher_logits, labels.shape[-2:]))
+        return unsupervised_loss(student_logits, labels, uncertainty, 100 - self.alpha(epoch))
+
+    def contrast(self, student: dict, teacher: dict, targets: Targets, epoch: int) -> Tensor:
+        """L_contra: pixels against class means and the memory bank, at stride 4."""
+        _, teacher_labels = targets.teacher_labels.chunk(2)
+        logits = teacher["seg_logits"].float()
+        labels = nearest(torch.cat([targets.cam_labels, teacher_labels]), logits.shape[-2:])
+        _, unlabeled_labels = labels.chunk(2)
+        _, unlabeled_logits = logits.chunk(2)
+        low, high = entropy_masks(entropy(unlabeled_logits), unlabeled_labels, self.alpha(epoch))
+        return contrastive_loss(
+            self.bank,
+            student["representations"],
+            teacher["representations"],
+            labels,
+            logits.softmax(dim=1),
+            targets.image_labels,
+            low,
+            high,
+            low_rank=self.args.contra_low_rank,
+            high_rank=self.args.contra_high_rank,
+        )
+
+    def alpha(self, epoch: int) -> float:
+        """Per cent of the pixels that count as (un)certain in this epoch."""
+        return unreliable_percent(epoch, self.args.max_epoch)
+
+
+def nearest(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Label maps int64 [N,H,W] at another size, nearest neighbour."""
+    return nn.functional.interpolate(labels[:, None].float(), size, mode="nearest")[:, 0].long()
+
+
+def train_step(
+    batch: Batch, student: nn.Module, teacher: Teacher, criterion: Criterion, args: argparse.Namespace, epoch: int
+) -> dict[str, Tensor]:
+    """One step of CSRM up to its losses: teacher labels, mixing, student, losses."""
+    # 1. The teacher looks at both halves.
+    views = teacher(normalize(batch.images), representations=False)
+    seg_logits = views["seg_logits"]
+
+    # 2. Its CAMs become reliable pixel labels. Those of the unlabeled half serve only as material for mixing.
+    mixes = args.augment != "none" and random.random() < args.cutmix_prob
+    labelled = slice(None) if mixes else slice(len(batch.images) // 2)
+    cam_labels = pixel_labels(batch, views, labelled, args)
+
+    # 3. Images, image labels, CAM labels and teacher logits are mixed together.
+    images, image_labels = batch.images, batch.image_labels
+    if mixes:
+        mix = classmix if args.augment == "classmix" else cutmix
+        images, cam_labels, seg_logits, image_labels = mix(images, cam_labels, seg_logits, image_labels)
+
+    # 4. The teacher's labels, among the classes the image has.
+    hard_labels, confidence = teacher_labels(resize_maps(seg_logits, images.shape[-2:]), image_labels)
+
+    # 5. Student and teacher look at the mixed images.
+    inputs = normalize(images)
+    student_outputs = student(inputs)
+    teacher_outputs = teacher(inputs) if criterion.needs_teacher(epoch) else {}
+
+    # 6. The five losses.
+    targets = Targets(image_labels, cam_labels[: len(images) // 2], hard_labels, confidence)
+    return criterion(student_outputs, teacher_outputs, targets, epoch)
+
+
+def pixel_labels(batch: Batch, views: dict[str, Tensor], images: slice, args: argparse.Namespace) -> Tensor:
+    """Label maps int64 [n,H,W] for L_c2s of the chosen images, as --c2s_mode says; 255 where not reliable."""
+    if args.c2s_mode == "gt":
+        return batch.masks[images]
+    cams, labels = views["cams"][images].float(), batch.image_labels[images]
+    if args.c2s_mode == "mp":
+        logits = resize_maps(views["seg_logits"][images], batch.images.shape[-2:])
+        background = logits.softmax(dim=1)[:, 0]
+        return mutual_promotion_labels(background, cams, labels, args.c2s_sigma)
+    return reliable_cam_labels(
+        batch.images[images],
+        cams,
+        labels,
+        background_threshold=args.c2s_bg,
+        foreground_threshold=args.c2s_fg,
+        gt_prob=args.crf_gt_prob,
+        crf_iterations=args.crf_t,
+    )
+
+
+def build_loaders(source: DataSource, args: argparse.Namespace) -> tuple[Loader, Loader]:
+    """The labeled and the unlabeled loader: the same photographs, other crops, in other orders."""
+    ids = source.ids(args.domain_train)
+    with_masks = args.c2s_mode == "gt"
+    geometries = (
+        train_geometry(args.image_size, args.min_image_size, args.max_image_size),
+        crop_geometry(args.image_size),
+    )
+    options = cli.loader_arguments(args)
+    labeled, unlabeled = (
+        build_loader(
+            ImageDataset(source, ids, geometry, with_masks=with_masks),
+            args.batch_size,
+            **{**options, "seed": 2 * args.seed + half, "num_workers": (args.num_workers + 1) // 2},
+        )
+        for half, geometry in enumerate(geometries)
+    )
+    return labeled, unlabeled
+
+
+def batches(labeled: Loader, unlabeled: Loader, augment: nn.Module, device: torch.device) -> Iterator[Batch]:
+    """Join the two halves on the device; the labeled half gets colour jitter and blur there."""
+    for pair in zip(labeled, unlabeled, strict=True):
+        first, second = ({k: v.to(device, non_blocking=True) for k, v in half.items() if k != "id"} for half in pair)
+        yield Batch(
+            images=torch.cat([augment(first["image"]), second["image"]]),
+            image_labels=torch.cat([first["label"], second["label"]]),
+            masks=torch.cat([first["mask"], second["mask"]]) if "mask" in first else None,
+        )
+
+
+def teacher_decay(args: argparse.Namespace, epoch: int, step: int, steps_per_epoch: int) -> float:
+    """EMA decay after optimiser step `step`: 0 (a copy of the student) up to and including the epoch after warm-up."""
+    if epoch <= args.warmup_epochs:
+        return 0.0
+    return ema_decay(step - args.warmup_epochs * steps_per_epoch)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train, epoch by epoch, and say what to do next."""
+    device = cli.select_device(args.device)
+    source = build_source(args.dataset, cli.data_dir(args))
+    labeled, unlabeled = build_loaders(source, args)
+    heads = {"use_sal_head": args.use_sal_head, "use_rep_head": args.use_rep_head}
+    student = build_model("csrm", num_classes=source.info.num_classes, **cli.network_arguments(args), **heads).to(
+        device
+    )
+    if args.restore:
+        restore(student, args.restore)
+    teacher = Teacher(student)
+    criterion = Criterion(args, source.info.num_classes).to(device)
+    augment = PhotometricAugmentation()
+    companions = {"teacher": teacher.module, "memory_bank": criterion.bank}
+    trainer = Trainer(student, args, source.info, device=device, steps_per_epoch=len(labeled), companions=companions)
+    for epoch in trainer.epochs():
+        labeled.set_epoch(epoch)
+        unlabeled.set_epoch(epoch)
+        for batch in trainer.progress(epoch, batches(labeled, unlabeled, augment, device)):
+            with trainer.autocast():
+                losses = train_step(batch, student, teacher, criterion, args, epoch)
+            if trainer.update(losses):
+                teacher.update(student, teacher_decay(args, epoch, trainer.step, trainer.updates_per_epoch))
+        if args.domain_valid:
+            trainer.log(epoch, validate(teacher.module, source, args.domain_valid, device))
+    print(f"Next: python inference.py --tag {args.tag} --domain {args.domain_train}   (plus the data flags)")
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser())

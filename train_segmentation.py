@@ -1,0 +1,126 @@
+"""Stage 4: DeepLabV3+ on pseudo masks; with --predict, its segmentation of a split.
+
+    python train_segmentation.py --tag deeplab --dataset voc12 --masks_dir experiments/predictions/csrm@train_aug/sam-max_iou_imp2
+    python train_segmentation.py --tag deeplab --dataset voc12 --predict --domain val
+
+Training reads photographs and the masks in --masks_dir (ID.png, 255 ignored; the dataset's own masks if the flag is not
+given: fully supervised) and writes experiments/models/TAG.pth. Prediction sees each image at several scales and mirrored,
+averages the logits, refines with a dense CRF and writes experiments/predictions/TAG@DOMAIN/masks/ID.png. It never reads
+labels. Both continue where they stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from datasets import ImageDataset, build_loader, build_source
+from datasets.transforms import normalize, segmentation_geometry
+from models import build_model
+from models.restore import restore
+from tools import cli
+from tools.cam import multi_scale_logits
+from tools.checkpoint import check_classes, load_model
+from tools.crf import SEGMENTATION_SETTINGS, mean_field, unary_from_probabilities
+from tools.files import check_writable, save_mask
+from tools.losses import cross_entropy
+from tools.training import Trainer
+from tools.validation import validate
+
+
+def make_parser() -> cli.Parser:
+    """The script's flags."""
+    parser = cli.Parser(__doc__)
+    cli.add_common(parser)
+    data = cli.add_dataset(
+        parser,
+        domain_train=("train_aug", "split to train on"),
+        domain_valid=("", "split with masks to report on after each epoch; empty: none"),
+        domain=("val", "split to predict, with --predict"),
+    )
+    data.add_argument("--masks_dir", type=Path, help="folder of the masks to learn (default: the dataset's own)")
+    network = cli.add_network(parser, architecture="resnest269e", mode="normal")
+    cli.add_decoder(network)
+    network.add_argument("--restore", type=Path, help="checkpoint or public state dict to start from")
+    cli.add_images(parser)
+    cli.add_optimization(parser, lr=0.007, wd=4e-5, batch_size=32, max_epoch=50, alpha_bias=1.0)
+    group = parser.add_argument_group("prediction")
+    cli.add_switch(group, "--predict", False, "predict --domain with the trained model instead of training")
+    group.add_argument("--weights", type=Path, help="checkpoint to predict with (default: experiments/models/TAG.pth)")
+    cli.add_views(group)
+    group.add_argument("--crf_t", type=cli.count, default=10, help="mean-field iterations of the dense CRF; 0: no CRF")
+    return parser
+
+
+def train_step(model: nn.Module, batch: dict, device: torch.device, label_smoothing: float) -> dict[str, torch.Tensor]:
+    """Cross entropy of one batch with its (pseudo) masks."""
+    images = normalize(batch["image"].to(device, non_blocking=True))
+    masks = batch["mask"].to(device, non_blocking=True)
+    return {"loss": cross_entropy(model(images)["seg_logits"], masks, label_smoothing)}
+
+
+def train(args: argparse.Namespace, device: torch.device) -> None:
+    """Train DeepLabV3+ and say what to do next."""
+    source = build_source(args.dataset, cli.data_dir(args), args.masks_dir)
+    geometry = segmentation_geometry(args.image_size, args.min_image_size, args.max_image_size)
+    dataset = ImageDataset(source, source.ids(args.domain_train), geometry, with_masks=True, with_labels=False)
+    loader = build_loader(dataset, args.batch_size, **cli.loader_arguments(args))
+    model = build_model("segmentation", num_classes=source.info.num_classes, **cli.network_arguments(args)).to(device)
+    if args.restore:
+        restore(model, args.restore)
+    truth = build_source(args.dataset, cli.data_dir(args))
+    trainer = Trainer(model, args, source.info, device=device, steps_per_epoch=len(loader))
+    for epoch in trainer.epochs():
+        loader.set_epoch(epoch)
+        for batch in trainer.progress(epoch, loader):
+            with trainer.autocast():
+                losses = train_step(model, batch, device, args.label_smoothing)
+            trainer.update(losses)
+        if args.domain_valid:
+            trainer.log(epoch, validate(model, truth, args.domain_valid, device))
+    print(
+        f"Next: python train_segmentation.py --tag {args.tag} --predict --domain {args.domain}   (plus the data flags)"
+    )
+
+
+@torch.inference_mode()
+def segment(model: nn.Module, photograph: torch.Tensor, args: argparse.Namespace) -> torch.Tensor:
+    """Class indices int64 [H,W] of a photograph, uint8 RGB [1,3,H,W]."""
+    logits = multi_scale_logits(
+        lambda views: model(views)["seg_logits"], normalize(photograph), scales=args.scales, hflip=args.hflip
+    )
+    probabilities = logits.softmax(dim=1)
+    if args.crf_t:
+        unary = unary_from_probabilities(probabilities)
+        probabilities = mean_field(photograph, unary, SEGMENTATION_SETTINGS, args.crf_t)
+    return probabilities[0].argmax(dim=0)
+
+
+def predict(args: argparse.Namespace, device: torch.device) -> None:
+    """Write the predicted mask of every image of the split that is not there yet."""
+    source = build_source(args.dataset, cli.data_dir(args))
+    weights = args.weights or cli.model_path(args.tag)
+    model, checkpoint = load_model(weights, device)
+    check_classes(checkpoint, source.info.classes, weights)
+    folder = check_writable(cli.predictions_dir(args.tag, args.domain) / "masks")
+    ids = source.ids(args.domain)
+    pending = [image_id for image_id in ids if not (folder / f"{image_id}.png").exists()]
+    print(f"{len(ids)} images of '{args.domain}', {len(ids) - len(pending)} done already; writing to {folder}")
+    for image_id in cli.progress(pending, desc="predicting", unit="image"):
+        photograph = torch.from_numpy(source.image(image_id)).permute(2, 0, 1)[None].to(device)
+        save_mask(folder / f"{image_id}.png", segment(model, photograph, args).cpu().numpy(), source.info.palette)
+    print(f"Masks: {folder}")
+    print(f"Next: python evaluate.py --pred_dir {folder} --domain {args.domain}   (plus the data flags)")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train, or predict with --predict."""
+    device = cli.select_device(args.device)
+    (predict if args.predict else train)(args, device)
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser())
