@@ -2,13 +2,13 @@
 
     python inference.py --tag csrm --dataset voc12 --data_dir data/voc12 --domain train_aug
 
-Images are seen at several scales and mirrored. The image-level labels choose which classes may appear: use this on training
-images, to make the pseudo masks a segmentation model learns from, never to report results on a test split. Writes to
-experiments/predictions/TAG@DOMAIN/
+Images are seen at several scales and mirrored. The image-level labels choose which classes may appear: use this on
+training images, to make the pseudo masks a segmentation model learns from, never to report results on a test split.
+Writes to experiments/predictions/TAG@DOMAIN/
 
     cams/ID.npz         class activation maps: arrays keys, cam (stride 4), hr_cam (image size), values in [0, 1]
     masks/ID.npz        the same arrays from CSRM's segmentation branch: softmax over background and the image's classes
-    pseudos-.../ID.png  pseudo masks: argmax of [threshold; CAMs], refined by a dense CRF; class indices, 0 background
+    pseudos-.../ID.png  pseudo masks: argmax of [threshold; CAMs], refined by a dense CRF; class indices
 
 The network's shape is read from the checkpoint. Started again, it continues with the images that are missing.
 """
@@ -86,11 +86,11 @@ class Predictor:
     @torch.inference_mode()
     def __call__(self, image_id: str) -> None:
         """Write the missing files of one image."""
-        photograph = torch.from_numpy(self.source.image(image_id)).permute(2, 0, 1)[None].to(self.device)
+        photograph = self.source.photograph(image_id).to(self.device)
         for kind in self.wanted():
             if kind != "pseudos" and not self.path(kind, image_id).exists():
                 save_cams(self.path(kind, image_id), *self._maps(kind, photograph, image_id))
-        if self.args.save_pseudos:
+        if self.args.save_pseudos and not self.path("pseudos", image_id).exists():
             self._save_pseudo_mask(photograph, image_id)
 
     def _maps(self, kind: str, photograph: torch.Tensor, image_id: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -109,7 +109,8 @@ class Predictor:
         labels = torch.from_numpy(cam_labels(maps, threshold)).to(self.device)
         if self.args.crf_t and len(keys) > 1:
             unary = unary_from_labels(labels[None], len(keys), self.args.crf_gt_prob)
-            labels = mean_field(photograph, unary, CAM_SETTINGS, self.args.crf_t)[0].argmax(dim=0)
+            refined = mean_field(photograph, unary, CAM_SETTINGS, self.args.crf_t, backend=self.args.crf_backend)
+            labels = refined[0].argmax(dim=0)
         save_mask(self.path("pseudos", image_id), keys[labels.cpu().numpy()], self.source.info.palette)
 
 
@@ -131,9 +132,9 @@ def segmentation_maps(logits: torch.Tensor, label: torch.Tensor) -> tuple[np.nda
     Only the foreground maps are kept, as in every CAM file; the background's is one minus their sum.
     """
     keys = torch.cat([torch.zeros(1, dtype=torch.long), 1 + label.nonzero().flatten()])
-    probabilities = logits[:, keys].softmax(dim=1)[:, 1:]
+    probabilities = logits[:, keys].softmax(dim=1)
     low = resize_maps(probabilities, stride4_size(*logits.shape[-2:]))
-    return keys.numpy(), low[0].cpu().numpy(), probabilities[0].cpu().numpy()
+    return keys.numpy(), low[0, 1:].cpu().numpy(), probabilities[0, 1:].cpu().numpy()
 
 
 def check_flags(args: argparse.Namespace, model: nn.Module) -> None:
@@ -152,7 +153,7 @@ def main(args: argparse.Namespace) -> None:
     source = build_source(args.dataset, cli.data_dir(args))
     ids = source.ids(args.domain)
     weights = args.weights or cli.model_path(args.tag)
-    model, checkpoint = load_model(weights, device)
+    model, checkpoint = load_model(weights, device, kinds=["classifier", "csrm"])
     check_classes(checkpoint, source.info.classes, weights)
     check_flags(args, model)
     folder = check_writable(cli.predictions_dir(args.tag, args.domain))

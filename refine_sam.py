@@ -1,16 +1,16 @@
 """Stage 3: pseudo masks whose edges follow mask proposals (Segment Anything, or image regions where it is not at hand).
 
-    python refine_sam.py --tag csrm --domain train_aug --pseudo_dir experiments/predictions/csrm@train_aug/pseudos-t0.4-c10 \\
-        --checkpoint sam_vit_h_4b8939.pth
+    python refine_sam.py --tag csrm --dataset voc12 --domain train_aug --checkpoint sam_vit_h_4b8939.pth \\
+        --pseudo_dir experiments/predictions/csrm@train_aug/pseudos-t0.4-c10
 
-Two steps, together (--stage all) or apart. `propose` needs only the images; `merge` takes seconds, so several modes can be
-tried on the same proposals. Both write to experiments/predictions/TAG@DOMAIN/
+Two steps, together (--stage all) or apart. `propose` needs only the images; `merge` takes seconds, so several modes can
+be tried on the same proposals. Both write to experiments/predictions/TAG@DOMAIN/
 
     proposals-{sam,regions}/ID.json   the masks of one image as COCO RLE (the layout of SA-1B; read with pycocotools)
     sam-{sam,regions}-MODE/ID.png     refined pseudo masks: class indices, 0 background
 
-A settings.json in each folder records what made it. Started again, the script continues with the images that are missing;
-several machines or GPUs share the work with --shard 0/4, 1/4, ...
+A settings.json in each folder records what made it. Started again, the script continues with the images that are
+missing; several machines or GPUs share the work with --shard 0/4, 1/4, ...
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 
 from datasets import DataSource, build_source
@@ -48,7 +49,7 @@ def make_parser() -> cli.Parser:
         "--device", default="auto", help="where SAM runs: auto (the GPU if there is one), cpu, cuda or cuda:N"
     )
     group.add_argument(
-        "--shard", type=shard, default=(0, 1), metavar="I/N", help="do every N-th image, from the I-th on (I from 0)"
+        "--shard", type=shard, default="0/1", metavar="I/N", help="do every N-th image, from the I-th on (I from 0)"
     )
     cli.add_workers(group)
     data = cli.add_dataset(parser, domain=("train_aug", "split to refine"))
@@ -161,9 +162,7 @@ def propose(args: argparse.Namespace, source: DataSource, ids: Sequence[str]) ->
     """Write the proposals of the images that have none yet."""
     folder = claim_folder(proposals_dir(args), proposal_settings(args))
     pending = [image_id for image_id in ids if not (folder / f"{image_id}.json").exists()]
-    print(
-        f"Proposals: {len(ids)} images of '{args.domain}', {len(ids) - len(pending)} done already; writing to {folder}"
-    )
+    print(f"Proposals: {len(ids)} images, {len(ids) - len(pending)} done already; writing to {folder}")
     if pending:
         # Regions use the processor's cores; SAM has its device to itself.
         workers = args.num_workers if args.proposals == "regions" else 0
@@ -220,7 +219,7 @@ def merge(args: argparse.Namespace, info: DatasetInfo, ids: Sequence[str]) -> No
     settings = options | {"proposals": args.proposals, "pseudo_dir": str(args.pseudo_dir)}
     folder = claim_folder(refined_dir(args), settings)
     done = sum((folder / f"{image_id}.png").exists() for image_id in ids)
-    print(f"Merging: {len(ids)} images of '{args.domain}', {done} done already; writing to {folder}")
+    print(f"Merging: {len(ids)} images, {done} done already; writing to {folder}")
     jobs = [
         (args.pseudo_dir / f"{image_id}.png", proposals_dir(args) / f"{image_id}.json", folder / f"{image_id}.png")
         for image_id in ids
@@ -270,33 +269,22 @@ def run_jobs(work: Callable, jobs: Sequence[tuple], workers: int, name: str) -> 
     if workers == 0:
         yield from progress(map(work, jobs))
         return
-    # Spawned, not forked: a forked child of a process that has used OpenMP or CUDA can hang.
-    with multiprocessing.get_context("spawn").Pool(min(workers, len(jobs)), initializer=one_thread) as pool:
+    # A worker keeps to its core: the workers already use them all.
+    with multiprocessing.Pool(min(workers, len(jobs)), initializer=cv2.setNumThreads, initargs=(1,)) as pool:
         yield from progress(pool.imap_unordered(work, jobs, chunksize=4))
 
 
-def one_thread() -> None:
-    """Keep a worker to its core: the workers already use them all."""
-    import cv2
-    import torch
-
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
-
-
 def print_changes(info: DatasetInfo, changes: np.ndarray) -> None:
-    """One line per class: its share of all pixels before and after, and the pixels it gained and lost, in per cent of before."""
+    """Per class: its share of all pixels before and after, and what it gained and lost, in per cent of before."""
     total = max(changes.sum(), 1)
     width = max(len(name) for name in (*info.classes, "ignore"))
-    print(
-        f"{'class':<{width}}  {'before':>7}  {'after':>7}   (% of all pixels)  {'gained':>7}  {'lost':>7}   (% of before)"
-    )
+    print(f"{'class':<{width}}  {'before':>7}  {'after':>7}   (% of all)  {'gained':>7}  {'lost':>7}   (% of before)")
     for index, name in enumerate((*info.classes, "ignore")):
         before, after, kept = changes[index].sum(), changes[:, index].sum(), changes[index, index]
         if before or after:
             gained, lost = (100 * (n - kept) / max(before, 1) for n in (after, before))
             shares = f"{100 * before / total:7.2f}  {100 * after / total:7.2f}"
-            print(f"{name:<{width}}  {shares}                     {gained:7.2f}  {lost:7.2f}")
+            print(f"{name:<{width}}  {shares}              {gained:7.2f}  {lost:7.2f}")
     print(f"{100 * (1 - np.trace(changes) / total):.2f} % of the pixels changed")
 
 

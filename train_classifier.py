@@ -1,4 +1,4 @@
-"""Stage 0: the CAM prior. Trains an image classifier whose 1x1 head on the last feature map gives class activation maps.
+"""Stage 0: the CAM prior, an image classifier whose 1x1 head on the last feature map gives class activation maps.
 
     python train_classifier.py --tag prior --dataset voc12 --data_dir data/voc12 --domain_train train_aug
 
@@ -10,6 +10,7 @@ checkpoint into CAMs; `train_csrm.py --restore experiments/models/TAG.pth` start
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -20,8 +21,8 @@ from models import build_model
 from models.restore import restore
 from tools import cli
 from tools.losses import multilabel_loss
-from tools.training import Trainer
-from tools.validation import validate
+from tools.training import Trainer, seed_everything
+from tools.validation import check_domain, validate
 
 
 def make_parser() -> cli.Parser:
@@ -34,7 +35,7 @@ def make_parser() -> cli.Parser:
         domain_valid=("", "split with masks to report on after each epoch; empty: none"),
     )
     group = cli.add_network(parser, architecture="resnest101e", mode="normal")
-    group.add_argument("--restore", help="checkpoint or public state dict to start from")
+    group.add_argument("--restore", type=Path, help="checkpoint or public state dict to start from")
     cli.add_images(parser)
     cli.add_optimization(parser, lr=0.1, wd=1e-4, batch_size=32, max_epoch=15, alpha_bias=2.0)
     parser.add_argument(
@@ -55,11 +56,11 @@ def main(args: argparse.Namespace) -> None:
     """Train, epoch by epoch, and say what to do next."""
     device = cli.select_device(args.device)
     source = build_source(args.dataset, cli.data_dir(args))
-    geometry = train_geometry(
-        args.image_size, args.min_image_size, args.max_image_size, randaugment=args.augment == "randaugment"
-    )
+    check_domain(source, args.domain_valid)
+    geometry = train_geometry(*cli.image_sizes(args), randaugment=args.augment == "randaugment")
     dataset = ImageDataset(source, source.ids(args.domain_train), geometry)
     loader = build_loader(dataset, args.batch_size, **cli.loader_arguments(args))
+    seed_everything(args.seed)
     model = build_model("classifier", num_classes=source.info.num_classes, **cli.network_arguments(args)).to(device)
     if args.restore:
         restore(model, args.restore)

@@ -3,9 +3,9 @@
     python train_csrm.py --tag csrm --dataset voc12 --data_dir data/voc12 --restore experiments/models/prior.pth
 
 Reads photographs and image-level labels only. Writes experiments/models/TAG.pth (student and teacher) and TensorBoard
-curves in experiments/logs/TAG. Started again, it continues after the last finished epoch. --domain_valid reports the mean
-IoU on a split with masks after each epoch; the last checkpoint is kept whatever it says. `inference.py --tag TAG` makes
-the pseudo masks. docs/method.md explains every symbol.
+curves in experiments/logs/TAG. Started again, it continues after the last finished epoch. --domain_valid reports the
+mean IoU on a split with masks after each epoch; the last checkpoint is kept whatever it says. `inference.py --tag TAG`
+makes the pseudo masks. docs/method.md explains every symbol.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from tools.losses import (
 )
 from tools.memory_bank import MemoryBank, contrastive_loss, entropy_masks
 from tools.pseudo_labels import mutual_promotion_labels, reliable_cam_labels, teacher_labels
-from tools.training import Trainer
-from tools.validation import validate
+from tools.training import Trainer, seed_everything
+from tools.validation import check_domain, validate
 
 
 def make_parser() -> cli.Parser:
@@ -73,8 +73,12 @@ def add_csrm(parser: cli.Parser) -> None:
     )
     group.add_argument("--cutmix_prob", type=cli.fraction, default=0.5, help="probability that a step mixes")
     group = parser.add_argument_group("pseudo labels")
-    group.add_argument("--c2s_mode", choices=["cam", "mp", "gt"], default="cam", help="labels of L_c2s: CAMs and dense CRF, "
-                       "CAMs against the teacher's background (mutual promotion), or the masks (an upper bound)")  # fmt: skip
+    group.add_argument(
+        "--c2s_mode",
+        choices=["cam", "mp", "gt"],
+        default="cam",
+        help="labels of L_c2s: CAMs and dense CRF; CAMs against the teacher's background; masks (an upper bound)",
+    )
     group.add_argument("--c2s_fg", type=cli.fraction, default=0.30, help="cam: CAM above which a pixel is foreground")
     group.add_argument("--c2s_bg", type=cli.fraction, default=0.05, help="cam: CAM below which a pixel is background")
     group.add_argument(
@@ -90,7 +94,7 @@ def add_csrm(parser: cli.Parser) -> None:
         ("u", "teacher labels -> segmentation branch"),
         ("contra", "contrast of pixel representations"),
     ):
-        group.add_argument(f"--w_{name}", type=float, default=1.0, help=f"weight of L_{name}: {text}")
+        group.add_argument(f"--w_{name}", type=cli.non_negative, default=1.0, help=f"weight of L_{name}: {text}")
     group.add_argument("--contra_low_rank", type=cli.positive_int, default=3, help="classes a pixel is confusable with")
     group.add_argument(
         "--contra_high_rank",
@@ -259,6 +263,7 @@ def pixel_labels(batch: Batch, views: dict[str, Tensor], images: slice, args: ar
         foreground_threshold=args.c2s_fg,
         gt_prob=args.crf_gt_prob,
         crf_iterations=args.crf_t,
+        backend=args.crf_backend,
     )
 
 
@@ -266,10 +271,7 @@ def build_loaders(source: DataSource, args: argparse.Namespace) -> tuple[Loader,
     """The labeled and the unlabeled loader: the same photographs, other crops, in other orders."""
     ids = source.ids(args.domain_train)
     with_masks = args.c2s_mode == "gt"
-    geometries = (
-        train_geometry(args.image_size, args.min_image_size, args.max_image_size),
-        crop_geometry(args.image_size),
-    )
+    geometries = (train_geometry(*cli.image_sizes(args)), crop_geometry(args.image_size))
     options = cli.loader_arguments(args)
     labeled, unlabeled = (
         build_loader(
@@ -304,7 +306,9 @@ def main(args: argparse.Namespace) -> None:
     """Train, epoch by epoch, and say what to do next."""
     device = cli.select_device(args.device)
     source = build_source(args.dataset, cli.data_dir(args))
+    check_domain(source, args.domain_valid)
     labeled, unlabeled = build_loaders(source, args)
+    seed_everything(args.seed)
     heads = {"use_sal_head": args.use_sal_head, "use_rep_head": args.use_rep_head}
     student = build_model("csrm", num_classes=source.info.num_classes, **cli.network_arguments(args), **heads).to(
         device

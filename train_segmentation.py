@@ -1,10 +1,10 @@
 """Stage 4: DeepLabV3+ on pseudo masks; with --predict, its segmentation of a split.
 
-    python train_segmentation.py --tag deeplab --dataset voc12 --masks_dir experiments/predictions/csrm@train_aug/sam-max_iou_imp2
-    python train_segmentation.py --tag deeplab --dataset voc12 --predict --domain val
+    python train_segmentation.py --tag deeplab --masks_dir experiments/predictions/csrm@train_aug/sam-sam-max_iou_imp2
+    python train_segmentation.py --tag deeplab --predict --domain val
 
-Training reads photographs and the masks in --masks_dir (ID.png, 255 ignored; the dataset's own masks if the flag is not
-given: fully supervised) and writes experiments/models/TAG.pth. Prediction sees each image at several scales and mirrored,
+Training reads photographs and the masks in --masks_dir (ID.png, 255 ignored; without the flag the dataset's own masks:
+fully supervised) and writes experiments/models/TAG.pth. Prediction sees each image at several scales and mirrored,
 averages the logits, refines with a dense CRF and writes experiments/predictions/TAG@DOMAIN/masks/ID.png. It never reads
 labels. Both continue where they stopped.
 """
@@ -27,8 +27,8 @@ from tools.checkpoint import check_classes, load_model
 from tools.crf import SEGMENTATION_SETTINGS, mean_field, unary_from_probabilities
 from tools.files import check_writable, save_mask
 from tools.losses import cross_entropy
-from tools.training import Trainer
-from tools.validation import validate
+from tools.training import Trainer, seed_everything
+from tools.validation import check_domain, validate
 
 
 def make_parser() -> cli.Parser:
@@ -49,9 +49,11 @@ def make_parser() -> cli.Parser:
     cli.add_optimization(parser, lr=0.007, wd=4e-5, batch_size=32, max_epoch=50, alpha_bias=1.0)
     group = parser.add_argument_group("prediction")
     cli.add_switch(group, "--predict", False, "predict --domain with the trained model instead of training")
-    group.add_argument("--weights", type=Path, help="checkpoint to predict with (default: experiments/models/TAG.pth)")
+    group.add_argument("--weights", type=Path, help="checkpoint, of CSRM too (default: experiments/models/TAG.pth)")
+    group.add_argument("--max_images", type=cli.positive_int, help="stop after the first N images of the split")
     cli.add_views(group)
     group.add_argument("--crf_t", type=cli.count, default=10, help="mean-field iterations of the dense CRF; 0: no CRF")
+    cli.add_crf_backend(group)
     return parser
 
 
@@ -65,13 +67,15 @@ def train_step(model: nn.Module, batch: dict, device: torch.device, label_smooth
 def train(args: argparse.Namespace, device: torch.device) -> None:
     """Train DeepLabV3+ and say what to do next."""
     source = build_source(args.dataset, cli.data_dir(args), args.masks_dir)
-    geometry = segmentation_geometry(args.image_size, args.min_image_size, args.max_image_size)
+    truth = build_source(args.dataset, cli.data_dir(args))
+    check_domain(truth, args.domain_valid)
+    geometry = segmentation_geometry(*cli.image_sizes(args))
     dataset = ImageDataset(source, source.ids(args.domain_train), geometry, with_masks=True, with_labels=False)
     loader = build_loader(dataset, args.batch_size, **cli.loader_arguments(args))
+    seed_everything(args.seed)
     model = build_model("segmentation", num_classes=source.info.num_classes, **cli.network_arguments(args)).to(device)
     if args.restore:
         restore(model, args.restore)
-    truth = build_source(args.dataset, cli.data_dir(args))
     trainer = Trainer(model, args, source.info, device=device, steps_per_epoch=len(loader))
     for epoch in trainer.epochs():
         loader.set_epoch(epoch)
@@ -95,7 +99,7 @@ def segment(model: nn.Module, photograph: torch.Tensor, args: argparse.Namespace
     probabilities = logits.softmax(dim=1)
     if args.crf_t:
         unary = unary_from_probabilities(probabilities)
-        probabilities = mean_field(photograph, unary, SEGMENTATION_SETTINGS, args.crf_t)
+        probabilities = mean_field(photograph, unary, SEGMENTATION_SETTINGS, args.crf_t, backend=args.crf_backend)
     return probabilities[0].argmax(dim=0)
 
 
@@ -103,14 +107,14 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
     """Write the predicted mask of every image of the split that is not there yet."""
     source = build_source(args.dataset, cli.data_dir(args))
     weights = args.weights or cli.model_path(args.tag)
-    model, checkpoint = load_model(weights, device)
+    model, checkpoint = load_model(weights, device, kinds=["segmentation", "csrm"])
     check_classes(checkpoint, source.info.classes, weights)
     folder = check_writable(cli.predictions_dir(args.tag, args.domain) / "masks")
-    ids = source.ids(args.domain)
+    ids = source.ids(args.domain)[: args.max_images]
     pending = [image_id for image_id in ids if not (folder / f"{image_id}.png").exists()]
     print(f"{len(ids)} images of '{args.domain}', {len(ids) - len(pending)} done already; writing to {folder}")
     for image_id in cli.progress(pending, desc="predicting", unit="image"):
-        photograph = torch.from_numpy(source.image(image_id)).permute(2, 0, 1)[None].to(device)
+        photograph = source.photograph(image_id).to(device)
         save_mask(folder / f"{image_id}.png", segment(model, photograph, args).cpu().numpy(), source.info.palette)
     print(f"Masks: {folder}")
     print(f"Next: python evaluate.py --pred_dir {folder} --domain {args.domain}   (plus the data flags)")

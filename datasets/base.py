@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from tools.errors import UserError
@@ -128,6 +129,10 @@ class DataSource(ABC):
             UserError: missing or unreadable.
         """
         return load_image(self.image_path(image_id))
+
+    def photograph(self, image_id: str) -> torch.Tensor:
+        """The photograph as a batch of one: uint8 RGB [1,3,H,W]."""
+        return torch.tensor(self.image(image_id)).permute(2, 0, 1)[None]
 
     def mask(self, image_id: str) -> np.ndarray:
         """The mask: uint8 HxW, 0 background, 1..K classes, `ignore_index` ignored.

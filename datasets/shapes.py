@@ -6,7 +6,7 @@
     generate("data/shapes", num_train=800, num_val=200, size=128, seed=0)
 
 It keeps what makes weak supervision hard on photographs. Objects have a telling part (sail, wheels, head, roof) and a
-plain one (hull, body, fleece, wall) whose colour varies freely, so class activation maps cover the former and miss the
+plain one (hull, body, fleece, wall) whose colour varies, so class activation maps cover the former and miss much of the
 latter. Classes go with scenes (boats on water), so activations leak into the context. Objects overlap, stand behind
 grass or poles, and leave the frame. Their outlines are colour edges, which a dense CRF can follow.
 
@@ -15,6 +15,7 @@ Image `i` of a split depends on (seed, split, i) and the size only: not on the n
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import multiprocessing
@@ -36,7 +37,7 @@ from tools.files import check_writable, save_json, save_mask
 CLASSES = ("background", *KINDS)
 IGNORE_INDEX = 255
 MARKER = "generator.json"  # parameters of a complete set, the last file written
-VERSION = 1  # raised whenever the same seed no longer gives the same bytes
+VERSION = 3  # raised whenever the same seed no longer gives the same bytes
 
 NUM_TRAIN, NUM_VAL, SIZE = 800, 200, 128  # defaults: what the demo learns from in two or three minutes on two cores
 
@@ -345,7 +346,7 @@ def _add_fields(parent: ElementTree.Element, **fields: object) -> None:
         ElementTree.SubElement(parent, name).text = str(value)
 
 
-def _main(args) -> None:
+def _main(args: argparse.Namespace) -> None:
     numbers = {name: getattr(args, name) for name in ("num_train", "num_val", "size", "seed", "workers")}
     print(f"{generate(args.data_dir, **numbers)}: {args.num_train} training and {args.num_val} validation images.")
 

@@ -5,8 +5,8 @@
     occlude(brush, rng, "sea", x, y)
 
 Every object has a telling part of fixed looks (the bird's head, the boat's sail, the car's wheels and windows, the
-fish's fins and eye, the roof, the sheep's dark head and legs) and a plain part of any colour. The numbers below are a
-drawing: coordinates, colours (hue, saturation, value) and textures, tuned by eye.
+fish's fins and eye, the roof, the sheep's dark head and legs) and a plain part of varying colour. The numbers below are
+a drawing: coordinates, colours (hue, saturation, value) and textures, tuned by eye.
 """
 
 from __future__ import annotations
@@ -36,12 +36,20 @@ from datasets.shapes_painting import (
 WHITE, CREAM, BLACK, STEEL = (np.float32(c) for c in ((0.95, 0.96, 0.96), (0.95, 0.91, 0.82), (0.06,) * 3, (0.75,) * 3))
 VERTICAL = math.pi / 2  # stripes that follow one another downwards
 
+
+def _typical(rng: np.random.Generator, hue: float) -> np.ndarray:
+    """The colour of a plain part: near its class's hue, which is how a class is more than its telling part; or any."""
+    if rng.random() < 0.15:
+        return any_colour(rng)
+    return vary(rng, hue, rng.uniform(0.45, 0.95), rng.uniform(0.6, 0.95), 0.035)
+
+
 # fmt: off
 # (outlines are read as rows of points)
 
 
 def _bird(brush: Brush, rng: np.random.Generator) -> None:
-    plumage = any_colour(rng)
+    plumage = _typical(rng, 0.14)
     dark = plumage * 0.35
     lift = rng.uniform(-0.25, 0.35)  # wing beat
     wing = smooth((0.35, -0.02), (0.1, -0.45 - lift), (-0.3, -0.95 - lift * 0.3), (-0.62, -0.8), (-0.5, -0.3),
@@ -73,7 +81,7 @@ def _boat(brush: Brush, rng: np.random.Generator) -> None:
     brush.fill(sail, cloth, **seams)
     if rng.random() < 0.75:
         brush.fill(jib, cloth * 0.93, **seams)
-    paint = any_colour(rng)
+    paint = _typical(rng, 0.06) * 0.8
     brush.fill(hull, paint, second=paint * 0.72, pattern=stripes(0.17, VERTICAL, -0.7), roundness=0.7)
     brush.fill(bar((-0.96, 0.17), (bow - 0.07, 0.1), 0.09), CREAM * rng.uniform(0.8, 1))
 
@@ -99,7 +107,7 @@ def _car(brush: Brush, rng: np.random.Generator) -> None:
 
 
 def _fish(brush: Brush, rng: np.random.Generator) -> None:
-    skin, fin = any_colour(rng), vary(rng, 0.11, 0.9, 0.95, 0.02)
+    skin, fin = _typical(rng, 0.8), vary(rng, 0.11, 0.9, 0.95, 0.02)
     belly = rng.uniform(0.36, 0.56)
     tail = smooth((-0.45, 0), (-1.05, -0.55), (-0.9, -0.02), (-1.05, 0.55), rounds=2)
     dorsal = smooth((0.3, -belly * 0.8), (0.0, -belly - 0.32), (-0.45, -belly - 0.15), (-0.5, -0.1), rounds=2)
@@ -119,13 +127,13 @@ def _fish(brush: Brush, rng: np.random.Generator) -> None:
 
 
 def _house(brush: Brush, rng: np.random.Generator) -> None:
-    plaster, clay = any_colour(rng) * 0.6 + 0.32, vary(rng, 0.02, 0.7, 0.6, 0.015)
+    plaster, clay = _typical(rng, 0.95) * 0.75 + 0.2, vary(rng, 0.02, 0.7, 0.6, 0.015)
     eaves, ridge, inset = rng.uniform(-0.2, 0.0), rng.uniform(-0.9, -0.65), rng.uniform(0.05, 0.5)
     chimney = rng.uniform(-0.6, 0.6) * (1 - inset)
     wall = polygon((-0.92, eaves - 0.05), (0.92, eaves - 0.05), (0.92, 0.75), (-0.92, 0.75))
     roof = polygon((-1.08, eaves), (-1.02 + inset, ridge), (1.02 - inset, ridge), (1.08, eaves))
     brush.fill(bar((chimney, eaves), (chimney, ridge - 0.18), 0.17), clay * 0.7, second=clay * 1.2, pattern=tiles(0.1))
-    brush.fill(wall, plaster, grain=0.09, fade=plaster * 0.8)
+    brush.fill(wall, plaster, second=plaster * 0.75, pattern=stripes(0.14, VERTICAL), grain=0.09, fade=plaster * 0.8)
     brush.fill(roof, clay, second=clay * 0.5, pattern=tiles(0.16), grain=0.08)
     pane, door = vary(rng, rng.choice([0.13, 0.6]), 0.45, 0.5), rng.choice([-0.55, 0.0, 0.55])
     for x in (-0.55, 0.0, 0.55):

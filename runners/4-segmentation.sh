@@ -1,14 +1,27 @@
 #!/usr/bin/env bash
-# Stage 4: DeepLabV3+ on the refined pseudo masks, its predictions on the test split, and the report of all stages.
+# Stage 4: DeepLabV3+ on the refined pseudo masks, its segmentation of the test split, and the report of all stages.
 #   ./runners/4-segmentation.sh
-#   MASKS=path/to/pseudo-masks ./runners/4-segmentation.sh     learn other masks than stage 3's
+#   MASKS=path/to/masks ./runners/4-segmentation.sh       learn other masks than those of stage 3
 source "$(dirname "${BASH_SOURCE[0]}")/config/env.sh"
 source runners/config/dataset.sh
 : "${MASKS:=$REFINED}"
 
 RUN_FLAGS="--device $DEVICE --seed $SEED --num_workers $WORKERS"
-PREDICTIONS=experiments/predictions/$TAG_SEG@$DOMAIN_TEST/masks
 
 run train_segmentation.py --tag "$TAG_SEG" --domain_train "$DOMAIN_TRAIN" --masks_dir "$MASKS" \
   $RUN_FLAGS $BACKBONE_SEG $IMAGE_FLAGS $SEG_FLAGS
 run train_segmentation.py --tag "$TAG_SEG" --predict --domain "$DOMAIN_TEST" $RUN_FLAGS $VIEW_FLAGS
+score segmentation_val "$DOMAIN_SCORE" "$PREDICTIONS/$TAG_SEG@$DOMAIN_TEST/masks"
+
+scores=()
+for stage in prior_cam csrm_cam pseudo refined segmentation_val; do
+  if [[ -f "$REPORT/$stage.json" ]]; then scores+=("$stage=$REPORT/$stage.json"); fi
+done
+if (( ${#scores[@]} )); then
+  # A few training images for the picture sheet, whose other columns exist for training images only.
+  run train_segmentation.py --tag "$TAG_SEG" --predict --domain "$DOMAIN_EVAL" --max_images 48 $RUN_FLAGS $VIEW_FLAGS
+  MAPS=$PREDICTIONS/$TAG_CSRM@$DOMAIN_TRAIN
+  run -m tools.report --domain "$DOMAIN_EVAL" --output_dir "$REPORT" --summary "${scores[@]}" --columns \
+    "CAM prior=$PREDICTIONS/$TAG_PRIOR@$DOMAIN_TRAIN/cams:0.3" "CSRM CAM=$MAPS/cams:$THRESHOLD" \
+    "Pseudo mask=$PSEUDOS" "Refined=$REFINED" "DeepLabV3+=$PREDICTIONS/$TAG_SEG@$DOMAIN_EVAL/masks"
+fi

@@ -141,6 +141,16 @@ def test_the_order_of_the_masks_does_not_matter():
     np.testing.assert_array_equal(merge_masks(pseudo, masks), merge_masks(pseudo, masks[::-1]))
 
 
+@pytest.mark.parametrize("axes", [(0, 1, 2), (1, 2, 0), (2, 1, 0), (0, 2, 1), (1, 0, 2)])
+@pytest.mark.parametrize("shape", [(5, 8, 8), (6, 9, 11), (1, 1, 1)])
+def test_any_memory_layout(axes, shape):
+    rng = np.random.default_rng(0)
+    pseudo = rng.integers(0, 3, shape[1:]).astype(np.uint8)
+    masks = rng.random(shape) < 0.4
+    laid_out = np.ascontiguousarray(masks.transpose(axes)).transpose(np.argsort(axes))
+    np.testing.assert_array_equal(merge_masks(np.asfortranarray(pseudo), laid_out), merge_masks(pseudo, masks))
+
+
 def test_wrong_sizes_and_names_are_named():
     pseudo = np.zeros((3, 4), np.uint8)
     with pytest.raises(AssertionError, match="masks on"):

@@ -88,12 +88,23 @@ def test_columns_read_masks_and_cams_from_several_folders(tmp_path):
     assert np.all(strict.mask("b") == 0)
 
 
+def test_images_that_every_column_has_are_preferred(tmp_path):
+    for folder, names in (("one", "abc"), ("two", "bc")):
+        for name in names:
+            save_mask(tmp_path / folder / f"{name}.png", np.zeros(SIZE), voc_palette())
+    columns = report.parse_columns([f"1={tmp_path / 'one'}", f"2={tmp_path / 'two'}"])
+    assert report.complete(["a", "b", "c", "d"], columns) == ["b", "c"]
+    assert report.complete(["a", "d"], columns) == ["a", "d"]
+
+
 def test_gallery_has_a_row_per_image_and_grey_cells_where_nothing_is(data, tmp_path):
-    save_mask(tmp_path / "pred" / "a.png", np.full(SIZE, 2), voc_palette())
-    run(data, tmp_path, "--domain", "train", "test", "--num_images", 2, "--columns", f"A name={tmp_path / 'pred'}")
+    save_mask(tmp_path / "one" / "a.png", np.full(SIZE, 2), voc_palette())
+    save_mask(tmp_path / "two" / "d.png", np.full(SIZE, 2), voc_palette())
+    columns = [f"A name={tmp_path / 'one'}", f"Other={tmp_path / 'two'}"]
+    run(data, tmp_path, "--domain", "train", "test", "--num_images", 2, "--columns", *columns)
     sheet = np.asarray(Image.open(tmp_path / "gallery.png").convert("RGB"))
     row_height = report.CELL * SIZE[0] // SIZE[1]
-    assert sheet.shape[1] == 2 * report.MARGIN + 3 * (report.CELL + report.GAP) - report.GAP
+    assert sheet.shape[1] == 2 * report.MARGIN + 4 * (report.CELL + report.GAP) - report.GAP
     assert sheet.shape[0] > 3 * row_height
     left = report.MARGIN + 2 * (report.CELL + report.GAP) + report.CELL // 2
     empty = (sheet[:, left] == report.EMPTY).all(axis=1).sum()

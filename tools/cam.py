@@ -4,8 +4,8 @@
     save_cams("cams/2007_000032.npz", keys, cam, hr_cam)
 
 A CAM file holds `keys` int64 [n+1] = [0, 1 + class, ...] of the n classes the image is labelled with, `cam` float16
-[n, ceil(H/4), ceil(W/4)] and `hr_cam` float16 [n, H, W], both in [0, 1]; there is no background map. Peers' tools keep the
-same three in a pickled dict (`.npy`); that format is written, and unpickled, only on request.
+[n, ceil(H/4), ceil(W/4)] and `hr_cam` float16 [n, H, W], both in [0, 1]; there is no background map. Peers' tools keep
+the same three in a pickled dict (`.npy`); that format is written, and unpickled, only on request.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from tools.errors import UserError
 from tools.files import atomic_write
 from tools.losses import resize_maps
 
-_DAMAGED = (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError)
+_DAMAGED = (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, ImportError)
+_DAMAGED += (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError)
+"""What NumPy raises for files that are truncated, of another format, or pickles of something else."""
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 """Maps a normalised image batch f32[B,3,h,w] to logit maps f32[B,C,h',w'] at any stride."""
@@ -37,13 +39,16 @@ def stride4_size(height: int, width: int) -> tuple[int, int]:
 
 
 def scaled_views(image: torch.Tensor, scales: Sequence[float]) -> list[torch.Tensor]:
-    """The normalised image f32[1,3,H,W] at each scale; sides are rounded, at least 1 pixel."""
-    height, width = image.shape[-2:]
-    sizes = [(max(1, round(height * scale)), max(1, round(width * scale))) for scale in scales]
+    """The normalised image f32[1,3,H,W] at each scale, its sides rounded to the nearest 16n + 1 pixels.
+
+    At these sizes the n + 1 cells of a map at stride 16 sit exactly on a grid from corner to corner, so corner-aligned
+    upsampling puts them back where they came from. At other sizes the far edge is off by up to 15 pixels.
+    """
+    sizes = [tuple(16 * max(1, round((side * scale - 1) / 16)) + 1 for side in image.shape[-2:]) for scale in scales]
     return [
         image
-        if size == (height, width)
-        else F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
+        if size == tuple(image.shape[-2:])
+        else F.interpolate(image, size, mode="bilinear", align_corners=True, antialias=True)
         for size in sizes
     ]
 
@@ -72,14 +77,16 @@ def multi_scale_cams(
         keys int64 [n+1], cam f32[n, ceil(H/4), ceil(W/4)] and hr_cam f32[n,H,W] (see the module docstring).
     """
     present = label.nonzero().flatten()
+    keys = np.concatenate([[0], 1 + present.cpu().numpy()]).astype(np.int64)
     size = image.shape[-2:]
+    if len(present) == 0:
+        return keys, np.zeros((0, *stride4_size(*size)), np.float32), np.zeros((0, *size), np.float32)
     cam = hr_cam = 0
     for view in scaled_views(image, scales):
         pair = flipped_pair(forward, view, hflip)
         activation = sum(F.relu(maps[:, present].float()) for maps in pair)
         cam = cam + resize_maps(activation, stride4_size(*size))
         hr_cam = hr_cam + resize_maps(activation, size)
-    keys = np.concatenate([[0], 1 + present.cpu().numpy()]).astype(np.int64)
     return keys, _unit_maximum(cam[0]).cpu().numpy(), _unit_maximum(hr_cam[0]).cpu().numpy()
 
 
@@ -121,7 +128,7 @@ def load_cams(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray, np.ndarr
             return content["keys"], content["cam"], content["hr_cam"]
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such CAM file. Run inference.py again: it adds what is missing.") from error
-    except (KeyError, ValueError, OSError, EOFError, AttributeError, *_DAMAGED) as error:
+    except _DAMAGED as error:
         raise UserError(f"{path}: not a readable CAM file. Delete it and run inference.py again.") from error
 
 

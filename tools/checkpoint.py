@@ -1,7 +1,7 @@
 """Checkpoints: everything needed to use a model without knowing how it was trained, or to go on training it.
 
-    save_checkpoint("experiments/models/a.pth", model=student.state_dict(), config=student.config, classes=info.classes, ...)
-    model, checkpoint = load_model("experiments/models/a.pth", device)
+    save_checkpoint("experiments/models/a.pth", model=model.state_dict(), config=model.config, classes=classes, epoch=1)
+    model, checkpoint = load_model("experiments/models/a.pth", device, kinds=["classifier", "csrm"])
 
 A checkpoint is a dict of plain containers and tensors, read with `weights_only=True`:
 
@@ -18,6 +18,7 @@ uninterrupted one would have drawn.
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,25 +49,33 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such checkpoint. Train it first, or pass another with --weights.") from error
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, LookupError, pickle.UnpicklingError) as error:
         raise UserError(f"{path}: not a readable checkpoint. Train it again, or pass another.") from error
-    if not isinstance(content, dict) or "config" not in content:
+    if not isinstance(content, dict) or not {"config", "model", "classes", "epoch"} <= content.keys():
         raise UserError(
             f"{path}: bare weights, not a checkpoint of this project. Use them with --restore when training."
         )
     return content
 
 
-def load_model(path: str | Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+def load_model(path: str | Path, device: torch.device, kinds: Sequence[str]) -> tuple[nn.Module, dict[str, Any]]:
     """Rebuild the model of a checkpoint, in eval mode on `device`; of CSRM, the teacher.
+
+    Args:
+        path: the checkpoint.
+        device: where the model goes.
+        kinds: those of `models.KINDS` that will do.
 
     Returns:
         The model and the whole checkpoint.
 
     Raises:
-        UserError: see `load_checkpoint`; or the weights do not fit the recorded architecture.
+        UserError: see `load_checkpoint`; or a model of another kind; or weights that do not fit the architecture.
     """
     checkpoint = load_checkpoint(path)
+    kind = checkpoint["config"]["kind"]
+    if kind not in kinds:
+        raise UserError(f"{path}: a {kind} model, but this needs one of: {', '.join(kinds)}. Pass another checkpoint.")
     model = build_model(**{**checkpoint["config"], "weights": "none"})
     try:
         model.load_state_dict(checkpoint.get("teacher", checkpoint["model"]))

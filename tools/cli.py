@@ -14,7 +14,9 @@ Flags are declared `--like_this`; `--like-this` is accepted too. Switches take a
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 from datasets import DATASETS
+from tools.crf import BACKENDS
 from tools.errors import UserError
 from tools.optim import OPTIMIZERS
 
@@ -67,10 +70,13 @@ def run(main: Callable[[argparse.Namespace], None], parser: Parser) -> None:
     args = parser.parse_args()
     try:
         main(args)
+        return
     except UserError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        status, message = 2, f"error: {error}"
     except KeyboardInterrupt:
-        parser.exit(130, f"\n{parser.prog}: interrupted. Run the same command again to continue.\n")
+        status, message = 130, "interrupted. Run the same command again to continue."
+    # Out here the exception is gone, and with it the frames that kept a progress bar's line open.
+    parser.exit(status, f"{parser.prog}: {message}\n")
 
 
 def boolean(text: str) -> bool:
@@ -87,15 +93,44 @@ def add_switch(group: argparse._ActionsContainer, name: str, default: bool, text
     group.add_argument(name, type=boolean, nargs="?", const=True, default=default, metavar="BOOL", help=text)
 
 
+def number(text: str) -> float:
+    """A finite number."""
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number") from error
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"'{text}' is not finite")
+    return value
+
+
+def positive(text: str) -> float:
+    """A number above 0."""
+    value = number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def non_negative(text: str) -> float:
+    """A number of at least 0."""
+    value = number(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
+def fraction(text: str) -> float:
+    """A number in [0, 1]."""
+    value = number(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
 def numbers(text: str) -> list[float]:
     """A comma-separated list of positive numbers, such as `0.5,1,1.5,2`."""
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a list of numbers such as 0.5,1,2") from error
-    if min(values) <= 0:
-        raise argparse.ArgumentTypeError(f"'{text}': every number must be positive")
-    return values
+    return [positive(part) for part in text.split(",")]
 
 
 def positive_int(text: str) -> int:
@@ -110,17 +145,6 @@ def count(text: str) -> int:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 0")
     return int(text)
-
-
-def fraction(text: str) -> float:
-    """A number in [0, 1]."""
-    try:
-        value = float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number") from error
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{value} is not between 0 and 1")
-    return value
 
 
 def add_common(parser: Parser) -> None:
@@ -192,14 +216,16 @@ def add_optimization(
         help="auto: bf16 on GPUs, off on CPUs",
     )
     group.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="momentum: without Nesterov")
-    group.add_argument("--lr", type=float, default=lr, help="learning rate of pretrained weights")
-    group.add_argument("--wd", type=float, default=wd, help="weight decay (never on biases)")
-    group.add_argument("--momentum", type=float, default=0.9, help="momentum of sgd and momentum")
+    group.add_argument("--lr", type=positive, default=lr, help="learning rate of pretrained weights")
+    group.add_argument("--wd", type=non_negative, default=wd, help="weight decay (never on biases)")
+    group.add_argument("--momentum", type=fraction, default=0.9, help="momentum of sgd and momentum")
     add_switch(group, "--nesterov", True, "Nesterov momentum in sgd")
-    group.add_argument("--lr_poly_power", type=float, default=0.9, help="power of the polynomial decay to zero")
-    group.add_argument("--lr_alpha_scratch", type=float, default=10.0, help="learning rate multiplier of new layers")
-    group.add_argument("--lr_alpha_bias", type=float, default=alpha_bias, help="learning rate multiplier of biases")
-    group.add_argument("--grad_max_norm", type=float, default=1.0, help="gradient norm is clipped at this; 0: never")
+    group.add_argument("--lr_poly_power", type=non_negative, default=0.9, help="power of the polynomial decay to zero")
+    group.add_argument("--lr_alpha_scratch", type=positive, default=10.0, help="learning rate multiplier of new layers")
+    group.add_argument("--lr_alpha_bias", type=positive, default=alpha_bias, help="learning rate multiplier of biases")
+    group.add_argument(
+        "--grad_max_norm", type=non_negative, default=1.0, help="gradient norm is clipped at this; 0: never"
+    )
     group.add_argument("--label_smoothing", type=fraction, default=0.1, help="label smoothing of every loss")
 
 
@@ -213,6 +239,14 @@ def add_crf(group: argparse._ActionsContainer) -> None:
     """Dense CRF flags of pseudo labels and pseudo masks."""
     group.add_argument("--crf_t", type=count, default=10, help="mean-field iterations of the dense CRF; 0: no CRF")
     group.add_argument("--crf_gt_prob", type=fraction, default=0.7, help="confidence of the hard-label unary")
+    add_crf_backend(group)
+
+
+def add_crf_backend(group: argparse._ActionsContainer) -> None:
+    """--crf_backend."""
+    group.add_argument(
+        "--crf_backend", choices=BACKENDS, default="torch", help="pydensecrf: one image at a time, on the CPU"
+    )
 
 
 def progress(items: Iterable, *, desc: str, unit: str, total: int | None = None) -> tqdm:
@@ -241,6 +275,18 @@ def loader_arguments(args: argparse.Namespace) -> dict[str, object]:
     }
 
 
+def image_sizes(args: argparse.Namespace) -> tuple[int, int, int]:
+    """--image_size, --min_image_size and --max_image_size.
+
+    Raises:
+        UserError: the smallest size is above the largest.
+    """
+    low, high = args.min_image_size, args.max_image_size
+    if low > high:
+        raise UserError(f"--min_image_size {low}: above --max_image_size {high}. Lower it, or raise the other.")
+    return args.image_size, low, high
+
+
 def data_dir(args: argparse.Namespace) -> Path:
     """The dataset's folder: --data_dir, or data/DATASET."""
     return args.data_dir or Path("data") / args.dataset
@@ -250,14 +296,13 @@ def select_device(name: str) -> torch.device:
     """Resolve --device.
 
     Raises:
-        UserError: a GPU is asked for and none can be used.
+        UserError: not one of auto, cpu, cuda and cuda:N, or a GPU that PyTorch does not see.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name}: not a device. Use auto, cpu, cuda or cuda:N.") from error
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"--device {name}: not a device. Use auto, cpu, cuda or cuda:N.")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"--device {name}: PyTorch sees {torch.cuda.device_count()} GPUs. Use --device cpu or another index."

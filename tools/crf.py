@@ -29,10 +29,10 @@ lattice tiles with simplices of d+1 vertices. Filtering is three sparse steps:
 * slice: each pixel reads its d+1 vertices back with the same weights, times 1 / (1 + 2^-d).
 
 All coordinates of a vertex have the same remainder r = 0..d modulo d+1, so the vertex is determined by r and by d
-quotients (the last follows, because the sum is zero). Quotients, image index and remainder are packed in one integer, the
-key; sorting the keys of all pixels finds the distinct vertices *and* the list of pixels around each. The three steps are
-then weighted sums over short lists of rows, which is what `embedding_bag` computes: the same code on CPU and GPU, with a
-fixed order of summation.
+quotients (the last follows, because the sum is zero). Quotients, image index and remainder are packed in one integer,
+the key; sorting the keys of all pixels finds the distinct vertices *and* the list of pixels around each. The three
+steps are then weighted sums over short lists of rows, which is what `embedding_bag` computes: the same code on CPU and
+GPU, with a fixed order of summation.
 
 The result is that of pydensecrf (`DenseCRF2D`, diagonal kernels, symmetric normalisation) up to float32 rounding.
 """
@@ -75,16 +75,17 @@ def unary_from_labels(labels: Tensor, num_labels: int | Tensor, gt_prob: float =
     """Energies of hard labels that are right with probability `gt_prob`, the rest shared by the other labels.
 
     Args:
-        labels: int64 [B,H,W] in [0, n).
-        num_labels: n; or int64 [B], one n per image. C is the largest n, labels n..C-1 get energy +inf: impossible.
+        labels: int64 [B,H,W] in [0, n); any other value, such as 255, makes all labels of the pixel equally likely.
+        num_labels: n; or int64 [B], one n per image (on the CPU, to spare a wait for the GPU). C is the largest n, and
+            labels n..C-1 get energy +inf: impossible.
         gt_prob: in (0, 1).
 
     Returns:
         float32 [B,C,H,W]. Where n = 1 the only label has energy -log(gt_prob), that is, it is certain.
     """
     assert 0 < gt_prob < 1, f"gt_prob must lie strictly between 0 and 1, got {gt_prob}"
+    channels = int(torch.as_tensor(num_labels).max())
     counts = torch.as_tensor(num_labels, device=labels.device).expand(len(labels))
-    channels = int(counts.max()) if isinstance(num_labels, Tensor) else num_labels
     index = torch.arange(channels, device=labels.device)
     others = -torch.log((1 - gt_prob) / (counts - 1).clamp(min=1).float())
     energy = torch.where(index < counts[:, None], others[:, None], torch.inf)[..., None, None]
@@ -133,7 +134,7 @@ def mean_field(
         UserError: backend "pydensecrf" is not installed.
     """
     _check(images, unary, backend)
-    energy = unary.detach().float().reshape(len(images), -1, *unary.shape[-3:])
+    energy = (unary if unary.ndim == 5 else unary[:, None]).float()
     q = (-energy).softmax(dim=2)
     infer, step = (_infer, _images_per_chunk(energy)) if backend == "torch" else (_infer_pydensecrf, 1)
     if sizes is None:
@@ -158,9 +159,9 @@ def _images_per_chunk(energy: Tensor) -> int:
     """Images solved together: on a GPU as many as memory allows, on a CPU few, for its cache."""
     _, unaries, labels, height, width = energy.shape
     if energy.device.type != "cuda":
-        return max(1, 2**18 // (height * width))
+        return max(1, 2**14 // (height * width))
     free, _ = torch.cuda.mem_get_info(energy.device)
-    # Of noise, the worst case: 6 vertices per pixel. More than 4 GB at a time would not make a GPU any busier.
+    # An upper bound, for noise: up to 6 vertices per pixel. Beyond 4 GB a GPU is busy, and more gains nothing.
     bytes_per_image = (1600 + 80 * unaries * labels) * height * width
     return max(1, min(free // 4, 2**32) // bytes_per_image)
 
@@ -182,7 +183,7 @@ def _infer_pydensecrf(images: Tensor, energy: Tensor, settings: CRFSettings, ite
             crf.setUnaryEnergy(unary.reshape(labels, -1).cpu().numpy())
             crf.addPairwiseGaussian(settings.gaussian_sxy, settings.gaussian_weight)
             crf.addPairwiseBilateral(settings.bilateral_sxy, settings.bilateral_srgb, pixels, settings.bilateral_weight)
-            probabilities.copy_(torch.tensor(crf.inference(iterations)).view_as(probabilities))
+            probabilities.copy_(torch.from_numpy(np.array(crf.inference(iterations))).view_as(probabilities))
     return q.to(energy.device)
 
 
@@ -224,7 +225,7 @@ def _image_kernel(images: Tensor, settings: CRFSettings) -> _Kernel:
     batch, _, height, width = images.shape
     sxy, srgb = settings.bilateral_sxy, settings.bilateral_srgb
     positions = _positions(height, width, sxy, images.device).expand(2, batch, height, width)
-    features = torch.cat([positions, images.transpose(0, 1) / srgb])
+    features = torch.cat([positions, images.transpose(0, 1) / torch.full((), srgb, device=images.device)])
     return _Kernel(
         features.flatten(2), [(width - 1) / sxy, (height - 1) / sxy] + [255 / srgb] * 3, settings.bilateral_weight
     )
@@ -232,9 +233,9 @@ def _image_kernel(images: Tensor, settings: CRFSettings) -> _Kernel:
 
 def _positions(height: int, width: int, sxy: float, device: torch.device) -> Tensor:
     """(x, y) / sxy as float32 [2,1,H,W]."""
-    y = torch.arange(height, device=device, dtype=torch.float32) / sxy
-    x = torch.arange(width, device=device, dtype=torch.float32) / sxy
-    return torch.stack(torch.meshgrid(x, y, indexing="xy"))[:, None]
+    y, x = torch.arange(height, device=device), torch.arange(width, device=device)
+    # Divided by a tensor: a number on the right would become a reciprocal on a GPU, and lattices differ by roundings.
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"))[:, None] / torch.full((), sxy, device=device)
 
 
 class _Kernel:
@@ -251,14 +252,15 @@ class _Kernel:
         image = torch.arange(batch, device=features.device).repeat_interleave(pixels)
         points = features.flatten(1)
         if pixels % 4:
-            # pydensecrf works on four pixels at a time and fills the last four with zeros. They weigh nothing, but their
-            # vertices let values spread further among dark pixels near the origin. We agree with it to the last digits.
+            # pydensecrf works on four pixels at a time and fills the last four with zeros. These weigh nothing, but
+            # their vertices let values spread further among dark pixels near the origin. We do the same.
             image = torch.cat([image, torch.arange(batch, device=features.device)])
             points = pad(points, (0, batch))
         quotients, rank, barycentric = _enclosing_simplex(points)
         barycentric[:, batch * pixels :] = 0
         digits = _vertex_digits(highest, batch)
-        vertices = self._connect(_vertex_keys(quotients, rank, image, digits), barycentric, batch * pixels)
+        keys = _vertex_keys(quotients, rank, image, digits)
+        vertices = self._connect(keys, barycentric, batch * pixels)
         self._stencil = _blur_stencil(vertices, digits)
         self._stencil_weights = torch.tensor([1.0, 0.5, 0.5], device=features.device).repeat(len(vertices) + 1, 1)
         self._normalise(weight, 1 / (1 + 2.0**-dimensions))
@@ -393,7 +395,7 @@ def _vertex_keys(quotients: Tensor, rank: Tensor, image: Tensor, digits: _Digits
     """
     keys = torch.empty_like(rank, dtype=digits.dtype)
     keys[0] = image * digits.image
-    for quotient, lowest, place in zip(quotients, digits.lowest, digits.quotients, strict=False):
+    for quotient, lowest, place in zip(quotients[:-1], digits.lowest, digits.quotients[:-1], strict=True):
         keys[0] += (quotient - lowest).to(digits.dtype) * place
     places = torch.tensor(digits.quotients, dtype=digits.dtype, device=rank.device)[:, None]
     by_rank = torch.empty_like(keys).scatter_(0, rank, places.expand_as(rank))

@@ -14,9 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from tools.errors import UserError
+
+_DAMAGED = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What Pillow raises for files it cannot decode; SyntaxError is its word for a broken PNG."""
 
 
 @contextlib.contextmanager
@@ -66,12 +69,14 @@ def read_lines(path: str | os.PathLike) -> list[str]:
     """The non-empty lines of a text file, stripped.
 
     Raises:
-        UserError: the file is missing or is not UTF-8 text.
+        UserError: the file is missing, unreadable or not UTF-8 text.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file.") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Check what it is and its permissions.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text. Save it as UTF-8.") from error
     return [line.strip() for line in text.splitlines() if line.strip()]
@@ -91,7 +96,7 @@ def load_image(path: str | os.PathLike) -> np.ndarray:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such image.") from error
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except _DAMAGED as error:
         raise UserError(f"{path}: not a readable image ({error}). Replace or remove it.") from error
 
 
@@ -111,7 +116,7 @@ def load_mask(path: str | os.PathLike) -> np.ndarray:
             return np.asarray(image, dtype=np.uint8)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such mask.") from error
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except _DAMAGED as error:
         raise UserError(f"{path}: not a readable mask ({error}). Replace or remove it.") from error
 
 

@@ -28,6 +28,7 @@ def reliable_cam_labels(
     *,
     crf_iterations: int = 10,
     gt_prob: float = 0.7,
+    backend: str = "torch",
 ) -> Tensor:
     """Labels of the pixels whose class is clear from the CAMs, after IRN (CVPR 2019).
 
@@ -41,6 +42,7 @@ def reliable_cam_labels(
         background_threshold, foreground_threshold: in (0, 1), of CAMs divided by their maximum.
         crf_iterations: mean-field updates; 0 leaves the CRF out.
         gt_prob: confidence of the CRF in the thresholded CAMs.
+        backend: of the CRF (`tools.crf.BACKENDS`).
 
     Returns:
         int64 [B, H, W]: 0 background, 1..K classes, 255 ignore.
@@ -51,7 +53,7 @@ def reliable_cam_labels(
     if crf_iterations:
         num_labels = 1 + (image_labels > 0).sum(dim=1)
         unary = torch.stack([unary_from_labels(reading, num_labels, gt_prob) for reading in readings], dim=1)
-        readings = mean_field(images, unary, CAM_SETTINGS, crf_iterations).argmax(dim=2).unbind(dim=1)
+        readings = mean_field(images, unary, CAM_SETTINGS, crf_iterations, backend=backend).argmax(dim=2).unbind(dim=1)
     foreground, background = readings
     doubtful = (foreground == 0) & (background != 0)
     return _look_up(classes, foreground).masked_fill(doubtful, IGNORE_INDEX)

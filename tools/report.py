@@ -11,7 +11,8 @@
 
 The sheet has one block per domain, one row per image: the photograph, its ground truth, then the columns. A column is
 a folder of masks (ID.png) or of CAM files (ID.npz; shown as argmax[THRESHOLD; CAMs]). A title given twice is one column
-that looks for an image in both folders. Where a column has no prediction for an image its cell stays grey.
+that looks for an image in both folders. Images that every column has are preferred; where a column has no prediction
+for an image its cell stays grey.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def main(args: argparse.Namespace) -> None:
         print(f"\nSummary: {args.output_dir / 'summary.json'}")
     if columns:
         source = build_source(args.dataset, cli.data_dir(args))
-        blocks = {domain: pick_images(source, source.ids(domain), args.num_images) for domain in args.domain}
+        shown = {domain: complete(source.ids(domain), columns) for domain in args.domain}
+        blocks = {domain: pick_images(source, ids, args.num_images) for domain, ids in shown.items()}
         sheet = gallery(source, blocks, columns)
         with atomic_write(args.output_dir / "gallery.png") as temporary:
             sheet.save(temporary, format="PNG", optimize=True)
@@ -125,15 +127,24 @@ class Column:
     title: str
     folders: tuple[tuple[Path, float], ...]
 
-    def mask(self, image_id: str) -> np.ndarray | None:
-        """The column's mask of this image, uint8 [H, W]; None if no folder has it."""
+    def file(self, image_id: str) -> tuple[Path, float] | None:
+        """The file that holds this image's mask or CAMs, and the folder's threshold; None if no folder has it."""
         for folder, threshold in self.folders:
-            if (folder / f"{image_id}.png").is_file():
-                return load_mask(folder / f"{image_id}.png")
-            if (folder / f"{image_id}.npz").is_file():
-                keys, _, hr_cam = load_cams(folder / f"{image_id}.npz")
-                return keys[cam_labels(hr_cam, threshold)].astype(np.uint8)
+            for path in (folder / f"{image_id}.png", folder / f"{image_id}.npz"):
+                if path.is_file():
+                    return path, threshold
         return None
+
+    def mask(self, image_id: str) -> np.ndarray | None:
+        """The column's mask of this image, uint8 [H, W]; None if there is none."""
+        found = self.file(image_id)
+        if found is None:
+            return None
+        path, threshold = found
+        if path.suffix == ".png":
+            return load_mask(path)
+        keys, _, hr_cam = load_cams(path)
+        return keys[cam_labels(hr_cam, threshold)].astype(np.uint8)
 
 
 def parse_columns(texts: Sequence[str]) -> list[Column]:
@@ -149,6 +160,11 @@ def parse_columns(texts: Sequence[str]) -> list[Column]:
             raise UserError(f"{name}: no such folder (column '{title}').")
         folders.setdefault(title, []).append((Path(name), float(threshold or CAM_THRESHOLD)))
     return [Column(title, tuple(places)) for title, places in folders.items()]
+
+
+def complete(ids: Sequence[str], columns: Sequence[Column]) -> list[str]:
+    """The ids that every column has a prediction for; all of them if there is none."""
+    return [image_id for image_id in ids if all(column.file(image_id) for column in columns)] or list(ids)
 
 
 def pick_images(source: DataSource, ids: Sequence[str], number: int) -> list[str]:

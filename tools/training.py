@@ -1,4 +1,4 @@
-"""The loop around a training step: epochs, resume, mixed precision, accumulation, clipping, schedule, logs, checkpoints.
+"""The loop around a training step: epochs, resume, mixed precision, clipping, schedule, logs, checkpoints.
 
     trainer = Trainer(model, args, info, steps_per_epoch=46)
     for epoch in trainer.epochs():
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import random
 import time
 from collections.abc import Iterable, Iterator
@@ -31,6 +32,9 @@ from tools.checkpoint import check_classes, load_checkpoint, save_checkpoint
 from tools.errors import UserError
 from tools.files import check_writable
 from tools.optim import build_optimizer, poly_schedule
+
+SAME_FLAGS = ("seed", "batch_size", "max_epoch", "max_steps", "accumulate_steps", "optimizer", "lr", "wd")
+"""Flags that a resumed run must share with its beginning."""
 
 RESUME_ONLY = ("optimizer", "schedule", "scaler", "memory_bank")
 """Entries dropped from the checkpoint of a finished run."""
@@ -84,9 +88,13 @@ class Trainer:
         """Yield the index of each epoch still to do, with all generators seeded; save after each."""
         check_writable(self.path.parent)
         first = self._resume()
-        self.writer = SummaryWriter(cli.EXPERIMENTS / "logs" / self.args.tag, purge_step=self.step)
+        if first == self.args.max_epoch:
+            print(f"{self.path}: already trained; nothing to do. Choose another --tag, or delete it to train again.")
+            return
+        logs = check_writable(cli.EXPERIMENTS / "logs" / self.args.tag)
+        self.writer = SummaryWriter(logs, purge_step=first + 1)
         for epoch in range(first, self.args.max_epoch):
-            seed_everything(self.args.seed, epoch)
+            seed_everything(self.args.seed, epoch + 1)
             self.model.train()
             yield epoch
             self._save(epoch + 1)
@@ -110,8 +118,19 @@ class Trainer:
         tqdm.write(f"{title}  {text}  lr {self.schedule.get_last_lr()[0]:.2e}  {rate:.2f} steps/s")
 
     def means(self) -> dict[str, float]:
-        """Mean of each loss over the batches of the epoch so far."""
-        return {name: total.item() / max(1, self.batch) for name, total in self.sums.items()}
+        """Mean of each loss over the batches of the epoch so far.
+
+        Raises:
+            UserError: one is not finite. Asked here, where the losses have come to the host, not in every step.
+        """
+        means = {name: total.item() / max(1, self.batch) for name, total in self.sums.items()}
+        if not all(math.isfinite(mean) for mean in means.values()):
+            values = ", ".join(f"{name} {mean:g}" for name, mean in means.items())
+            raise UserError(
+                f"--lr {self.args.lr:g}: training diverged ({values}). Lower it, or pass --mixed_precision off, "
+                "and start under another --tag."
+            )
+        return means
 
     def log(self, epoch: int, values: dict[str, float]) -> None:
         """Write scalars to TensorBoard at the end of an epoch."""
@@ -168,11 +187,9 @@ class Trainer:
         if not self.path.exists():
             return 0
         checkpoint = load_checkpoint(self.path)
-        if checkpoint["config"] != self.model.config or checkpoint["max_epoch"] != self.args.max_epoch:
-            raise UserError(f"{self.path}: made with another network or schedule. Choose another --tag, or delete it.")
         check_classes(checkpoint, self.info.classes, self.path)
+        self._check_same_run(checkpoint)
         if checkpoint["epoch"] == self.args.max_epoch:
-            print(f"{self.path} is already trained; nothing to do. Choose another --tag, or delete it to train again.")
             return self.args.max_epoch
         self.model.load_state_dict(checkpoint["model"])
         for name, module in self.companions.items():
@@ -184,10 +201,20 @@ class Trainer:
         print(f"{self.path}: continuing after epoch {checkpoint['epoch']} of {self.args.max_epoch}.")
         return checkpoint["epoch"]
 
+    def _check_same_run(self, checkpoint: dict) -> None:
+        ours = {**self.model.config, **{flag: getattr(self.args, flag) for flag in SAME_FLAGS}}
+        theirs = {**checkpoint["args"], **checkpoint["config"]}
+        for name, value in ours.items():
+            if theirs.get(name) != value:
+                raise UserError(
+                    f"{self.path}: made with {name} {theirs.get(name)}, not {value}. "
+                    "Choose another --tag, or delete the file to train again."
+                )
 
-def seed_everything(seed: int, epoch: int) -> None:
-    """Seed Python, NumPy and PyTorch (all devices) as a function of the run's seed and the epoch."""
-    value = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+
+def seed_everything(seed: int, epochs_begun: int = 0) -> None:
+    """Seed Python, NumPy and PyTorch (all devices): from the run's seed before the network is built, then per epoch."""
+    value = int(np.random.SeedSequence([seed, epochs_begun]).generate_state(1)[0])
     random.seed(value)
     np.random.seed(value)
     torch.manual_seed(value)

@@ -1,10 +1,14 @@
 # One block of settings per dataset; every variable can be set in the environment. The numbers of voc12 and coco14 are
-# the published ones. DOMAIN_EVAL is the part of DOMAIN_TRAIN whose masks score the pseudo masks (never train them);
-# empty: there are none. Variables that end in _FLAGS, and BACKBONE*, are lists of flags, split at blanks.
+# the published ones. Variables that end in _FLAGS, and BACKBONE*, are lists of flags, split at blanks.
+#
+# DOMAIN_TRAIN  images and labels to learn from        DOMAIN_EVAL   the part of it whose masks score the pseudo masks
+# DOMAIN_TEST   images the final model segments        DOMAIN_SCORE  DOMAIN_TEST if it has masks
+# An empty DOMAIN_EVAL or DOMAIN_SCORE says that there are no masks: nothing is scored.
 
 case "$DATASET" in
 voc12)
-  : "${DATA_DIR:=data/voc12}" "${DOMAIN_TRAIN:=train_aug}" "${DOMAIN_EVAL=train}" "${DOMAIN_TEST:=val}"
+  : "${DATA_DIR:=data/voc12}"
+  : "${DOMAIN_TRAIN:=train_aug}" "${DOMAIN_EVAL=train}" "${DOMAIN_TEST:=val}" "${DOMAIN_SCORE=val}"
   : "${IMAGE_FLAGS:=--image_size 512 --min_image_size 320 --max_image_size 640}"
   : "${BACKBONE:=--architecture resnest101e}" "${BACKBONE_SEG:=--architecture resnest269e}"
   : "${PRIOR_FLAGS:=--lr 0.1}"
@@ -12,7 +16,8 @@ voc12)
   : "${SEG_FLAGS:=--batch_size 32 --max_epoch 50 --lr 0.007}"
   ;;
 coco14)
-  : "${DATA_DIR:=data/coco14}" "${DOMAIN_TRAIN:=train2014}" "${DOMAIN_EVAL=train2014}" "${DOMAIN_TEST:=val2014}"
+  : "${DATA_DIR:=data/coco14}"
+  : "${DOMAIN_TRAIN:=train2014}" "${DOMAIN_EVAL=train2014}" "${DOMAIN_TEST:=val2014}" "${DOMAIN_SCORE=val2014}"
   : "${IMAGE_FLAGS:=--image_size 640 --min_image_size 400 --max_image_size 800}"
   : "${BACKBONE:=--architecture resnest269e}" "${BACKBONE_SEG:=--architecture resnest269e}"
   : "${PRIOR_FLAGS:=--lr 0.05 --batch_size 16 --accumulate_steps 2}"
@@ -21,22 +26,22 @@ coco14)
   ;;
 folder)
   : "${DATA_DIR:?set DATA_DIR to the folder that holds images/ and labels.csv}"
-  if [[ -d "$DATA_DIR/masks" ]]; then : "${DOMAIN_EVAL=train}"; else : "${DOMAIN_EVAL=}"; fi
-  : "${DOMAIN_TRAIN:=train}" "${DOMAIN_TEST:=val}"
-  : "${IMAGE_FLAGS:=--image_size 320 --min_image_size 240 --max_image_size 480}"
+  if [[ -d "$DATA_DIR/masks" ]]; then : "${DOMAIN_EVAL=train}" "${DOMAIN_SCORE=val}"; fi
+  : "${DOMAIN_TRAIN:=train}" "${DOMAIN_EVAL=}" "${DOMAIN_TEST:=val}" "${DOMAIN_SCORE=}"
+  : "${IMAGE_FLAGS:=--image_size 321 --min_image_size 240 --max_image_size 480}"
   : "${BACKBONE:=--architecture resnet50}" "${BACKBONE_SEG:=--architecture resnet50}"
   : "${PRIOR_FLAGS:=--lr 0.01}" "${CSRM_FLAGS:=}" "${SEG_FLAGS:=}"
   ;;
 shapes)
-  : "${DATA_DIR:=data/shapes}" "${DOMAIN_TRAIN:=train}" "${DOMAIN_EVAL=train}" "${DOMAIN_TEST:=val}"
-  : "${REPORT:=experiments/demo${NAME#shapes}}"
-  # A tiny network without pretrained weights, wide learning rates, short schedules: for two CPU cores and ten minutes.
-  : "${IMAGE_FLAGS:=--image_size 128 --min_image_size 96 --max_image_size 160}"
+  # A tiny network without pretrained weights, and schedules for two CPU cores and ten minutes.
+  : "${DATA_DIR:=data/shapes}" "${REPORT:=experiments/demo${NAME#shapes}}"
+  : "${DOMAIN_TRAIN:=train}" "${DOMAIN_EVAL=train}" "${DOMAIN_TEST:=val}" "${DOMAIN_SCORE=val}"
+  : "${IMAGE_FLAGS:=--image_size 97 --min_image_size 65 --max_image_size 97 --optimizer adamw --wd 0.01}"
   : "${BACKBONE:=--architecture test_resnet --backbone_weights none --trainable_stem}"
-  : "${BACKBONE_SEG:=$BACKBONE --decoder_channels 64}"
-  : "${PRIOR_FLAGS:=--batch_size 32 --max_epoch 20 --lr 0.05 --lr_alpha_scratch 2}"
-  : "${CSRM_FLAGS:=--decoder_channels 64 --batch_size 16 --max_epoch 5 --lr 0.01}"
-  : "${SEG_FLAGS:=--batch_size 16 --max_epoch 10 --lr 0.01}"
+  : "${BACKBONE_SEG:=$BACKBONE --decoder_channels 64 --dilated}"
+  : "${PRIOR_FLAGS:=--batch_size 32 --max_epoch 20 --lr 0.003 --lr_alpha_scratch 1 --lr_alpha_bias 1 --augment none}"
+  : "${CSRM_FLAGS:=--decoder_channels 64 --dilated --batch_size 16 --max_epoch 6 --max_steps 25 --lr 0.001 --lr_alpha_scratch 3}"
+  : "${SEG_FLAGS:=--batch_size 16 --max_epoch 8 --lr 0.003 --lr_alpha_scratch 1}"
   : "${VIEW_FLAGS:=--scales 1,1.5}"
   ;;
 *)
@@ -45,8 +50,16 @@ shapes)
   ;;
 esac
 
-: "${REPORT:=experiments/reports/$NAME}"  # scores of every stage, their table, the picture sheet
-: "${VIEW_FLAGS:=}"                       # test-time scales and flip
-: "${THRESHOLD:=0.4}"                     # background threshold of the pseudo masks
-: "${CRF_T:=10}"                          # dense CRF iterations of the pseudo masks
-PSEUDOS=experiments/predictions/$TAG_CSRM@$DOMAIN_TRAIN/pseudos-t$THRESHOLD-c$CRF_T
+: "${REPORT:=experiments/reports/$NAME}"      # scores of every stage, their table, the picture sheet
+: "${VIEW_FLAGS:=}"                           # test-time scales and flip
+: "${PSEUDOS_FROM:=cams}"                     # cams, or masks: CSRM's segmentation branch
+: "${THRESHOLD:=0.4}"                         # background threshold on the CAMs
+: "${CRF_T:=10}"                              # dense CRF iterations of the pseudo masks
+: "${SAM_CHECKPOINT:=}" "${SAM_TYPE:=vit_h}"  # Segment Anything's weights, and the network they are for
+: "${MERGE_MODE:=max_iou_imp2}" "${REFINE_FLAGS:=}"
+if [[ -n "$SAM_CHECKPOINT" ]]; then : "${PROPOSALS:=sam}"; else : "${PROPOSALS:=regions}"; fi
+
+PREDICTIONS=experiments/predictions
+if [[ "$PSEUDOS_FROM" == cams ]]; then PSEUDOS=t$THRESHOLD; else PSEUDOS=masks; fi
+PSEUDOS=$PREDICTIONS/$TAG_CSRM@$DOMAIN_TRAIN/pseudos-$PSEUDOS-c$CRF_T
+REFINED=$PREDICTIONS/$TAG_CSRM@$DOMAIN_TRAIN/sam-$PROPOSALS-$MERGE_MODE

@@ -1,0 +1,185 @@
+"""Proposal files against pycocotools, SAM against a tiny model of its classes, regions by their properties."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools import mask as coco_rle
+
+from tools.errors import UserError
+from tools.proposals import SamGenerator, encode, load_proposals, load_sam, save_proposals
+from tools.regions import RegionGenerator, merge_regions
+
+
+def build_tiny_sam(checkpoint=None):
+    """SAM's own architecture, too small to be of use: 64-pixel input, one block."""
+    from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+
+    torch.manual_seed(0)
+    encoder = ImageEncoderViT(
+        img_size=64,
+        patch_size=16,
+        embed_dim=16,
+        depth=1,
+        num_heads=2,
+        out_chans=16,
+        norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
+    )
+    prompts = PromptEncoder(embed_dim=16, image_embedding_size=(4, 4), input_image_size=(64, 64), mask_in_chans=4)
+    transformer = TwoWayTransformer(depth=1, embedding_dim=16, num_heads=2, mlp_dim=16)
+    decoder = MaskDecoder(transformer_dim=16, transformer=transformer, iou_head_depth=2, iou_head_hidden_dim=16)
+    return Sam(encoder, prompts, decoder)
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    import segment_anything
+
+    monkeypatch.setitem(segment_anything.sam_model_registry, "vit_b", build_tiny_sam)
+
+
+@pytest.fixture
+def checkpoint(tmp_path, registry):
+    path = tmp_path / "sam.pth"
+    torch.save(build_tiny_sam().state_dict(), path)
+    return path
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 5), st.integers(1, 9), st.integers(1, 9), st.integers(0, 99))
+def test_what_is_saved_is_what_is_loaded(tmp_path_factory, count, height, width, seed):
+    masks = np.random.default_rng(seed).random((count, height, width)) < 0.5
+    path = tmp_path_factory.mktemp("proposals") / "image.json"
+    save_proposals(path, masks)
+    loaded = load_proposals(path)
+    assert loaded.dtype == bool
+    np.testing.assert_array_equal(loaded, masks)
+
+
+def test_pycocotools_reads_the_file(tmp_path):
+    masks = np.random.default_rng(0).random((3, 11, 8)) < 0.4
+    save_proposals(tmp_path / "a.json", masks)
+    content = json.loads((tmp_path / "a.json").read_text())
+    assert content["image"] == {"height": 11, "width": 8}
+    for mask, annotation in zip(masks, content["annotations"], strict=True):
+        np.testing.assert_array_equal(coco_rle.decode(annotation["segmentation"]), mask)
+        assert coco_rle.area(annotation["segmentation"]) == mask.sum()
+
+
+def test_rle_and_arrays_make_the_same_file(tmp_path):
+    masks = np.random.default_rng(1).random((2, 6, 7)) < 0.5
+    save_proposals(tmp_path / "a.json", masks)
+    save_proposals(tmp_path / "b.json", encode(masks), size=(6, 7))
+    save_proposals(tmp_path / "none.json", [], size=(6, 7))
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    assert load_proposals(tmp_path / "none.json").shape == (0, 6, 7)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"image": {"height": 2, "width": 2}}'])
+def test_a_damaged_file_is_named(tmp_path, text):
+    path = tmp_path / "broken.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="broken.json: not a proposal file"):
+        load_proposals(path)
+
+
+def test_masks_of_another_size_and_missing_files_are_named(tmp_path):
+    save_proposals(tmp_path / "a.json", encode(np.ones((1, 4, 4), bool)), size=(4, 4))
+    text = (tmp_path / "a.json").read_text().replace('"height":4', '"height":5')
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match="another size"):
+        load_proposals(tmp_path / "a.json")
+    with pytest.raises(UserError, match="no such proposals"):
+        load_proposals(tmp_path / "b.json")
+
+
+def test_sam_proposes_the_masks_of_its_own_generator(checkpoint):
+    from segment_anything import SamAutomaticMaskGenerator
+
+    options = {"points_per_side": 3, "pred_iou_thresh": -10.0, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0}
+    image = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+    masks = SamGenerator(load_sam(checkpoint, "vit_b", torch.device("cpu")), **options)(image)
+    expected = SamAutomaticMaskGenerator(build_tiny_sam().eval(), **options).generate(image)
+    assert masks.dtype == bool and masks.shape == (len(expected), 40, 56) and len(masks) > 0
+    np.testing.assert_array_equal(masks, np.stack([record["segmentation"] for record in expected]))
+
+
+def test_sam_may_find_nothing(checkpoint):
+    model = load_sam(checkpoint, "vit_b", torch.device("cpu"))
+    masks = SamGenerator(model, points_per_side=2, pred_iou_thresh=1e9)(np.zeros((20, 30, 3), np.uint8))
+    assert masks.shape == (0, 20, 30) and masks.dtype == bool
+
+
+class Trap:
+    def __reduce__(self):
+        return (eval, ("1/0",))  # would raise ZeroDivisionError if the file were unpickled
+
+
+@pytest.mark.parametrize("content", [{"pos": torch.zeros(1)}, torch.zeros(2), [1, 2], Trap(), b"noise", b""])
+def test_wrong_checkpoints_are_one_line(tmp_path, registry, content):
+    path = tmp_path / "wrong.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(UserError, match="wrong.pth: not"):
+        load_sam(path, "vit_b", torch.device("cpu"))
+
+
+def test_missing_checkpoint_is_one_line(tmp_path, registry):
+    with pytest.raises(UserError, match="no such checkpoint"):
+        load_sam(tmp_path / "none.pth", "vit_b", torch.device("cpu"))
+
+
+def disc_image(size=96):
+    rows, columns = np.mgrid[:size, :size]
+    disc = (rows - size // 2) ** 2 + (columns - size // 2) ** 2 < (size // 6) ** 2
+    image = np.where(disc[..., None], (200, 60, 40), (40, 90, 160)) + np.random.default_rng(0).normal(
+        0, 4, (size, size, 1)
+    )
+    return image.clip(0, 255).astype(np.uint8), disc
+
+
+def test_a_plain_object_is_one_of_the_regions():
+    image, disc = disc_image()
+    masks = RegionGenerator()(image)
+    iou = (masks & disc).sum(axis=(1, 2)) / (masks | disc).sum(axis=(1, 2))
+    assert iou.max() > 0.9
+
+
+def test_regions_keep_their_limits_and_are_repeatable():
+    image = np.random.default_rng(3).integers(0, 256, (50, 71, 3), dtype=np.uint8)
+    generator = RegionGenerator(min_size=0.01, max_size=0.3, max_masks=20)
+    masks = generator(image)
+    sizes = masks.mean(axis=(1, 2))
+    assert masks.dtype == bool and masks.shape[1:] == (50, 71) and len(masks) <= 20
+    assert (sizes >= 0.01).all() and (sizes <= 0.3).all() and (np.diff(sizes) <= 0).all()
+    np.testing.assert_array_equal(generator(image), masks)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (7, 1), (2, 2), (33, 17)])
+def test_flat_and_tiny_images_have_no_regions_worth_proposing(shape):
+    assert RegionGenerator()(np.full((*shape, 3), 128, np.uint8)).shape == (0, *shape)
+
+
+def test_the_tree_joins_the_leaves_to_the_whole_image():
+    image = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    labels = np.repeat(np.repeat(np.arange(12).reshape(3, 4), 4, axis=0), 4, axis=1)
+    tree = merge_regions(image, labels)
+    assert tree.members.shape == (23, 12) and tree.sizes[-1] == 192 and tree.members[-1].all()
+    np.testing.assert_array_equal(tree.sizes, 16 * tree.members.sum(axis=1))
+    for child, parent in enumerate(tree.parents[:-1]):
+        assert parent > child and (tree.members[child] <= tree.members[parent]).all()
+
+
+def test_the_most_alike_neighbours_are_merged_first():
+    labels = np.repeat(np.arange(4), 6)[None].repeat(6, axis=0)
+    colours = np.array([[200, 30, 30], [30, 200, 30], [32, 198, 30], [30, 30, 200]], np.uint8)
+    tree = merge_regions(colours[labels], labels)
+    assert tree.parents[1] == tree.parents[2] == 4

@@ -1,0 +1,161 @@
+"""The script end to end on a folder of images: what it writes, that it resumes, and what it says to mistakes."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import refine_sam
+from datasets.base import voc_palette
+from tests.test_proposals import build_tiny_sam, disc_image
+from tools import cli
+from tools.errors import UserError
+from tools.files import load_mask, save_mask
+from tools.merging import merge_masks
+from tools.proposals import load_proposals
+
+IDS = ("a", "b", "c")
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A `folder` dataset of three images and a square pseudo mask for each, in the working directory."""
+    image, disc = disc_image()
+    for index, image_id in enumerate(IDS):
+        (tmp_path / "data" / "images").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.roll(image, 5 * index, axis=1)).save(tmp_path / "data" / "images" / f"{image_id}.png")
+        blob = np.zeros(disc.shape, np.uint8)
+        blob[36:60, 36 + 5 * index : 60 + 5 * index] = 1
+        save_mask(tmp_path / "pseudos" / f"{image_id}.png", blob, voc_palette())
+    (tmp_path / "data" / "splits").mkdir()
+    (tmp_path / "data" / "splits" / "train.txt").write_text("\n".join(IDS))
+    (tmp_path / "data" / "labels.csv").write_text("id,labels\n" + "".join(f"{i},ball\n" for i in IDS))
+    (tmp_path / "data" / "classes.txt").write_text("background\nball\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*flags):
+    common = ["--tag", "t", "--dataset", "folder", "--data_dir", "data", "--domain", "train", "--num_workers", "0"]
+    parser = refine_sam.make_parser()
+    refine_sam.main(parser.parse_args([*common, "--proposals", "regions", "--pseudo_dir", "pseudos", *flags]))
+
+
+def outputs(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_both_stages_make_the_masks_that_the_rule_gives(project, capsys):
+    run()
+    for image_id in IDS:
+        refined = load_mask(refined_folder() / f"{image_id}.png")
+        masks = load_proposals(proposals_folder() / f"{image_id}.json")
+        np.testing.assert_array_equal(refined, merge_masks(load_mask(f"pseudos/{image_id}.png"), masks))
+    text = capsys.readouterr().out
+    assert "3 images, 0 done already" in text and "ball" in text and "pixels changed" in text and "Next:" in text
+
+
+def test_refined_masks_follow_the_object(project):
+    run()
+    disc = disc_image()[1]
+    before, after = load_mask("pseudos/a.png") == 1, load_mask(refined_folder() / "a.png") == 1
+    iou = [(mask & disc).sum() / (mask | disc).sum() for mask in (before, after)]
+    assert iou[1] > iou[0] + 0.05 and iou[1] > 0.9
+
+
+def test_a_second_run_makes_only_what_is_missing(project, capsys):
+    run()
+    proposals, refined = outputs(proposals_folder()), outputs(refined_folder())
+    (proposals_folder() / "b.json").unlink()
+    (refined_folder() / "b.png").unlink()
+    kept = (proposals_folder() / "a.json").stat().st_mtime_ns
+    first_report = capsys.readouterr().out.split("writing")[-1]
+    run()
+    text = capsys.readouterr().out
+    assert text.count("3 images, 2 done already") == 2
+    assert text.split("writing")[-1] == first_report
+    assert (proposals_folder() / "a.json").stat().st_mtime_ns == kept
+    assert (outputs(proposals_folder()), outputs(refined_folder())) == (proposals, refined)
+
+
+def test_stages_shards_and_processes_give_the_same_bytes(project):
+    run()
+    expected = outputs(proposals_folder()), outputs(refined_folder())
+    for path in (*proposals_folder().iterdir(), *refined_folder().iterdir()):
+        path.unlink()
+    run("--stage", "propose", "--shard", "1/2")
+    assert {p.stem for p in proposals_folder().glob("?.json")} == {"b"}
+    run("--stage", "propose", "--shard", "0/2", "--num_workers", "2")
+    run("--stage", "merge")
+    assert (outputs(proposals_folder()), outputs(refined_folder())) == expected
+
+
+def test_sam_from_a_checkpoint(project, monkeypatch):
+    import segment_anything
+
+    monkeypatch.setitem(segment_anything.sam_model_registry, "vit_b", build_tiny_sam)
+    torch.save(build_tiny_sam().state_dict(), "sam.pth")
+    flags = ["--proposals", "sam", "--checkpoint", "sam.pth", "--model-type", "vit_b", "--device", "cpu"]
+    run(*flags, "--points-per-side", "2", "--pred-iou-thresh", "0", "--stability-score-thresh", "0")
+    assert load_mask("experiments/predictions/t@train/sam-sam-max_iou_imp2/a.png").shape == (96, 96)
+    settings = json.loads((proposals_folder("sam") / "settings.json").read_text())
+    assert settings["points_per_side"] == 2 and settings["checkpoint"] == "sam.pth"
+
+
+def test_other_settings_do_not_mix_in_one_folder(project):
+    run()
+    with pytest.raises(UserError, match="made with other settings"):
+        run("--inside_threshold", "0.7")
+    run("--mode", "max_iou", "--order", "largest_overlap")
+    assert (refined_folder("regions-max_iou-largest_overlap") / "c.png").exists()
+
+
+def test_ignored_pixels_are_kept_on_request(project):
+    blank = np.full((96, 96), 255, np.uint8)
+    save_mask("pseudos/a.png", blank, voc_palette())
+    run("--keep_ignore")
+    np.testing.assert_array_equal(load_mask(refined_folder() / "a.png"), blank)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--checkpoint", "none.pth", "--proposals", "sam", "--device", "cpu"], "none.pth: no such checkpoint"),
+        (["--proposals", "sam"], "--checkpoint: missing"),
+        (["--stage", "merge"], "a.json is missing"),
+        (["--pseudo_dir", "nowhere"], "nowhere: a.png is missing"),
+        (["--domain", "test"], "test"),
+    ],
+)
+def test_mistakes_are_one_line(project, flags, message):
+    with pytest.raises(UserError, match=message) as error:
+        run(*flags)
+    assert "\n" not in str(error.value)
+
+
+def test_masks_of_another_size_or_dataset_are_named(project):
+    save_mask("pseudos/b.png", np.zeros((9, 9), np.uint8), voc_palette())
+    with pytest.raises(UserError, match=r"b.png: 9x9 pixels, but its proposals have 96x96"):
+        run()
+    save_mask("pseudos/b.png", np.full((96, 96), 7, np.uint8), voc_palette())
+    with pytest.raises(UserError, match=r"b.png: class 7"):
+        run()
+
+
+@pytest.mark.parametrize("text", ["4/4", "1", "a/2", "-1/2", "1/0"])
+def test_a_wrong_shard_exits_with_2(text, capsys):
+    with pytest.raises(SystemExit) as stop:
+        refine_sam.make_parser().parse_args(["--tag", "t", f"--shard={text}"])
+    assert stop.value.code == 2 and "I/N" in capsys.readouterr().err
+
+
+def proposals_folder(backend="regions"):
+    return cli.predictions_dir("t", "train") / f"proposals-{backend}"
+
+
+def refined_folder(name="regions-max_iou_imp2"):
+    return cli.predictions_dir("t", "train") / f"sam-{name}"

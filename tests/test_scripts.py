@@ -1,0 +1,127 @@
+"""The whole chain on four tiny images, each stage as a user runs it; what the files hold is tested where it is made."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command import DECODER, TRAINING, data_flags, run
+from conftest import OBJECTS, SIZES, SPLITS
+
+from tools.cam import load_cams
+from tools.files import load_mask
+
+MODELS, PREDICTIONS = Path("experiments/models"), Path("experiments/predictions")
+VIEWS = ["--scales", "1,2", "--crf_t", "2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def chain(folder_root, tmp_path_factory):
+    """Run everything once; yields what was printed, by stage. The working directory holds `experiments/`."""
+    data, printed = data_flags(folder_root), {}
+
+    def stage(name: str, script: str, *flags: object) -> None:
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            run(script, *data, *flags)
+        printed[name] = output.getvalue()
+
+    with contextlib.chdir(tmp_path_factory.mktemp("chain")):
+        stage("prior", "train_classifier", "--tag", "prior", *TRAINING)
+        stage("prior cams", "inference", "--tag", "prior", "--domain", "train", *VIEWS)
+        restore = ["--restore", MODELS / "prior.pth"]
+        stage("csrm", "train_csrm", "--tag", "csrm", *TRAINING, *DECODER, *restore, "--warmup_epochs", "0",
+              "--domain_valid", "val")  # fmt: skip
+        stage("cams", "inference", "--tag", "csrm", "--domain", "train", *VIEWS, "--save_masks")
+        pseudos = PREDICTIONS / "csrm@train" / "pseudos-t0.4-c2"
+        stage("refined", "refine_sam", "--tag", "csrm", "--domain", "train", "--pseudo_dir", pseudos,
+              "--proposals", "regions", "--num_workers", "0")  # fmt: skip
+        refined = PREDICTIONS / "csrm@train" / "sam-regions-max_iou_imp2"
+        stage("deeplab", "train_segmentation", "--tag", "deeplab", *TRAINING, *DECODER, "--masks_dir", refined,
+              "--domain_valid", "val")  # fmt: skip
+        stage("predict", "train_segmentation", "--tag", "deeplab", "--predict", "--domain", "val", *VIEWS)
+        for name, mode, folder, domain in (
+            ("cams", "cams", "csrm@train/cams", "train"),
+            ("maps", "cams", "csrm@train/masks", "train"),
+            ("refined", "png", refined.relative_to(PREDICTIONS), "train"),
+            ("final", "png", "deeplab@val/masks", "val"),
+        ):
+            stage(f"evaluate {name}", "evaluate", "--pred_dir", PREDICTIONS / folder, "--mode", mode,
+                  "--domain", domain, "--output", f"{name}.json", "--num_workers", "0")  # fmt: skip
+        yield printed
+
+
+def test_every_stage_says_where_its_results_are_and_what_comes_next(chain):
+    assert "experiments/models/prior.pth" in chain["prior"] and "python inference.py --tag prior" in chain["prior"]
+    assert "--pseudo_dir experiments/predictions/csrm@train/pseudos-t0.4-c2" in chain["cams"]
+    assert "restored" in chain["csrm"] and "valid/miou_cam" in chain["csrm"] and "valid/miou_seg" in chain["csrm"]
+    assert "--masks_dir experiments/predictions/csrm@train/sam-regions-max_iou_imp2" in chain["refined"]
+    assert "--pred_dir experiments/predictions/deeplab@val/masks" in chain["predict"]
+
+
+@pytest.mark.parametrize("folder", ["prior@train/cams", "csrm@train/cams", "csrm@train/masks"])
+def test_cam_files_of_every_image(chain, folder):
+    for image_id in SPLITS["train"]:
+        keys, cam, hr_cam = load_cams(PREDICTIONS / folder / f"{image_id}.npz")
+        assert keys.tolist() == [0, *(["cat", "dog"].index(name) + 1 for name in OBJECTS[image_id])]
+        assert hr_cam.shape == (len(keys) - 1, *SIZES[image_id])
+        assert cam.shape[1:] == tuple(-(-side // 4) for side in SIZES[image_id])
+        assert 0 <= hr_cam.min() and hr_cam.max() <= 1 and hr_cam.dtype == np.float16
+
+
+@pytest.mark.parametrize("folder", ["prior@train/pseudos-t0.4-c2", "csrm@train/sam-regions-max_iou_imp2"])
+def test_pseudo_masks_hold_only_the_image_label(chain, folder):
+    for image_id in SPLITS["train"]:
+        mask = load_mask(PREDICTIONS / folder / f"{image_id}.png")
+        allowed = [0, *(["cat", "dog"].index(name) + 1 for name in OBJECTS[image_id])]
+        assert mask.shape == SIZES[image_id] and np.isin(mask, allowed).all()
+
+
+def test_the_last_model_predicts_a_mask_of_each_image_of_val(chain):
+    folder = PREDICTIONS / "deeplab@val" / "masks"
+    assert sorted(path.stem for path in folder.iterdir()) == SPLITS["val"]
+    assert all(load_mask(folder / f"{i}.png").shape == SIZES[i] for i in SPLITS["val"])
+
+
+@pytest.mark.parametrize("name", ["cams", "maps", "refined", "final"])
+def test_scores_of_every_stage(chain, name):
+    scores = json.loads(Path(f"{name}.json").read_text())
+    assert list(scores["iou"]) == ["background", "cat", "dog"] and 0 <= scores["miou"] <= 100
+    assert (scores["threshold"] is None) == (name in ("refined", "final"))
+
+
+def test_finished_checkpoints_drop_what_only_a_resumed_run_needs(chain):
+    checkpoint = torch.load(MODELS / "csrm.pth", weights_only=True)
+    assert {"model", "teacher", "config", "classes", "args", "version"} <= checkpoint.keys()
+    assert checkpoint.keys().isdisjoint({"optimizer", "schedule", "scaler", "memory_bank"})
+    assert checkpoint["classes"] == ["background", "cat", "dog"] and checkpoint["step"] == 1
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        ("train_classifier", ["--tag", "prior", *TRAINING]),
+        ("train_csrm", ["--tag", "csrm", *TRAINING, *DECODER, "--warmup_epochs", "0"]),
+        ("inference", ["--tag", "csrm", "--domain", "train", *VIEWS, "--save_masks"]),
+        ("train_segmentation", ["--tag", "deeplab", *TRAINING, *DECODER]),
+        ("train_segmentation", ["--tag", "deeplab", "--predict", "--domain", "val", *VIEWS]),
+    ],
+)
+def test_started_again_a_finished_stage_changes_no_file(chain, folder_root, script, flags):
+    before = {path: path.stat().st_mtime_ns for path in Path("experiments").rglob("*") if path.is_file()}
+    run(script, *data_flags(folder_root), *flags)
+    assert {path: path.stat().st_mtime_ns for path in Path("experiments").rglob("*") if path.is_file()} == before
+
+
+def test_inference_makes_missing_files_again_with_the_same_bytes(chain, folder_root):
+    root = PREDICTIONS / "csrm@train"
+    files = [root / "cams" / "b.npz", root / "masks" / "c.npz", root / "pseudos-t0.4-c2" / "a.png"]
+    before = [path.read_bytes() for path in files]
+    for path in files:
+        path.unlink()
+    run("inference", *data_flags(folder_root), "--tag", "csrm", "--domain", "train", *VIEWS, "--save_masks")
+    assert [path.read_bytes() for path in files] == before
