@@ -58,6 +58,15 @@ def make_parser() -> cli.Parser:
     group.add_argument(
         "--proposals", choices=["sam", "regions"], default="sam", help="Segment Anything, or weight-free regions"
     )
+    group.add_argument(
+        "--region_max_size", type=cli.fraction, default=0.15, help="regions: largest, as a fraction of the image's area"
+    )
+    group.add_argument(
+        "--region_min_contrast",
+        type=float,
+        default=0.0,
+        help="regions: least mean edge strength along the border (grey levels per pixel)",
+    )
     add_sam(parser)
     group = parser.add_argument_group("merging")
     group.add_argument("--mode", choices=MODES, default="max_iou_imp2", help="rule by which a class takes masks")
@@ -177,7 +186,7 @@ def propose(args: argparse.Namespace, source: DataSource, ids: Sequence[str]) ->
 def proposal_settings(args: argparse.Namespace) -> dict[str, object]:
     """What the proposals depend on."""
     if args.proposals == "regions":
-        return {"proposals": "regions"} | vars(RegionGenerator())
+        return {"proposals": "regions"} | vars(build_generator(args))
     options = {name: getattr(args, name) for name in SAM_OPTIONS if name != "points_per_batch"}
     return {"proposals": "sam", "checkpoint": args.checkpoint.name, "model_type": args.model_type} | options
 
@@ -201,7 +210,7 @@ def claim_folder(folder: Path, settings: dict[str, object]) -> Path:
 def build_generator(args: argparse.Namespace) -> ProposalGenerator:
     """The backend that --proposals names."""
     if args.proposals == "regions":
-        return RegionGenerator()
+        return RegionGenerator(max_size=args.region_max_size, min_contrast=args.region_min_contrast)
     model = load_sam(args.checkpoint, args.model_type, cli.select_device(args.device))
     return SamGenerator(model, **{name: getattr(args, name) for name in SAM_OPTIONS})
 

@@ -36,11 +36,11 @@ def make_parser() -> cli.Parser:
     )
     group = cli.add_network(parser, architecture="resnest101e", mode="normal")
     group.add_argument("--restore", type=Path, help="checkpoint or public state dict to start from")
-    cli.add_images(parser)
-    cli.add_optimization(parser, lr=0.1, wd=1e-4, batch_size=32, max_epoch=15, alpha_bias=2.0)
-    parser.add_argument(
+    images = cli.add_images(parser)
+    images.add_argument(
         "--augment", choices=["none", "randaugment"], default="randaugment", help="besides scale, crop, flip"
     )
+    cli.add_optimization(parser, lr=0.1, wd=1e-4, batch_size=32, max_epoch=15, alpha_bias=2.0)
     return parser
 
 

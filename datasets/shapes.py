@@ -37,7 +37,7 @@ from tools.files import check_writable, save_json, save_mask
 CLASSES = ("background", *KINDS)
 IGNORE_INDEX = 255
 MARKER = "generator.json"  # parameters of a complete set, the last file written
-VERSION = 3  # raised whenever the same seed no longer gives the same bytes
+VERSION = 4  # raised whenever the same seed no longer gives the same bytes
 
 NUM_TRAIN, NUM_VAL, SIZE = 800, 200, 128  # defaults: what the demo learns from in two or three minutes on two cores
 

@@ -87,7 +87,7 @@ def _boat(brush: Brush, rng: np.random.Generator) -> None:
 
 
 def _car(brush: Brush, rng: np.random.Generator) -> None:
-    paint, glass = any_colour(rng), vary(rng, 0.57, 0.35, 0.3)
+    paint, glass = _typical(rng, 0.64), vary(rng, 0.57, 0.35, 0.3)
     roof, rear, front = rng.uniform(-0.62, -0.45), rng.uniform(-0.85, -0.45), rng.uniform(0.25, 0.5)
     middle, radius = (rear + front) / 2, rng.uniform(0.22, 0.28)
     cabin = smooth((rear - 0.1, 0.02), (rear + 0.12, roof), (front - 0.22, roof), (front + 0.22, 0.02), rounds=2)

@@ -99,7 +99,7 @@ def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path}: no such file of weights.") from error
     except (OSError, EOFError, RuntimeError, ValueError, LookupError, pickle.UnpicklingError, SafetensorError) as error:
         raise UserError(f"{path}: not a readable file of weights. Pass a state dict (.pth or .safetensors).") from error
-    for wrapper in ("model", "state_dict"):
+    for wrapper in ("teacher", "model", "state_dict"):  # of CSRM the teacher, the model that inference uses too
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     tensors = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)} if isinstance(content, dict) else {}

@@ -17,11 +17,12 @@ scores=()
 for stage in prior_cam csrm_cam pseudo refined segmentation_val; do
   if [[ -f "$REPORT/$stage.json" ]]; then scores+=("$stage=$REPORT/$stage.json"); fi
 done
-if (( ${#scores[@]} )); then
-  # A few training images for the picture sheet, whose other columns exist for training images only.
-  run train_segmentation.py --tag "$TAG_SEG" --predict --domain "$DOMAIN_EVAL" --max_images 48 $RUN_FLAGS $VIEW_FLAGS
-  MAPS=$PREDICTIONS/$TAG_CSRM@$DOMAIN_TRAIN
-  run -m tools.report --domain "$DOMAIN_EVAL" --output_dir "$REPORT" --summary "${scores[@]}" --columns \
-    "CAM prior=$PREDICTIONS/$TAG_PRIOR@$DOMAIN_TRAIN/cams:0.3" "CSRM CAM=$MAPS/cams:$THRESHOLD" \
-    "Pseudo mask=$PSEUDOS" "Refined=$REFINED" "DeepLabV3+=$PREDICTIONS/$TAG_SEG@$DOMAIN_EVAL/masks"
-fi
+if (( ${#scores[@]} == 0 )); then exit; fi
+
+# The other columns of the picture sheet exist for training images only: a few of them are segmented too.
+SHEET=${DOMAIN_EVAL:-$DOMAIN_TRAIN}
+run train_segmentation.py --tag "$TAG_SEG" --predict --domain "$SHEET" --max_images 48 $RUN_FLAGS $VIEW_FLAGS
+MAPS=$PREDICTIONS/$TAG_CSRM@$DOMAIN_TRAIN PRIOR_MAPS=$PREDICTIONS/$TAG_PRIOR@$DOMAIN_TRAIN/cams
+columns=("CSRM CAM=$MAPS/cams:$THRESHOLD" "Pseudo mask=$PSEUDOS" "Refined=$REFINED" "DeepLabV3+=$PREDICTIONS/$TAG_SEG@$SHEET/masks")
+if [[ -d "$PRIOR_MAPS" ]]; then columns=("CAM prior=$PRIOR_MAPS:0.3" "${columns[@]}"); fi
+run -m tools.report --domain "$SHEET" --output_dir "$REPORT" --summary "${scores[@]}" --columns "${columns[@]}"

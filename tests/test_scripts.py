@@ -30,13 +30,16 @@ def chain(folder_root, tmp_path_factory):
             run(script, *data, *flags)
         printed[name] = output.getvalue()
 
-    with contextlib.chdir(tmp_path_factory.mktemp("chain")):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("chain"))
         stage("prior", "train_classifier", "--tag", "prior", *TRAINING)
         stage("prior cams", "inference", "--tag", "prior", "--domain", "train", *VIEWS)
         restore = ["--restore", MODELS / "prior.pth"]
         stage("csrm", "train_csrm", "--tag", "csrm", *TRAINING, *DECODER, *restore, "--warmup_epochs", "0",
               "--domain_valid", "val")  # fmt: skip
         stage("cams", "inference", "--tag", "csrm", "--domain", "train", *VIEWS, "--save_masks")
+        stage("background", "inference", "--tag", "csrm", "--domain", "val", *VIEWS, "--save_masks",
+              "--pseudos_from", "masks")  # fmt: skip
         pseudos = PREDICTIONS / "csrm@train" / "pseudos-t0.4-c2"
         stage("refined", "refine_sam", "--tag", "csrm", "--domain", "train", "--pseudo_dir", pseudos,
               "--proposals", "regions", "--num_workers", "0")  # fmt: skip
@@ -70,7 +73,7 @@ def test_cam_files_of_every_image(chain, folder):
         assert keys.tolist() == [0, *(["cat", "dog"].index(name) + 1 for name in OBJECTS[image_id])]
         assert hr_cam.shape == (len(keys) - 1, *SIZES[image_id])
         assert cam.shape[1:] == tuple(-(-side // 4) for side in SIZES[image_id])
-        assert 0 <= hr_cam.min() and hr_cam.max() <= 1 and hr_cam.dtype == np.float16
+        assert hr_cam.min() >= 0 and hr_cam.max() <= 1 and hr_cam.dtype == np.float16
 
 
 @pytest.mark.parametrize("folder", ["prior@train/pseudos-t0.4-c2", "csrm@train/sam-regions-max_iou_imp2"])
@@ -79,6 +82,14 @@ def test_pseudo_masks_hold_only_the_image_label(chain, folder):
         mask = load_mask(PREDICTIONS / folder / f"{image_id}.png")
         allowed = [0, *(["cat", "dog"].index(name) + 1 for name in OBJECTS[image_id])]
         assert mask.shape == SIZES[image_id] and np.isin(mask, allowed).all()
+
+
+def test_an_image_without_classes_gets_empty_maps_and_a_mask_of_background(chain):
+    folder = PREDICTIONS / "csrm@val"
+    for maps in ("cams", "masks"):
+        keys, cam, hr_cam = load_cams(folder / maps / "d.npz")
+        assert keys.tolist() == [0] and hr_cam.shape == (0, *SIZES["d"]) and cam.shape[0] == 0
+    assert not load_mask(folder / "pseudos-masks-c2" / "d.png").any()
 
 
 def test_the_last_model_predicts_a_mask_of_each_image_of_val(chain):

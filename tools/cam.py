@@ -41,14 +41,14 @@ def stride4_size(height: int, width: int) -> tuple[int, int]:
 def scaled_views(image: torch.Tensor, scales: Sequence[float]) -> list[torch.Tensor]:
     """The normalised image f32[1,3,H,W] at each scale, its sides rounded to the nearest 16n + 1 pixels.
 
-    At these sizes the n + 1 cells of a map at stride 16 sit exactly on a grid from corner to corner, so corner-aligned
+    At these sizes the n + 1 cells of a map at stride 16 sit on a grid from corner to corner, so corner-aligned
     upsampling puts them back where they came from. At other sizes the far edge is off by up to 15 pixels.
     """
     sizes = [tuple(16 * max(1, round((side * scale - 1) / 16)) + 1 for side in image.shape[-2:]) for scale in scales]
     return [
         image
         if size == tuple(image.shape[-2:])
-        else F.interpolate(image, size, mode="bilinear", align_corners=True, antialias=True)
+        else F.interpolate(image, size, mode="bilinear", antialias=True)  # corner-aligned, antialiasing shifts images
         for size in sizes
     ]
 

@@ -172,12 +172,13 @@ def add_dataset(parser: Parser, **domains: tuple[str, str]) -> argparse._Argumen
     return group
 
 
-def add_images(parser: Parser, *, size: int = 512, low: int = 320, high: int = 640) -> None:
-    """--image_size --min_image_size --max_image_size."""
+def add_images(parser: Parser, *, size: int = 512, low: int = 320, high: int = 640) -> argparse._ArgumentGroup:
+    """--image_size --min_image_size --max_image_size; returns the group, for the script's own additions."""
     group = parser.add_argument_group("training images (pixels)")
     group.add_argument("--image_size", type=positive_int, default=size, help="side of the training crop")
     group.add_argument("--min_image_size", type=positive_int, default=low, help="smallest size of the random scaling")
     group.add_argument("--max_image_size", type=positive_int, default=high, help="largest size of the random scaling")
+    return group
 
 
 def add_network(parser: Parser, *, architecture: str, mode: str) -> argparse._ArgumentGroup:
@@ -300,14 +301,14 @@ def select_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if not match:
         raise UserError(f"--device {name}: not a device. Use auto, cpu, cuda or cuda:N.")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if name != "cpu" and int(match[1] or 0) >= torch.cuda.device_count():
         raise UserError(
             f"--device {name}: PyTorch sees {torch.cuda.device_count()} GPUs. Use --device cpu or another index."
         )
-    return device
+    return torch.device(name)
 
 
 def autocast_dtype(mixed_precision: str, device: torch.device) -> torch.dtype | None:

@@ -31,11 +31,13 @@ class RegionTree:
         members: bool [T, n], the leaves each region consists of.
         sizes: int64 [T], pixels.
         parents: int64 [T], -1 where there is none; always a higher index than the region's own.
+        contrasts: float64 [T], mean edge strength along the border, in grey levels per pixel; 0 without a border.
     """
 
     members: np.ndarray
     sizes: np.ndarray
     parents: np.ndarray
+    contrasts: np.ndarray
 
 
 class RegionGenerator:
@@ -48,6 +50,7 @@ class RegionGenerator:
         sigma: float = 0.8,
         min_size: float = 0.002,
         max_size: float = 0.15,
+        min_contrast: float = 0.0,
         duplicate_iou: float = 0.85,
         max_masks: int = 150,
     ) -> None:
@@ -58,6 +61,8 @@ class RegionGenerator:
             min_size: smallest region, as a fraction of the image's area.
             max_size: largest region, likewise. Merging takes every mask that is half inside a class, so a region that
                 joins an object and its surroundings does more harm than a missing whole object, whose parts are there.
+            min_contrast: least mean edge strength along a region's border, in grey levels per pixel. What Segment
+                Anything's stability score is for: a region without a clear edge is a guess.
             duplicate_iou: a region that shares this much with the next larger kept region around it is left out.
             max_masks: at most this many per image, the largest ones.
         """
@@ -66,6 +71,7 @@ class RegionGenerator:
         self.sigma = sigma
         self.min_size = min_size
         self.max_size = max_size
+        self.min_contrast = min_contrast
         self.duplicate_iou = duplicate_iou
         self.max_masks = max_masks
 
@@ -79,6 +85,7 @@ class RegionGenerator:
     def _select(self, tree: RegionTree, pixels: int) -> np.ndarray:
         """Indices of the regions to propose, large to small."""
         allowed = (tree.sizes >= self.min_size * pixels) & (tree.sizes <= self.max_size * pixels)
+        allowed &= tree.contrasts >= self.min_contrast
         around = np.full(len(tree.sizes), -1)  # the nearest proposed region that contains this one
         for index in range(len(tree.sizes) - 1, -1, -1):  # parents come before their children
             parent = tree.parents[index]
@@ -100,7 +107,9 @@ def merge_regions(image: np.ndarray, labels: np.ndarray) -> RegionTree:
     lab = cv2.cvtColor(image, cv2.COLOR_RGB2LAB).astype(np.float32)
     merger = _Merger(_histograms(lab, labels), np.bincount(labels.ravel()), _borders(lab, labels))
     merger.run()
-    return RegionTree(np.stack(merger.members), np.array(merger.sizes), np.array(merger.parents))
+    return RegionTree(
+        np.stack(merger.members), np.array(merger.sizes), np.array(merger.parents), np.array(merger.contrasts)
+    )
 
 
 class _Merger:
@@ -112,6 +121,7 @@ class _Merger:
         self.borders = borders  # per living region: neighbour -> (length, summed edge strength) of the common border
         self.parents = [-1] * len(sizes)
         self.members = list(np.eye(len(sizes), dtype=bool))
+        self.contrasts = [_contrast(border) for border in borders]
         self.pixels = int(sizes.sum())
         self.queue: list[tuple[float, int, int]] = []
 
@@ -142,6 +152,7 @@ class _Merger:
         self.parents[first] = self.parents[second] = merged
         self.parents.append(-1)
         self.borders.append(self._joined_borders(first, second))
+        self.contrasts.append(_contrast(self.borders[merged]))
         for neighbour, border in self.borders[merged].items():
             self.borders[neighbour].pop(first, None)
             self.borders[neighbour].pop(second, None)
@@ -156,6 +167,12 @@ class _Merger:
                     old_length, old_strength = joined.get(neighbour, (0, 0.0))
                     joined[neighbour] = (old_length + length, old_strength + strength)
         return joined
+
+
+def _contrast(borders: dict[int, tuple[int, float]]) -> float:
+    """Mean edge strength over all borders of a region."""
+    length = sum(length for length, _ in borders.values())
+    return sum(strength for _, strength in borders.values()) / length if length else 0.0
 
 
 def _histograms(lab: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -50,7 +50,7 @@ def validate(model: nn.Module, source: DataSource, domain: str, device: torch.de
             sweep.update(truth, keys, cams)
         if "seg_logits" in outputs:
             prediction = resize_maps(outputs["seg_logits"], truth.shape)[0].argmax(dim=0)
-            matrix.update(torch.from_numpy(truth), prediction.cpu())
+            matrix.update(torch.tensor(truth), prediction.cpu())
     report = {}
     if "cams" in outputs:
         report["valid/miou_cam"] = max(scores(counts).miou for counts in sweep.counts)

@@ -12,10 +12,8 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/../..}"
 if [[ "$SEED" == 0 ]]; then : "${NAME:=$DATASET}"; else : "${NAME:=$DATASET-seed$SEED}"; fi
 TAG_PRIOR=$NAME-prior TAG_CSRM=$NAME-csrm TAG_SEG=$NAME-deeplab  # checkpoints and predictions are called after these
 
-if [[ -z "${PYTHON:-}" ]]; then
-  PYTHON=python3
-  if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; fi
-fi
+PYTHON=python3
+if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; fi
 
 # run SCRIPT FLAGS...: show the command, then run it on the dataset.
 run() {

@@ -1,0 +1,170 @@
+"""Multi-scale CAMs against plain loops, and CAM files: what is written is read, what is damaged is refused."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tools.cam import cam_labels, load_cams, multi_scale_cams, multi_scale_logits, save_cams, scaled_views, stride4_size
+from tools.errors import UserError
+
+SIZES = [(33, 48), (37, 29), (1, 17)]
+
+
+@pytest.fixture(scope="module")
+def forward():
+    """A network of output stride 16 in small: one strided convolution to four maps."""
+    torch.manual_seed(0)
+    return torch.nn.Conv2d(3, 4, 3, stride=16, padding=1).requires_grad_(False)
+
+
+def image_of(size):
+    return torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+def resized(maps, size):
+    return F.interpolate(maps, size, mode="bilinear", align_corners=True)
+
+
+def slow_cams(forward, image, label, scales, hflip, size):
+    """One class, one scale, one flip at a time."""
+    maps = []
+    for index in np.flatnonzero(label):
+        total = torch.zeros(size)
+        for view in scaled_views(image, scales):
+            activation = forward(view)[:, index : index + 1].relu()
+            if hflip:
+                activation = activation + forward(view.flip(-1))[:, index : index + 1].relu().flip(-1)
+            total = total + resized(activation, size)[0, 0]
+        maps.append(total / (total.max() + 1e-5))
+    return torch.stack(maps)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("scales, hflip", [([1], False), ([1], True), ([0.5, 1, 1.7], True)])
+@pytest.mark.parametrize("label", [[0, 1, 0, 0], [1, 0, 1, 1]])
+def test_multi_scale_cams_are_the_plain_sums(forward, size, scales, hflip, label):
+    image, label = image_of(size), torch.tensor(label, dtype=torch.float32)
+    keys, cam, hr_cam = multi_scale_cams(forward, image, label, scales=scales, hflip=hflip)
+    assert keys.tolist() == [0, *(1 + np.flatnonzero(label))] and keys.dtype == np.int64
+    for maps, shape in ((cam, stride4_size(*size)), (hr_cam, size)):
+        expected = slow_cams(forward, image, label, scales, hflip, shape)
+        np.testing.assert_allclose(maps, expected, atol=1e-5)
+        assert maps.min() >= 0 and maps.max() <= 1
+
+
+def test_an_image_without_classes_has_empty_maps(forward):
+    keys, cam, hr_cam = multi_scale_cams(forward, image_of((33, 48)), torch.zeros(4), scales=[1], hflip=True)
+    assert keys.tolist() == [0] and cam.shape == (0, 9, 12) and hr_cam.shape == (0, 33, 48)
+
+
+def test_a_class_that_nothing_activates_has_a_map_of_zeros():
+    dead = lambda views: -torch.ones(len(views), 2, 3, 3)  # noqa: E731
+    _, cam, hr_cam = multi_scale_cams(dead, image_of((33, 48)), torch.ones(2), scales=[1, 2], hflip=True)
+    assert not cam.any() and not hr_cam.any()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_multi_scale_logits_are_the_plain_means(forward, size):
+    image, total = image_of(size), torch.zeros(1, 4, *size)
+    for view in scaled_views(image, [0.5, 1]):
+        total += resized(forward(view), size) + resized(forward(view.flip(-1)).flip(-1), size)
+    logits = multi_scale_logits(forward, image, scales=[0.5, 1], hflip=True)
+    torch.testing.assert_close(logits, total / 4)
+
+
+def test_a_mirrored_image_has_mirrored_maps(forward):
+    image = image_of((33, 48))
+    maps = multi_scale_logits(forward, image, scales=[1, 1.5], hflip=True)
+    torch.testing.assert_close(
+        multi_scale_logits(forward, image.flip(-1), scales=[1, 1.5], hflip=True), maps.flip(-1), atol=1e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize("size", [*SIZES, (500, 334), (281, 500)])
+def test_views_have_sides_of_16n_plus_1_next_to_the_scaled_ones(size):
+    for scale, view in zip((0.5, 1, 1.5), scaled_views(torch.zeros(1, 3, *size), (0.5, 1, 1.5)), strict=True):
+        for side, original in zip(view.shape[-2:], size, strict=True):
+            assert side % 16 == 1 and side >= 17
+            assert abs(side - original * scale) <= 8 or side == 17
+
+
+def test_labels_of_pixels():
+    maps = np.array([[[0.2, 0.4, 0.9]], [[0.1, 0.5, 0.95]]], dtype=np.float16)
+    assert cam_labels(maps, 0.45).tolist() == [[0, 2, 2]]
+    assert cam_labels(maps, 0.99).tolist() == [[0, 0, 0]]
+    assert cam_labels(maps, np.array([[0.0, 1.0, 0.0]])).tolist() == [[1, 0, 2]]
+    assert cam_labels(np.full((1, 1, 1), 0.5), 0.5).tolist() == [[0]], "background wins ties"
+    assert cam_labels(np.zeros((0, 2, 3)), 0.4).tolist() == [[0] * 3] * 2, "an image without classes"
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["npz", "npy"])
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_what_is_written_is_read(tmp_path, suffix, count):
+    keys, path = np.arange(count + 1), tmp_path / "cams" / f"2007_000032.{suffix}"
+    cam, hr_cam = np.random.default_rng(0).random((count, 3, 5)), np.random.default_rng(1).random((count, 9, 17))
+    save_cams(path, keys, cam, hr_cam)
+    read = load_cams(path)
+    assert [array.dtype for array in read] == [np.int64, np.float16, np.float16]
+    for array, expected in zip(read, (keys, cam, hr_cam), strict=True):
+        np.testing.assert_array_equal(array, expected.astype(array.dtype))
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name], "no temporary file stays"
+
+
+def test_equal_maps_give_equal_bytes(tmp_path):
+    arrays = np.arange(2), np.ones((1, 2, 2)), np.ones((1, 8, 8))
+    for name in ("a.npz", "b.npz"):
+        save_cams(tmp_path / name, *arrays)
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+
+def test_the_npy_file_is_the_dict_that_peers_tools_read(tmp_path):
+    save_cams(tmp_path / "a.npy", np.array([0, 5]), np.ones((1, 2, 2)), np.ones((1, 8, 8)))
+    content = np.load(tmp_path / "a.npy", allow_pickle=True).item()
+    assert sorted(content) == ["cam", "hr_cam", "keys"] and content["keys"].tolist() == [0, 5]
+
+
+def test_an_npz_file_is_never_unpickled(tmp_path):
+    np.savez(tmp_path / "a.npz", keys=np.array([print], dtype=object), cam=np.ones(1), hr_cam=np.ones(1))
+    with pytest.raises(UserError, match=r"a\.npz: not a readable CAM file"):
+        load_cams(tmp_path / "a.npz")
+
+
+def damaged_files(folder):
+    """(name, content) of files that are no CAM files."""
+    save_cams(folder / "whole.npz", np.arange(2), np.ones((1, 20, 20)), np.ones((1, 80, 80)))
+    whole = (folder / "whole.npz").read_bytes()
+    np.savez(folder / "other.npz", keys=np.arange(2))
+    np.save(folder / "array.npy", np.ones(3))
+    return {
+        "empty": b"",
+        "text": b"<html>404</html>",
+        "cut": whole[:1000],
+        "flipped": whole[:500] + bytes(255 - value for value in whole[500:600]) + whole[600:],
+        "keys only": (folder / "other.npz").read_bytes(),
+        "bare array": (folder / "array.npy").read_bytes(),
+        "list": pickle.dumps([1, 2]),
+        "unknown class": b"cno_such_module\nThing\n.",
+    }
+
+
+@pytest.mark.parametrize("suffix", ["npz", "npy"])
+def test_damaged_files_are_answered_in_one_line(tmp_path, suffix):
+    for name, content in damaged_files(tmp_path).items():
+        path = tmp_path / f"{name}.{suffix}"
+        path.write_bytes(content)
+        with pytest.raises(UserError) as error:
+            load_cams(path)
+        assert str(error.value).startswith(f"{path}: not a readable CAM file") and "\n" not in str(error.value)
+
+
+def test_a_missing_file_names_the_remedy(tmp_path):
+    with pytest.raises(UserError, match="no such CAM file. Run inference.py again"):
+        load_cams(tmp_path / "a.npz")

@@ -1,0 +1,121 @@
+"""Files: complete or absent, never half written; and every unreadable one answered in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datasets.base import voc_palette
+from tools.errors import UserError
+from tools.files import atomic_write, check_writable, load_image, load_mask, read_lines, save_json, save_mask
+
+PHOTOGRAPH = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+
+
+def test_a_file_appears_when_it_is_complete(tmp_path):
+    path = tmp_path / "new" / "folder" / "file.txt"
+    with atomic_write(path) as temporary:
+        temporary.write_text("all of it")
+        assert not path.exists() and temporary.suffix == ".txt"
+    assert path.read_text() == "all of it" and os.listdir(path.parent) == ["file.txt"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, SystemExit])
+def test_a_write_cut_short_leaves_the_old_file(tmp_path, error):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(error), atomic_write(path) as temporary:
+        temporary.write_text("new, but not all")
+        raise error
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file.txt"]
+
+
+def test_a_full_disk_is_answered_in_one_line(tmp_path):
+    with (
+        pytest.raises(UserError, match=r"file\.txt: could not be written \(No space left"),
+        atomic_write(tmp_path / "file.txt"),
+    ):
+        raise OSError(28, "No space left on device")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_where_the_folder_should_be(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="cannot write there"):
+            check_writable(folder)
+        with pytest.raises(UserError, match="cannot write there"), atomic_write(folder / "a.txt"):
+            pass
+
+
+def test_a_writable_folder_is_made_and_left_empty(tmp_path):
+    assert check_writable(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert os.listdir(tmp_path / "a" / "b") == []
+
+
+def test_lines(tmp_path):
+    path = tmp_path / "ids.txt"
+    path.write_bytes("\ufeff a \r\n\r\nb\n".encode())
+    assert read_lines(path) == ["a", "b"]
+    path.write_bytes(b"\xff\xfe\x00")
+    for bad, reason in ((path, "not UTF-8"), (tmp_path / "none", "no such file"), (tmp_path, "cannot be read")):
+        with pytest.raises(UserError, match=reason):
+            read_lines(bad)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "1"])
+def test_photographs_of_every_mode_come_as_rgb(tmp_path, mode):
+    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    Image.fromarray(PHOTOGRAPH).convert(mode).save(path)
+    image = load_image(path)
+    assert image.shape == (5, 7, 3) and image.dtype == np.uint8
+    assert np.array_equal(image, PHOTOGRAPH) == (mode in ("RGB", "RGBA"))
+
+
+def test_photographs_stand_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # taken with the camera turned by a quarter
+    Image.fromarray(PHOTOGRAPH).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(load_image(tmp_path / "a.png"), np.rot90(PHOTOGRAPH, -1))
+
+
+@pytest.mark.parametrize("load, what", [(load_image, "image"), (load_mask, "mask")])
+@pytest.mark.parametrize("damage", ["text", "empty", "cut", "broken chunk", "bomb"])
+def test_unreadable_pictures(tmp_path, monkeypatch, load, what, damage):
+    path = tmp_path / "a.png"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    whole = path.read_bytes()
+    content = {"text": b"no picture", "empty": b"", "cut": whole[:2000], "broken chunk": whole[:20] + whole[30:]}
+    path.write_bytes(content.get(damage, whole))
+    if damage == "bomb":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UserError, match=f"a.png: not a readable {what}") as error:
+        load(path)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=f"none.png: no such {what}"):
+        load(tmp_path / "none.png")
+
+
+def test_masks_keep_their_indices_and_show_their_colours(tmp_path):
+    mask = np.arange(256, dtype=np.uint8).reshape(8, 32)
+    save_mask(tmp_path / "a.png", mask, voc_palette())
+    np.testing.assert_array_equal(load_mask(tmp_path / "a.png"), mask)
+    np.testing.assert_array_equal(load_image(tmp_path / "a.png"), voc_palette()[mask])
+
+
+def test_masks_in_colour_are_refused(tmp_path):
+    Image.fromarray(PHOTOGRAPH).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="a RGB picture, but masks hold class indices"):
+        load_mask(tmp_path / "a.png")
+
+
+def test_json(tmp_path):
+    save_json(tmp_path / "a.json", {"miou": 50.0, "iou": {"cat": 1}})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"miou": 50.0, "iou": {"cat": 1}}

@@ -1,0 +1,220 @@
+"""One step of CSRM: the criterion against golden vectors, its switches, and every way to make and mix labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command import DECODER, TRAINING, data_flags, parse, run
+
+import train_csrm
+from models import build_model
+from tools import training
+from tools.ema import Teacher
+from tools.losses import resize_maps, s2c_weight
+from tools.memory_bank import MemoryBank
+from tools.pseudo_labels import reliable_cam_labels, teacher_labels
+from train_csrm import Batch, Criterion, Targets, batches, teacher_decay, train_step
+
+ALL = {"loss", "c", "c2s", "s2c", "u", "contra"}
+NUM_CLASSES = 4
+
+
+# -- the criterion -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def golden():
+    data = np.load(Path(__file__).parent / "golden" / "training_step.npz")
+    return {name: torch.from_numpy(data[name]) for name in data.files}
+
+
+@pytest.fixture(scope="module")
+def golden_inputs(golden):
+    """What the networks gave, and the targets made of it as `train_step` makes them."""
+    images = golden["images_u8"].permute(0, 3, 1, 2).contiguous()
+    image_labels = golden["image_labels"]
+    logits = resize_maps(golden["teacher_seg_logits_for_labels"], images.shape[-2:])
+    cam_labels = reliable_cam_labels(images[:2], golden["teacher_cam_logits"][:2], image_labels[:2])
+    student = {
+        "class_logits": golden["student_class_logits"],
+        "cams": golden["student_cam_logits"],
+        "seg_logits": golden["student_seg_logits"],
+        "representations": golden["student_rep"],
+    }
+    teacher = {"seg_logits": golden["teacher_seg_logits_for_uncertainty"], "representations": golden["teacher_rep"]}
+    return student, teacher, Targets(image_labels, cam_labels, *teacher_labels(logits, image_labels))
+
+
+def golden_criterion(golden, *flags) -> Criterion:
+    ranks = "--contra_low_rank", golden["low_rank"].item(), "--contra_high_rank", golden["high_rank"].item()
+    criterion = Criterion(parse("train_csrm", "--tag", "t", "--decoder_channels", 16, *ranks, *flags), num_classes=5)
+    criterion.bank = MemoryBank(num_classes=5, dim=16, queue_size=3000, background_queue_size=3000)
+    return criterion
+
+
+def test_cam_labels_of_the_labeled_half(golden, golden_inputs):
+    cam_labels = golden_inputs[-1].cam_labels
+    assert (cam_labels == golden["pseudo_masks_of_labeled_half"]).float().mean() >= 0.999
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 3, 10])
+def test_losses_golden(golden, golden_inputs, epoch):
+    losses = golden_criterion(golden)(*golden_inputs, epoch)
+    for name in ALL - {"loss"}:
+        expected = golden[f"loss_{name}_at_epoch_{epoch}"].item()
+        assert float(losses.get(name, 0)) == pytest.approx(expected, abs=1e-4), name
+    assert losses["loss"].item() == pytest.approx(golden[f"loss_at_epoch_{epoch}"].item(), abs=1e-4)
+
+
+def test_warm_up_has_two_losses_and_needs_no_teacher(golden, golden_inputs):
+    student, _, targets = golden_inputs
+    criterion = golden_criterion(golden, "--warmup_epochs", 2)
+    assert [criterion.needs_teacher(epoch) for epoch in range(4)] == [False, False, True, True]
+    assert criterion(student, {}, targets, 1).keys() == {"loss", "c", "c2s"}
+
+
+@pytest.mark.parametrize("name", sorted(ALL - {"loss"}))
+def test_weights_scale_and_zero_switches_off(golden, golden_inputs, name):
+    whole = golden_criterion(golden)(*golden_inputs, 3)
+    factor = s2c_weight(3, 15) if name == "s2c" else 1
+    without = golden_criterion(golden, f"--w_{name}", 0)(*golden_inputs, 3)
+    assert without.keys() == ALL - {name}
+    assert without["loss"].item() == pytest.approx((whole["loss"] - factor * whole[name]).item(), abs=1e-4)
+    double = golden_criterion(golden, f"--w_{name}", 2)(*golden_inputs, 3)
+    assert double["loss"].item() == pytest.approx((whole["loss"] + factor * whole[name]).item(), abs=1e-4)
+
+
+def test_without_the_losses_that_ask_it_the_teacher_is_not_needed(golden, golden_inputs):
+    student, _, targets = golden_inputs
+    criterion = golden_criterion(golden, "--w_u", 0, "--use_rep_head", "false")
+    assert not criterion.needs_teacher(3)
+    assert criterion(student, {}, targets, 3).keys() == {"loss", "c", "c2s", "s2c"}
+
+
+# -- one step ------------------------------------------------------------------------------------------------------
+
+
+class Step:
+    """A tiny student and teacher, and `train_step` on random images of 48 pixels."""
+
+    def __init__(self, *flags, half: int = 2) -> None:
+        self.args = parse("train_csrm", "--tag", "t", *TRAINING, *DECODER, "--max_epoch", 15, "--crf_t", 1, *flags)
+        torch.manual_seed(0)
+        heads = {"use_sal_head": self.args.use_sal_head, "use_rep_head": self.args.use_rep_head}
+        network = {"architecture": "test_resnet", "decoder_channels": 8, "batch_norm": "fix"}
+        self.student = build_model("csrm", num_classes=NUM_CLASSES, **network, **heads)
+        self.teacher = Teacher(self.student)
+        self.criterion = Criterion(self.args, NUM_CLASSES)
+        labels = torch.zeros(2 * half, NUM_CLASSES - 1)
+        labels[torch.arange(2 * half), torch.arange(2 * half) % (NUM_CLASSES - 1)] = 1
+        images = torch.randint(0, 256, (2 * half, 3, 48, 48), dtype=torch.uint8)
+        self.batch = Batch(images, labels, torch.randint(0, NUM_CLASSES, (2 * half, 48, 48)))
+
+    def __call__(self, epoch: int = 1) -> dict[str, torch.Tensor]:
+        losses = train_step(self.batch, self.student, self.teacher, self.criterion, self.args, epoch)
+        losses["loss"].backward()
+        return losses
+
+
+@pytest.mark.parametrize("mode", ["cam", "mp", "gt"])
+@pytest.mark.parametrize("augment", ["classmix", "cutmix", "none"])
+def test_every_source_of_labels_and_every_mix(mode, augment):
+    step = Step("--c2s_mode", mode, "--augment", augment, "--cutmix_prob", 1, "--c2s_sigma", 0.3)
+    losses = step()
+    assert losses.keys() == ALL and all(loss.isfinite() and loss.ndim == 0 for loss in losses.values())
+    assert all(p.grad.isfinite().all() for p in step.student.parameters() if p.grad is not None)
+    assert all(p.grad is None for p in step.teacher.parameters())
+
+
+@pytest.mark.parametrize("flags, names", [
+    (["--use_sal_head"], ALL),
+    (["--use_rep_head", "false"], ALL - {"contra"}),
+    (["--use_gn", "false"], ALL),
+])  # fmt: skip
+def test_heads(flags, names):
+    step = Step(*flags)
+    assert step().keys() == names
+    if step.args.use_sal_head:
+        assert step.student.saliency.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("augment", ["classmix", "cutmix"])
+def test_a_batch_of_one(augment):
+    assert all(loss.isfinite() for loss in Step("--augment", augment, "--cutmix_prob", 1, half=1)().values())
+
+
+def test_images_without_any_label():
+    step = Step("--cutmix_prob", 1)
+    step.batch.image_labels.zero_()
+    losses = step()
+    assert all(loss.isfinite() for loss in losses.values())
+    assert losses["c2s"] == 0 and losses["contra"] == 0
+    assert all(p.grad.isfinite().all() for p in step.student.parameters() if p.grad is not None)
+
+
+def test_labels_are_made_of_the_unlabeled_half_only_to_be_mixed(monkeypatch):
+    numbers = []
+
+    def counting(images, *args, **kwargs):
+        numbers.append(len(images))
+        return reliable_cam_labels(images, *args, **kwargs)
+
+    monkeypatch.setattr(train_csrm, "reliable_cam_labels", counting)
+    for probability in (0, 1):
+        Step("--cutmix_prob", probability)()
+    assert numbers == [2, 4]
+
+
+def test_the_teacher_looks_at_the_mixed_images_after_warm_up_only():
+    step, calls = Step(), []
+    step.teacher.module.register_forward_hook(lambda *call: calls.append(call))
+    step(epoch=0)
+    assert len(calls) == 1
+    step(epoch=1)
+    assert len(calls) == 3
+
+
+def test_l_s2c_teaches_the_cams_alone():
+    step = Step(*("--w_c", 0, "--w_c2s", 0, "--w_u", 0, "--w_contra", 0, "--s2c_sigma", 0))
+    step()
+    assert step.student.classifier.weight.grad.abs().sum() > 0
+    assert all(p.grad is None or not p.grad.any() for p in step.student.segmentation.parameters())
+
+
+# -- around the step -----------------------------------------------------------------------------------------------
+
+
+def test_batches_put_the_augmented_half_first():
+    def half(value):
+        images = torch.full((2, 3, 4, 4), value, dtype=torch.uint8)
+        return {"id": ["a", "b"], "image": images, "label": torch.full((2, 3), value / 100)}
+
+    (batch,) = batches([half(100)], [half(50)], lambda images: images + 1, torch.device("cpu"))
+    assert batch.images[:, 0, 0, 0].tolist() == [101, 101, 50, 50] and batch.images.dtype == torch.uint8
+    assert batch.image_labels[:, 0].tolist() == [1, 1, 0.5, 0.5] and batch.masks is None
+
+
+def test_the_teacher_copies_through_the_epoch_after_warm_up_then_averages():
+    args = parse("train_csrm", "--tag", "t", "--warmup_epochs", 1)
+    assert [teacher_decay(args, epoch, 4 * epoch + 1, 4) for epoch in (0, 1)] == [0, 0]
+    t = 2 * 4 + 1 - 4  # optimiser steps since warm-up ended
+    assert teacher_decay(args, 2, 2 * 4 + 1, 4) == pytest.approx(1 - 1 / (1 + t))
+    assert teacher_decay(args, 9, 4000, 4) == 0.99
+
+
+def test_student_and_teacher_of_a_run(folder_root, tmp_path, monkeypatch):
+    equal, save = [], training.save_checkpoint
+
+    def comparing(path, **content):
+        pairs = zip(content["model"].values(), content["teacher"].values(), strict=True)
+        equal.append(all(torch.equal(mine, theirs) for mine, theirs in pairs))
+        save(path, **content)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training, "save_checkpoint", comparing)
+    flags = ["--max_epoch", 4, "--warmup_epochs", 1, "--crf_t", 1]
+    run("train_csrm", *data_flags(folder_root), "--tag", "t", *TRAINING, *DECODER, *flags)
+    assert equal == [True, True, False, False]

@@ -1,0 +1,131 @@
+"""The training loop: a run killed anywhere ends with the bytes of one that was not; accumulation; divergence."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from command import DECODER, TRAINING, data_flags, refusal, run
+
+CLASSIFIER = ["--tag", "a", *TRAINING, "--max_steps", 2, "--max_epoch", 3]
+CSRM = [*CLASSIFIER, *DECODER, "--warmup_epochs", 0, "--cutmix_prob", 0.7, "--crf_t", 1]
+SEGMENTATION = [*CLASSIFIER, *DECODER]
+RUNS = [("train_classifier", CLASSIFIER), ("train_csrm", CSRM), ("train_segmentation", SEGMENTATION)]
+CHECKPOINT = Path("experiments/models/a.pth")
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches SIGKILL."""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Change into a new folder, so that runs of one tag do not see each other."""
+
+    def change(name: str) -> None:
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+
+    return change
+
+
+def change_steps(monkeypatch, script: str, change) -> None:
+    """Put `change(losses, number of the step)` behind the script's training step."""
+    module, steps = importlib.import_module(script), []
+    original = module.train_step
+
+    def train_step(*args):
+        steps.append(None)
+        return change(original(*args), len(steps) - 1)
+
+    monkeypatch.setattr(module, "train_step", train_step)
+
+
+def kill_at(number: int):
+    def change(losses, step):
+        if step == number:
+            raise Killed
+        return losses
+
+    return change
+
+
+@pytest.mark.parametrize("script, flags", RUNS, ids=[script for script, _ in RUNS])
+def test_a_killed_run_ends_with_the_same_bytes(folder_root, folder, script, flags):
+    """Killed in the first epoch, before any checkpoint, and in the third: with momentum, a teacher and keys to keep."""
+    flags = [*data_flags(folder_root), *flags]
+    folder("whole")
+    run(script, *flags)
+    expected = CHECKPOINT.read_bytes()
+    folder("killed")
+    for step in (1, 5):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            change_steps(patch, script, kill_at(step))
+            run(script, *flags)
+    assert torch.load(CHECKPOINT, weights_only=True)["epoch"] == 2
+    run(script, *flags)
+    assert CHECKPOINT.read_bytes() == expected
+
+
+def test_the_seed_decides(folder_root, folder):
+    states = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        folder(name)
+        run("train_classifier", *data_flags(folder_root), "--tag", "a", *TRAINING, "--seed", seed)
+        states.append(torch.load(CHECKPOINT, weights_only=True)["model"]["classifier.weight"])
+    assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
+
+
+def test_a_finished_run_is_not_run_again(folder_root, folder, monkeypatch, capsys):
+    folder("run")
+    flags = [*data_flags(folder_root), "--tag", "a", *TRAINING]
+    run("train_classifier", *flags)
+    files = {path: path.stat().st_mtime_ns for path in Path().rglob("*") if path.is_file()}
+    change_steps(monkeypatch, "train_classifier", kill_at(0))
+    run("train_classifier", *flags)
+    assert "already trained" in capsys.readouterr().out
+    assert files == {path: path.stat().st_mtime_ns for path in Path().rglob("*") if path.is_file()}
+
+
+def test_two_batches_accumulated_are_one_of_twice_the_size(folder_root, folder):
+    """Frozen batch norm: an image's gradient does not depend on the others of its batch."""
+    flags = [*data_flags(folder_root), "--tag", "a", *TRAINING, "--mode", "fix", "--augment", "none", "--max_epoch", 2]
+    checkpoints = []
+    for name, batch_size, accumulate in (("one", 4, 1), ("two", 2, 2)):
+        folder(name)
+        sizes = ["--batch_size", batch_size, "--accumulate_steps", accumulate, "--max_steps", accumulate]
+        run("train_classifier", *flags, *sizes)
+        checkpoints.append(torch.load(CHECKPOINT, weights_only=True))
+    first, second = checkpoints
+    assert first["step"] == second["step"] == 2
+    for name, value in first["model"].items():
+        torch.testing.assert_close(second["model"][name], value, atol=1e-6, rtol=1e-4)
+
+
+def test_the_last_batches_of_an_epoch_are_not_left_over(folder_root, folder):
+    folder("run")
+    flags = ["--accumulate_steps", 2, "--max_steps", 3, "--max_epoch", 2]
+    run("train_classifier", *data_flags(folder_root), "--tag", "a", *TRAINING, *flags)
+    assert torch.load(CHECKPOINT, weights_only=True)["step"] == 4
+
+
+def test_divergence_stops_the_run_and_names_the_remedy(folder_root, folder, monkeypatch, capsys):
+    folder("run")
+
+    def diverge(losses, step):
+        return {name: loss * float("nan") if step >= 2 else loss for name, loss in losses.items()}
+
+    change_steps(monkeypatch, "train_classifier", diverge)
+    line = refusal(capsys, "train_classifier", *data_flags(folder_root), *CLASSIFIER)
+    assert "--lr 0.1: training diverged (loss nan). Lower it" in line
+    assert torch.load(CHECKPOINT, weights_only=True)["epoch"] == 1, "the last good epoch stays"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_trains(folder_root, folder, precision):
+    folder("run")
+    run("train_csrm", *data_flags(folder_root), *CSRM, "--mixed_precision", precision)
+    state = torch.load(CHECKPOINT, weights_only=True)["teacher"]
+    assert all(value.isfinite().all() for value in state.values())
