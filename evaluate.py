@@ -18,14 +18,12 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from datasets import build_source
 from datasets.base import DatasetInfo, DataSource
@@ -56,9 +54,7 @@ def make_parser() -> cli.Parser:
     group.add_argument("--threshold", type=cli.fraction, help="score this single threshold instead of the sweep")
     group = parser.add_argument_group("run")
     group.add_argument("--output", type=Path, metavar="FILE.json", help="write the scores here, and FILE.csv beside it")
-    group.add_argument(
-        "--num_workers", type=int, default=min(8, os.cpu_count() or 1), help="reading processes; 0: none"
-    )
+    cli.add_workers(group)
     return parser
 
 
@@ -223,7 +219,7 @@ def count(chunks: PredictionChunks, num_workers: int) -> np.ndarray:
     """
     total = 0
     loader = DataLoader(chunks, batch_size=None, num_workers=min(num_workers, len(chunks)))
-    for counts in tqdm(loader, desc="evaluate", unit=f"x{IDS_PER_TASK} images", leave=False, disable=None):
+    for counts in cli.progress(loader, desc="evaluating", unit=f"x{IDS_PER_TASK} images"):
         if isinstance(counts, UserError):
             raise counts
         total = total + counts

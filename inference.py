@@ -27,10 +27,10 @@ from datasets import DataSource, build_source
 from datasets.transforms import normalize
 from tools import cli
 from tools.cam import cam_labels, load_cams, multi_scale_cams, multi_scale_logits, save_cams, stride4_size
-from tools.checkpoint import check_classes, load_model
+from tools.checkpoint import check_classes, fingerprint, load_model
 from tools.crf import CAM_SETTINGS, mean_field, unary_from_labels
 from tools.errors import UserError
-from tools.files import check_writable, save_mask
+from tools.files import claim_folder, save_mask
 from tools.losses import resize_maps
 
 
@@ -74,6 +74,18 @@ class Predictor:
         """The file of `kind` ('cams', 'masks' or 'pseudos') of an image."""
         suffix = ".png" if kind == "pseudos" else f".{self.args.cam_format}"
         return self.folders[kind] / f"{image_id}{suffix}"
+
+    def claim(self, weights: str) -> None:
+        """Make the folders; refuse those that hold the files of other weights (a fingerprint) or settings.
+
+        Raises:
+            UserError: see `tools.files.claim_folder`.
+        """
+        views = {"weights": weights, "scales": self.args.scales, "hflip": self.args.hflip}
+        crf = {name: getattr(self.args, name) for name in ("crf_t", "crf_gt_prob", "crf_backend")}
+        pseudos = {**views, **crf, "pseudos_from": self.args.pseudos_from, "threshold": self.args.threshold}
+        for kind in self.wanted():
+            claim_folder(self.folders[kind], pseudos if kind == "pseudos" else views)
 
     def wanted(self) -> list[str]:
         """The kinds of files asked for."""
@@ -156,8 +168,9 @@ def main(args: argparse.Namespace) -> None:
     model, checkpoint = load_model(weights, device, kinds=["classifier", "csrm"])
     check_classes(checkpoint, source.info.classes, weights)
     check_flags(args, model)
-    folder = check_writable(cli.predictions_dir(args.tag, args.domain))
+    folder = cli.predictions_dir(args.tag, args.domain)
     predict = Predictor(model, source, folder, args)
+    predict.claim(fingerprint(weights))
     pending = predict.pending(ids)
     print(f"{len(ids)} images of '{args.domain}', {len(ids) - len(pending)} done already; writing to {folder}")
     for image_id in cli.progress(pending, desc="inference", unit="image"):

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from datasets import DataSource, build_source
 from datasets.base import DatasetInfo
 from tools import cli
 from tools.errors import UserError
-from tools.files import check_writable, load_image, load_mask, save_json, save_mask
+from tools.files import claim_folder, load_image, load_mask, save_mask
 from tools.merging import MODES, ORDERS, merge_masks
 from tools.proposals import SAM_TYPES, ProposalGenerator, SamGenerator, load_proposals, load_sam, save_proposals
 from tools.regions import RegionGenerator
@@ -189,22 +188,6 @@ def proposal_settings(args: argparse.Namespace) -> dict[str, object]:
         return {"proposals": "regions"} | vars(build_generator(args))
     options = {name: getattr(args, name) for name in SAM_OPTIONS if name != "points_per_batch"}
     return {"proposals": "sam", "checkpoint": args.checkpoint.name, "model_type": args.model_type} | options
-
-
-def claim_folder(folder: Path, settings: dict[str, object]) -> Path:
-    """Create `folder`, or make sure that what is in it was made with the same settings.
-
-    Raises:
-        UserError: it was not, or the folder cannot be written to.
-    """
-    check_writable(folder)
-    record = folder / "settings.json"
-    if record.exists() and json.loads(record.read_text(encoding="utf-8")) != settings:
-        raise UserError(
-            f"{folder}: made with other settings (see {record.name}). Delete the folder or choose another --tag."
-        )
-    save_json(record, settings)
-    return folder
 
 
 def build_generator(args: argparse.Namespace) -> ProposalGenerator:

@@ -65,12 +65,7 @@ def main(args: argparse.Namespace) -> None:
     if args.restore:
         restore(model, args.restore)
     trainer = Trainer(model, args, source.info, device=device, steps_per_epoch=len(loader))
-    for epoch in trainer.epochs():
-        loader.set_epoch(epoch)
-        for batch in trainer.progress(epoch, loader):
-            with trainer.autocast():
-                losses = train_step(model, batch, device, args.label_smoothing)
-            trainer.update(losses)
+    for epoch in trainer.fit(loader, lambda batch: train_step(model, batch, device, args.label_smoothing)):
         if args.domain_valid:
             trainer.log(epoch, validate(model, source, args.domain_valid, device))
     print(f"Next: python inference.py --tag {args.tag} --domain {args.domain_train}   (its CAMs)")

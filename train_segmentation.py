@@ -23,9 +23,9 @@ from models import build_model
 from models.restore import restore
 from tools import cli
 from tools.cam import multi_scale_logits
-from tools.checkpoint import check_classes, load_model
+from tools.checkpoint import check_classes, fingerprint, load_model
 from tools.crf import SEGMENTATION_SETTINGS, mean_field, unary_from_probabilities
-from tools.files import check_writable, save_mask
+from tools.files import claim_folder, save_mask
 from tools.losses import cross_entropy
 from tools.training import Trainer, seed_everything
 from tools.validation import check_domain, validate
@@ -77,12 +77,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     if args.restore:
         restore(model, args.restore)
     trainer = Trainer(model, args, source.info, device=device, steps_per_epoch=len(loader))
-    for epoch in trainer.epochs():
-        loader.set_epoch(epoch)
-        for batch in trainer.progress(epoch, loader):
-            with trainer.autocast():
-                losses = train_step(model, batch, device, args.label_smoothing)
-            trainer.update(losses)
+    for epoch in trainer.fit(loader, lambda batch: train_step(model, batch, device, args.label_smoothing)):
         if args.domain_valid:
             trainer.log(epoch, validate(model, truth, args.domain_valid, device))
     print(
@@ -109,7 +104,9 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
     weights = args.weights or cli.model_path(args.tag)
     model, checkpoint = load_model(weights, device, kinds=["segmentation", "csrm"])
     check_classes(checkpoint, source.info.classes, weights)
-    folder = check_writable(cli.predictions_dir(args.tag, args.domain) / "masks")
+    settings = {name: getattr(args, name) for name in ("scales", "hflip", "crf_t", "crf_backend")}
+    folder = cli.predictions_dir(args.tag, args.domain) / "masks"
+    claim_folder(folder, {"weights": fingerprint(weights), **settings})
     ids = source.ids(args.domain)[: args.max_images]
     pending = [image_id for image_id in ids if not (folder / f"{image_id}.png").exists()]
     print(f"{len(ids)} images of '{args.domain}', {len(ids) - len(pending)} done already; writing to {folder}")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command import DECODER, TRAINING, data_flags, run
+from command import DECODER, TRAINING, data_flags, refusal, run
 from conftest import OBJECTS, SIZES, SPLITS
 
 from tools.cam import load_cams
@@ -94,7 +94,7 @@ def test_an_image_without_classes_gets_empty_maps_and_a_mask_of_background(chain
 
 def test_the_last_model_predicts_a_mask_of_each_image_of_val(chain):
     folder = PREDICTIONS / "deeplab@val" / "masks"
-    assert sorted(path.stem for path in folder.iterdir()) == SPLITS["val"]
+    assert sorted(path.stem for path in folder.glob("*.png")) == SPLITS["val"]
     assert all(load_mask(folder / f"{i}.png").shape == SIZES[i] for i in SPLITS["val"])
 
 
@@ -136,3 +136,10 @@ def test_inference_makes_missing_files_again_with_the_same_bytes(chain, folder_r
         path.unlink()
     run("inference", *data_flags(folder_root), "--tag", "csrm", "--domain", "train", *VIEWS, "--save_masks")
     assert [path.read_bytes() for path in files] == before
+
+
+def test_predictions_of_other_settings_are_not_taken_for_done(chain, folder_root, capsys):
+    flags = [*data_flags(folder_root), "--tag", "csrm", "--domain", "train", *VIEWS]
+    assert "cams: made with other settings" in refusal(capsys, "inference", *flags, "--hflip", "false")
+    other = [*data_flags(folder_root), "--tag", "csrm", "--domain", "train", "--weights", MODELS / "prior.pth", *VIEWS]
+    assert "cams: made with other settings" in refusal(capsys, "inference", *other)

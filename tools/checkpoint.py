@@ -17,6 +17,7 @@ uninterrupted one would have drawn.
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,6 +85,11 @@ def load_model(path: str | Path, device: torch.device, kinds: Sequence[str]) -> 
             f"{path}: its weights do not fit its architecture. The file is damaged; train again."
         ) from error
     return model.to(device).eval(), checkpoint
+
+
+def fingerprint(path: str | Path) -> str:
+    """Which weights these are: the first 16 hexadecimal digits of the file's SHA-256."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def check_classes(checkpoint: dict[str, Any], classes: tuple[str, ...], path: str | Path) -> None:

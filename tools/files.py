@@ -132,3 +132,22 @@ def save_json(path: str | os.PathLike, content: object) -> None:
     """Write `content` as indented JSON."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def claim_folder(folder: str | os.PathLike, settings: dict[str, object]) -> Path:
+    """Create `folder`, or make sure that what is in it was made with the same settings (JSON-able values).
+
+    Without this, a stage started again with other settings would take the old files for its own.
+
+    Raises:
+        UserError: it was made with others, or cannot be written to.
+    """
+    folder = check_writable(folder)
+    record = folder / "settings.json"
+    if not record.exists():
+        save_json(record, settings)
+    elif json.loads(record.read_text(encoding="utf-8")) != settings:
+        raise UserError(
+            f"{folder}: made with other settings (see {record.name}). Delete the folder or choose another --tag."
+        )
+    return folder

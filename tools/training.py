@@ -18,7 +18,7 @@ import contextlib
 import math
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from datasets import DatasetInfo
+from datasets import DatasetInfo, Loader
 from tools import cli
 from tools.checkpoint import check_classes, load_checkpoint, save_checkpoint
 from tools.errors import UserError
@@ -100,6 +100,16 @@ class Trainer:
             self._save(epoch + 1)
         self.writer.close()
         print(f"Model: {self.path}")
+
+    def fit(self, loader: Loader, step: Callable[[dict], dict[str, torch.Tensor]]) -> Iterator[int]:
+        """The loop of a script with one loader: `step` turns a batch into losses. Yields each epoch at its end."""
+        for epoch in self.epochs():
+            loader.set_epoch(epoch)
+            for batch in self.progress(epoch, loader):
+                with self.autocast():
+                    losses = step(batch)
+                self.update(losses)
+            yield epoch
 
     def progress(self, epoch: int, batches: Iterable) -> Iterator:
         """Yield the batches of an epoch under a progress bar; then log the mean losses and the speed."""
