@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -62,9 +61,9 @@ class ImageDataset(Dataset):
             UserError: a file is unreadable, or image and mask do not fit.
         """
         image_id = self.ids[index]
-        sample = {"image": tv_tensors.Image(_to_tensor(self.source.image(image_id)).permute(2, 0, 1))}
+        sample = {"image": tv_tensors.Image(self.source.photograph(image_id)[0])}
         if self.with_masks:
-            sample["mask"] = tv_tensors.Mask(_to_tensor(self.source.mask(image_id)))
+            sample["mask"] = tv_tensors.Mask(torch.tensor(self.source.mask(image_id)))
         if self.transform is not None:
             sample = self.transform(sample)
         item = {"id": image_id, "image": sample["image"].as_subclass(torch.Tensor)}
@@ -73,7 +72,3 @@ class ImageDataset(Dataset):
         if self.with_masks:
             item["mask"] = sample["mask"].as_subclass(torch.Tensor).long()
         return item
-
-
-def _to_tensor(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(array.copy())  # a copy, because arrays from Pillow are read-only
