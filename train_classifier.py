@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> None:
     trainer = Trainer(model, args, source.info, device=device, steps_per_epoch=len(loader))
     for epoch in trainer.fit(loader, lambda batch: train_step(model, batch, device, args.label_smoothing)):
         if args.domain_valid:
-            trainer.log(epoch, validate(model, source, args.domain_valid, device))
+            trainer.log(epoch, validate(model, source, args.domain_valid, device, args.image_size))
     print(f"Next: python inference.py --tag {args.tag} --domain {args.domain_train}   (its CAMs)")
 
 

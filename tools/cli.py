@@ -14,6 +14,7 @@ Flags are declared `--like_this`; `--like-this` is accepted too. Switches take a
 from __future__ import annotations
 
 import argparse
+import ctypes
 import math
 import os
 import re
@@ -294,7 +295,7 @@ def data_dir(args: argparse.Namespace) -> Path:
 
 
 def select_device(name: str) -> torch.device:
-    """Resolve --device.
+    """Resolve --device, and prepare the process for it.
 
     Raises:
         UserError: not one of auto, cpu, cuda and cuda:N, or a GPU that PyTorch does not see.
@@ -308,7 +309,21 @@ def select_device(name: str) -> torch.device:
         raise UserError(
             f"--device {name}: PyTorch sees {torch.cuda.device_count()} GPUs. Use --device cpu or another index."
         )
+    if name == "cpu":
+        _keep_freed_memory()
     return torch.device(name)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc reuse the memory of freed tensors instead of returning it to the system after every operation.
+
+    Getting it back, zeroed page by page, takes a quarter to a half of the time of a training step on a CPU.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent from other C libraries
+    if mallopt is not None:
+        no_limit, trim_threshold, mmap_max = -1, -1, -4
+        mallopt(trim_threshold, no_limit)
+        mallopt(mmap_max, 0)
 
 
 def autocast_dtype(mixed_precision: str, device: torch.device) -> torch.dtype | None:

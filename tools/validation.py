@@ -1,7 +1,7 @@
 """Progress reports during training: single-scale quality of a model on a split with masks. They select nothing.
 
 check_domain(source, "val")              # at the start of a run
-validate(model, source, "val", device)   # {"valid/miou_cam": 41.2, "valid/miou_seg": 55.0}
+validate(model, source, "val", device, 512)   # {"valid/miou_cam": 41.2, "valid/miou_seg": 55.0}
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ def check_domain(source: DataSource, domain: str) -> None:
 
 
 @torch.inference_mode()
-def validate(model: nn.Module, source: DataSource, domain: str, device: torch.device) -> dict[str, float]:
-    """Mean IoU in per cent of what the model gives on `domain`.
+def validate(
+    model: nn.Module, source: DataSource, domain: str, device: torch.device, long_side: int
+) -> dict[str, float]:
+    """Mean IoU in per cent of what the model gives on `domain`; longer images are reduced to `long_side` pixels.
 
     CAMs are restricted to the image's labels and reported at their best threshold, as pseudo masks are; the
     segmentation branch is not told the labels, as a segmentation model is not.
@@ -40,7 +42,7 @@ def validate(model: nn.Module, source: DataSource, domain: str, device: torch.de
     matrix = ConfusionMatrix(classes)
     for image_id in cli.progress(source.ids(domain), desc=f"validating on {domain}", unit="image"):
         image = normalize(source.photograph(image_id).to(device))
-        (view,) = scaled_views(image, [1])
+        (view,) = scaled_views(image, [1], long_side)
         outputs = model(view)
         truth = source.mask(image_id)
         if "cams" in outputs:
