@@ -184,11 +184,17 @@ def add_images(parser: Parser, *, size: int = 512, low: int = 320, high: int = 6
 def add_network(parser: Parser, *, architecture: str, mode: str) -> argparse._ArgumentGroup:
     """The backbone's flags; returns the group, for the script's own additions."""
     group = parser.add_argument_group("network")
-    group.add_argument("--architecture", default=architecture, help="any timm backbone with feature maps, by name")
+    group.add_argument("--architecture", default=architecture, help="a timm network, by name (docs/backbones.md)")
     group.add_argument("--backbone_weights", default="imagenet", help="imagenet (timm's own), none, or a file")
-    group.add_argument("--mode", choices=["fix", "normal"], default=mode, help="backbone batch norm: frozen or trained")
-    add_switch(group, "--dilated", False, "output stride 8 instead of 16")
-    add_switch(group, "--trainable_stem", mode == "normal", "train the first convolutions too")
+    group.add_argument(
+        "--mode",
+        choices=["fix", "normal"],
+        default=mode,
+        help="batch norm of the backbone: statistics, scales and shifts frozen, or trained; other normalisation "
+        "(ConvNeXt, transformers) is always trained",
+    )
+    add_switch(group, "--dilated", False, "output stride 8 instead of 16, where the network can be dilated")
+    add_switch(group, "--trainable_stem", mode == "normal", "train the first convolutions (or embeddings) too")
     add_switch(group, "--trainable_stage4", True, "train the last stage of the backbone")
     add_switch(group, "--trainable_backbone", True, "train the backbone at all")
     return group
