@@ -50,6 +50,7 @@ class Backbone(nn.Module):
             says what was obtained.
         batch_norm: "fix" keeps running statistics, scales and shifts as loaded; "normal" trains them. Other kinds of
             normalisation keep no statistics and are trained like any layer.
+        dilate_stage4: False leaves the last stage undilated at stride 1, as public ResNet CAM priors were trained.
         trainable_stem: train the layers before stage 1 (transformers: patch and position embedding).
         trainable_stage4: train the last stage.
         trainable_backbone: train anything at all; False overrides the two above.
@@ -66,6 +67,7 @@ class Backbone(nn.Module):
         weights: str = "none",
         output_stride: int = 16,
         batch_norm: str = "normal",
+        dilate_stage4: bool = True,
         trainable_stem: bool = True,
         trainable_stage4: bool = True,
         trainable_backbone: bool = True,
@@ -82,6 +84,8 @@ class Backbone(nn.Module):
         self._trainable = (trainable_stem, trainable_stage4, trainable_backbone)
         if self._single_stride and not trainable_stage4:
             raise UserError(f"--trainable_stage4 false: {architecture} has no stages. Drop it.")
+        if not dilate_stage4:
+            self._undilate_stage4()
         if weights == "imagenet":
             self.net.load_state_dict(_download(architecture, way).state_dict())
         elif weights != "none":
@@ -90,6 +94,16 @@ class Backbone(nn.Module):
             restore(self, weights)
         for frozen in self._frozen():
             frozen.requires_grad_(False)
+
+    def _undilate_stage4(self) -> None:
+        layers, ends = self._layers()
+        stage = [module for layer in layers[ends[-2] + 1 :] for module in layer.modules()]
+        dilated = [m for m in stage if isinstance(m, nn.Conv2d) and max(m.dilation) > 1]
+        if not dilated:
+            raise UserError(f"--dilate_stage4 false: the last stage of {self.architecture} is not dilated. Drop it.")
+        for conv in dilated:
+            conv.padding = tuple(p // d for p, d in zip(conv.padding, conv.dilation, strict=True))
+            conv.dilation = (1, 1)
 
     def _choose_features(self) -> None:
         """Pick the two feature maps, and find out with two tiny images whether sides must be rounded up.

@@ -147,6 +147,12 @@ def test_switches_freeze_their_part(switch, frozen):
     assert of[False] == expected & (of[True] | of[False]) and of[True].isdisjoint(of[False])
 
 
+def test_stage_4_can_be_left_undilated():
+    layers = Backbone("test_resnet", dilate_stage4=False).net.layer4
+    assert {(conv.dilation, conv.stride) for conv in convolutions(layers)} == {((1, 1), (1, 1))}
+    assert Backbone("test_convnext", dilate_stage4=False)(images(1, 3, 64, 64))[1].shape[2:] == (4, 4)
+
+
 def test_mobilenet_stem_ends_where_stage_1_begins():
     backbone = Backbone("mobilenetv2_035", trainable_stem=False)
     frozen = {name for name, p in backbone.net.named_parameters() if not p.requires_grad}
@@ -275,9 +281,10 @@ def test_the_stem_of_a_plain_transformer_is_its_embedding():
     [
         ("test_vit", "trainable_stage4", "--trainable_stage4 false: test_vit has no stages"),
         ("twins_pcpvt_small", "trainable_stem", "twins_pcpvt_small is no chain of stages"),
+        ("test_mambaout", "dilate_stage4", "the last stage of test_mambaout is not dilated"),
     ],
 )
-def test_freezing_what_is_not_there_is_refused(architecture, switch, message):
+def test_switches_for_what_is_not_there_are_refused(architecture, switch, message):
     with pytest.raises(UserError, match=message):
         Backbone(architecture, **{switch: False})
 

@@ -194,6 +194,7 @@ def add_network(parser: Parser, *, architecture: str, mode: str) -> argparse._Ar
         "(ConvNeXt, transformers) is always trained",
     )
     add_switch(group, "--dilated", False, "output stride 8 instead of 16, where the network can be dilated")
+    add_switch(group, "--dilate_stage4", True, "dilate the last stage; false: for public ResNet CAM priors (SETUP.md)")
     add_switch(group, "--trainable_stem", mode == "normal", "train the first convolutions (or embeddings) too")
     add_switch(group, "--trainable_stage4", True, "train the last stage of the backbone")
     add_switch(group, "--trainable_backbone", True, "train the backbone at all")
@@ -265,7 +266,8 @@ def progress(items: Iterable, *, desc: str, unit: str, total: int | None = None)
 def network_arguments(args: argparse.Namespace) -> dict[str, object]:
     """The flags of `add_network` and `add_decoder` (those the script has) as arguments of `models.build_model`."""
     renamed = {"architecture": "architecture", "backbone_weights": "weights", "mode": "batch_norm"}
-    kept = ("trainable_stem", "trainable_stage4", "trainable_backbone", "use_gn", "dropout", "decoder_channels")
+    freezing = ("trainable_stem", "trainable_stage4", "trainable_backbone")
+    kept = ("dilate_stage4", *freezing, "use_gn", "dropout", "decoder_channels")
     arguments = {**renamed, **{name: name for name in kept}}
     given = {argument: getattr(args, flag) for flag, argument in arguments.items() if hasattr(args, flag)}
     return {**given, "output_stride": 8 if args.dilated else 16}

@@ -215,9 +215,9 @@ class Trainer:
         ours = {**self.model.config, **{flag: getattr(self.args, flag) for flag in SAME_FLAGS}}
         theirs = {**checkpoint["args"], **checkpoint["config"]}
         for name, value in ours.items():
-            if theirs.get(name) != value:
+            if theirs.get(name, value) != value:  # what theirs lacks did not exist when it was made
                 raise UserError(
-                    f"{self.path}: made with {name} {theirs.get(name)}, not {value}. "
+                    f"{self.path}: made with {name} {theirs[name]}, not {value}. "
                     "Choose another --tag, or delete the file to train again."
                 )
 
