@@ -163,8 +163,19 @@ class Augmentation:
 
 
 def train_step(model: nn.Module, sample: Sample, criterion: PriorCriterion, progress: float) -> dict[str, torch.Tensor]:
-    """The losses of one batch."""
-    return criterion(model, sample, progress)
+    """The losses of one batch.
+
+    Raises:
+        UserError: a single image in training mode, in a network with batch norm behind global pooling (ResNeSt).
+    """
+    try:
+        return criterion(model, sample, progress)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            "--batch_size 1: the batch norm of this network needs more. Raise it, or pass --mode fix."
+        ) from error
 
 
 def main(args: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ import timm
 import torch
 from torch import nn
 
+from benchmarks import backbones
 from models import Backbone, build_model
 from models.layers import ASPP
 from tools.cam import multi_scale_cams
@@ -297,6 +298,14 @@ def test_multi_scale_cams_of_a_plain_transformer():
             lambda views: model(views)["cams"], x, label, scales=[0.5, 1, 2], hflip=True
         )
     assert keys.tolist() == [0, 1, 3] and cam.shape == (2, 13, 18) and hr_cam.shape == (2, 50, 71)
+
+
+def test_the_table_of_backbones_is_made_of_what_the_networks_do(capsys):
+    flags = ["--architectures", "test_vit,test_mambaout,test_vit_relpos", "--image_size", "64"]
+    backbones.main(backbones.make_parser().parse_args(flags))
+    _, _, vit, mamba, refused = capsys.readouterr().out.splitlines()
+    assert vit.startswith("| `test_vit` | 0.3 | 0.0 | 16 (16) | 7x9 |")
+    assert "| 32 (32) | 4x5 |" in mamba and "refused: no feature maps" in refused
 
 
 # -- new layers -----------------------------------------------------------------------------------------------------

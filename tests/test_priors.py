@@ -355,6 +355,8 @@ def test_flags_of_the_methods_that_do_not_fit(capsys, folder_root, folder, ordin
     torch.save({"classifier.weight": torch.zeros(2, 96, 1, 1)}, "head.pth")
     assert "head.pth: not a trained test_resnet with 2 classes" in refuse(*method_flags("pnoc", Path("head.pth")))
     assert "'clahe' is none of randaugment" in refuse("--augment", "clahe")
+    alone = refuse("--architecture", "resnest14d", "--batch_size", 1)
+    assert "--batch_size 1: the batch norm of this network needs more" in alone
     run("train_classifier", *data_flags(folder_root), "--tag", "a", *TRAINING)
     assert "made with method vanilla, not puzzle" in refuse("--method", "puzzle")
     assert "made with ema 0.0, not 0.5" in refuse("--ema", 0.5)
