@@ -327,6 +327,14 @@ def test_pnoc_freezes_batch_norm_and_stem_unless_told_otherwise(folder_root, fol
     assert torch.load(ordinary, weights_only=True)["config"]["batch_norm"] == "normal"
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_pnoc_trains_in_mixed_precision(folder_root, folder, ordinary, precision):
+    folder("run")
+    flags = [*data_flags(folder_root), "--tag", "a", *SHORT, *method_flags("pnoc", ordinary)]
+    run("train_classifier", *flags, "--mixed_precision", precision, "--accumulate_steps", 2)
+    assert all(value.isfinite().all() for value in torch.load(CHECKPOINT, weights_only=True)["model"].values())
+
+
 def test_the_moving_average_is_what_inference_and_restore_take(folder_root, folder, capsys):
     folder("run")
     data = data_flags(folder_root)

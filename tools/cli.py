@@ -284,6 +284,19 @@ def loader_arguments(args: argparse.Namespace) -> dict[str, object]:
     }
 
 
+def optimizer_arguments(args: argparse.Namespace) -> dict[str, object]:
+    """The flags of the optimiser as arguments of `tools.optim.build_optimizer`."""
+    return {
+        "name": args.optimizer,
+        "lr": args.lr,
+        "weight_decay": args.wd,
+        "momentum": args.momentum,
+        "nesterov": args.nesterov,
+        "alpha_scratch": args.lr_alpha_scratch,
+        "alpha_bias": args.lr_alpha_bias,
+    }
+
+
 def image_sizes(args: argparse.Namespace) -> tuple[int, int, int]:
     """--image_size, --min_image_size and --max_image_size.
 

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tools import cli
@@ -105,16 +104,7 @@ class Opponent:
     def __init__(self, model: nn.Module, args: argparse.Namespace, *, steps_per_epoch: int) -> None:
         self.model, self.args = model.eval(), args
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(
-            model,
-            args.optimizer,
-            lr=args.lr,
-            weight_decay=args.wd,
-            momentum=args.momentum,
-            nesterov=args.nesterov,
-            alpha_scratch=args.lr_alpha_scratch,
-            alpha_bias=args.lr_alpha_bias,
-        )
+        self.optimizer = build_optimizer(model, **cli.optimizer_arguments(args))
         updates = -(-steps_per_epoch // args.accumulate_steps) * args.max_epoch
         self.schedule = poly_schedule(self.optimizer, updates, args.lr_poly_power)
         device = next(model.parameters()).device
@@ -176,7 +166,7 @@ def random_class(labels: Tensor) -> Tensor:
     """One of each image's classes, at random: float [B,K] in [0,1] -> one-hot [B,K], zeros where there is none."""
     present = labels > 0
     chosen = torch.rand(labels.shape, device=labels.device).masked_fill(~present, -1).argmax(dim=1)
-    return (F.one_hot(chosen, labels.shape[1]) * present).to(labels.dtype)
+    return torch.zeros_like(labels).scatter_(1, chosen[:, None], 1) * present
 
 
 def cut_tiles(images: Tensor) -> Tensor:

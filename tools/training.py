@@ -68,16 +68,7 @@ class Trainer:
         self.model, self.args, self.info, self.device = model, args, info, device
         self.steps_per_epoch = steps_per_epoch
         self.companions = companions or {}
-        self.optimizer = build_optimizer(
-            model,
-            args.optimizer,
-            lr=args.lr,
-            weight_decay=args.wd,
-            momentum=args.momentum,
-            nesterov=args.nesterov,
-            alpha_scratch=args.lr_alpha_scratch,
-            alpha_bias=args.lr_alpha_bias,
-        )
+        self.optimizer = build_optimizer(model, **cli.optimizer_arguments(args))
         self.updates_per_epoch = -(-steps_per_epoch // args.accumulate_steps)
         self.schedule = poly_schedule(self.optimizer, self.updates_per_epoch * args.max_epoch, args.lr_poly_power)
         self.dtype = cli.autocast_dtype(args.mixed_precision, device)
