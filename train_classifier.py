@@ -125,20 +125,20 @@ def build_training_loader(source: DataSource, args: argparse.Namespace) -> Loade
 
 
 def load_ordinary(args: argparse.Namespace, num_classes: int) -> nn.Module:
-    """The ordinary classifier of poc and pnoc: --oc_weights, batch norm and stem frozen.
+    """The ordinary classifier of poc and pnoc: --oc_weights with frozen batch norm; for poc, with everything frozen.
 
     Raises:
         UserError: the file is not a classifier of this architecture and these classes.
     """
-    frozen = {"weights": "none", "batch_norm": "fix", "trainable_stem": False}
-    model = build_model("classifier", num_classes=num_classes, **{**cli.network_arguments(args), **frozen})
+    fixed = {"weights": "none", "batch_norm": "fix"}
+    model = build_model("classifier", num_classes=num_classes, **{**cli.network_arguments(args), **fixed})
     report = restore(model, args.oc_weights)
     if report.missing or report.mismatched:
         raise UserError(
             f"--oc_weights {args.oc_weights}: not a trained {args.architecture} with {num_classes - 1} classes. "
             "Train one with --method vanilla."
         )
-    return model.eval()
+    return model.eval() if args.method == "pnoc" else model.eval().requires_grad_(False)
 
 
 class Augmentation:

@@ -26,7 +26,7 @@ LOW_LEVEL_STRIDE = 4
 """Stride of the features the decoders take from stage 1."""
 
 WAYS = (
-    {"num_classes": 0, "dynamic_img_size": True},  # plain ViTs; since timm 1.0.20 Swin too
+    {"num_classes": 0, "dynamic_img_size": True},
     {"num_classes": 0, "strict_img_size": False},
     {"num_classes": 0},
     {"features_only": True},

@@ -296,6 +296,17 @@ def test_a_killed_run_ends_with_the_same_bytes(folder_root, folder, ordinary, mo
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("method, trained", [("poc", set()), ("pnoc", {"layer1", "layer2", "layer3", "layer4"})])
+def test_what_may_change_in_the_ordinary_classifier(ordinary, method, trained):
+    args = parse("train_classifier", "--tag", "t", *TRAINING, *method_flags(method, ordinary))
+    train_classifier.complete(args)
+    model = train_classifier.load_ordinary(args, num_classes=3)
+    changing = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert {name.split(".")[2] for name in changing if name.startswith("backbone")} == trained
+    assert ("classifier.weight" in changing) == bool(trained) and not any(".bn" in name for name in changing)
+    assert not model.training
+
+
 def test_the_opponent_of_pnoc_is_trained_but_for_its_batch_norm_and_stem(folder_root, folder, ordinary):
     before = torch.load(ordinary, weights_only=True)["model"]
     folder("run")

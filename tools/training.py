@@ -34,8 +34,10 @@ from tools.errors import UserError
 from tools.files import check_writable
 from tools.optim import build_optimizer, poly_schedule
 
-SAME_FLAGS = ("seed", "batch_size", "max_epoch", "max_steps", "accumulate_steps", "optimizer", "lr", "wd")
-SAME_FLAGS += ("method", "ema", "sampler")
+SAME_FLAGS = (
+    *("seed", "batch_size", "max_epoch", "max_steps", "accumulate_steps", "optimizer", "lr", "wd"),
+    *("method", "ema", "sampler"),
+)
 """Flags that a resumed run must share with its beginning, as far as the script has them."""
 
 RESUME_ONLY = ("optimizer", "schedule", "scaler", "memory_bank", "opponent")
