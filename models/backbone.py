@@ -85,6 +85,8 @@ class Backbone(nn.Module):
         if self._single_stride and not trainable_stage4:
             raise UserError(f"--trainable_stage4 false: {architecture} has no stages. Drop it.")
         if not dilate_stage4:
+            if "output_stride" not in way:
+                raise UserError(f"--dilate_stage4 false: {architecture} is not dilated. Drop it.")
             self._undilate_stage4()
         if weights == "imagenet":
             self.net.load_state_dict(_download(architecture, way).state_dict())
@@ -97,11 +99,8 @@ class Backbone(nn.Module):
 
     def _undilate_stage4(self) -> None:
         layers, ends = self._layers()
-        stage = [module for layer in layers[ends[-2] + 1 :] for module in layer.modules()]
-        dilated = [m for m in stage if isinstance(m, nn.Conv2d) and max(m.dilation) > 1]
-        if not dilated:
-            raise UserError(f"--dilate_stage4 false: the last stage of {self.architecture} is not dilated. Drop it.")
-        for conv in dilated:
+        stage = (module for layer in layers[ends[-2] + 1 :] for module in layer.modules())
+        for conv in (module for module in stage if isinstance(module, nn.Conv2d)):
             conv.padding = tuple(p // d for p, d in zip(conv.padding, conv.dilation, strict=True))
             conv.dilation = (1, 1)
 
@@ -191,6 +190,7 @@ class Backbone(nn.Module):
         stem, stage4, backbone = self._trainable
         if not backbone:
             yield self.net
+            return
         layers, ends = ([], []) if stem and stage4 else self._layers()
         if not stem:
             yield from layers[: ends[self._first - 1] + 1 if self._first else ends[0]]

@@ -282,12 +282,17 @@ def test_the_stem_of_a_plain_transformer_is_its_embedding():
     [
         ("test_vit", "trainable_stage4", "--trainable_stage4 false: test_vit has no stages"),
         ("twins_pcpvt_small", "trainable_stem", "twins_pcpvt_small is no chain of stages"),
-        ("test_mambaout", "dilate_stage4", "the last stage of test_mambaout is not dilated"),
+        ("test_mambaout", "dilate_stage4", "--dilate_stage4 false: test_mambaout is not dilated"),
     ],
 )
 def test_switches_for_what_is_not_there_are_refused(architecture, switch, message):
     with pytest.raises(UserError, match=message):
         Backbone(architecture, **{switch: False})
+
+
+def test_a_network_without_stages_can_be_frozen_as_a_whole():
+    backbone = Backbone("twins_pcpvt_small", trainable_backbone=False, trainable_stem=False).train()
+    assert not any(p.requires_grad for p in backbone.parameters()) and not backbone.net.training
 
 
 def test_multi_scale_cams_of_a_plain_transformer():
