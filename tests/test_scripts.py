@@ -143,3 +143,17 @@ def test_predictions_of_other_settings_are_not_taken_for_done(chain, folder_root
     assert "cams: made with other settings" in refusal(capsys, "inference", *flags, "--hflip", "false")
     other = [*data_flags(folder_root), "--tag", "csrm", "--domain", "train", "--weights", MODELS / "prior.pth", *VIEWS]
     assert "cams: made with other settings" in refusal(capsys, "inference", *other)
+
+
+@pytest.mark.parametrize("architecture", ["test_vit", "test_mambaout"])
+def test_the_chain_on_networks_that_cannot_be_dilated(folder_root, tmp_path, monkeypatch, architecture):
+    monkeypatch.chdir(tmp_path)
+    training = [*data_flags(folder_root), *TRAINING, "--architecture", architecture, "--domain_valid", "val"]
+    run("train_classifier", "--tag", "prior", *training)
+    run("train_csrm", "--tag", "csrm", *training, *DECODER, "--restore", MODELS / "prior.pth", "--warmup_epochs", "0")
+    run("inference", "--tag", "csrm", *data_flags(folder_root), "--domain", "train", *VIEWS, "--save_masks")
+    run("train_segmentation", "--tag", "deeplab", *training, *DECODER, "--restore", MODELS / "csrm.pth")
+    run("train_segmentation", "--tag", "deeplab", *data_flags(folder_root), "--predict", "--domain", "val", *VIEWS)
+    for image_id in SPLITS["train"]:
+        assert load_mask(PREDICTIONS / "csrm@train" / "pseudos-t0.4-c2" / f"{image_id}.png").shape == SIZES[image_id]
+    assert all((PREDICTIONS / "deeplab@val" / "masks" / f"{i}.png").exists() for i in SPLITS["val"])

@@ -27,6 +27,9 @@ from tools.errors import UserError
 from tools.files import atomic_write
 from tools.losses import resize_maps
 
+PSEUDO_MASK_THRESHOLD = 0.4
+"""Background threshold at which pseudo masks are made, unless inference.py is told another."""
+
 _DAMAGED = (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, ImportError)
 _DAMAGED += (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError)
 """What NumPy raises for files that are truncated, of another format, or pickles of something else."""
