@@ -36,7 +36,7 @@ shapes)
   # A tiny network without pretrained weights, and schedules for two CPU cores and ten minutes.
   : "${DATA_DIR:=data/shapes}" "${REPORT:=experiments/demo${NAME#shapes}}"
   : "${DOMAIN_TRAIN:=train}" "${DOMAIN_EVAL=train}" "${DOMAIN_TEST:=val}" "${DOMAIN_SCORE=val}"
-  : "${IMAGE_FLAGS:=--image_size 97 --min_image_size 65 --max_image_size 97 --optimizer adamw --wd 0.01}"
+  : "${IMAGE_FLAGS:=--image_size 97 --min_image_size 73 --max_image_size 129 --optimizer adamw --wd 0.01}"
   : "${BACKBONE:=--architecture test_resnet --backbone_weights none --trainable_stem}"
   : "${BACKBONE_SEG:=$BACKBONE --decoder_channels 64 --dilated --restore experiments/models/$TAG_CSRM.pth}"
   : "${PRIOR_FLAGS:=--batch_size 32 --max_epoch 20 --lr 0.003 --lr_alpha_scratch 1 --lr_alpha_bias 1 --augment none}"
