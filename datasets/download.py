@@ -84,14 +84,17 @@ def fetch(archive: Archive, folder: Path, mirror: str | None = None) -> Path:
         Its path.
 
     Raises:
-        UserError: no connection, a full disk, a wrong size or checksum.
+        UserError: no connection, a full disk, a wrong size or checksum, a mirror that is no web address.
     """
-    path = check_writable(folder) / archive.name
+    path = folder / archive.name
     if path.exists():
         wrong = _difference(archive, path)
         if wrong:
             raise UserError(f"{path}: not the official file: {wrong}. Delete it and run again.")
         return path
+    if mirror and not mirror.startswith(("http://", "https://")):
+        raise UserError(f"--mirror {mirror}: not an http(s) address. For files at hand, pass --download_dir.")
+    check_writable(folder)
     url = f"{mirror.rstrip('/')}/{archive.name}" if mirror else archive.url
     part = path.with_name(f"{path.name}.part")
     _download(url, part, archive.size)
@@ -163,7 +166,7 @@ def _download(url: str, part: Path, size: int | None) -> None:
             problem = str(getattr(error, "reason", error)) or type(error).__name__
         failures = 0 if _length(part) > before else failures + 1
         if failures == ATTEMPTS:
-            raise UserError(f"{url}: could not be downloaded ({problem}). Try again later; {_by_hand(part)}")
+            raise UserError(f"{url}: could not be downloaded ({problem}). Try again later. {_by_hand(part)}")
         time.sleep(PAUSE * 2 ** max(0, failures - 1))
 
 
@@ -191,7 +194,7 @@ def _continue(url: str, part: Path, size: int | None) -> bool:
 
 def _copy(response: IO[bytes], part: Path, start: int, length: int | None) -> None:
     with (
-        part.open("ab" if start else "wb") as file,
+        _open_to_write(part, "ab" if start else "wb") as file,
         cli.progress((), desc=part.stem, unit="B", total=length, initial=start, unit_scale=True) as progress,
     ):
         while block := response.read(BLOCK):
@@ -199,10 +202,23 @@ def _copy(response: IO[bytes], part: Path, start: int, length: int | None) -> No
             progress.update(len(block))
 
 
+def _open_to_write(path: Path, mode: str) -> IO[bytes]:
+    with _reporting(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open(mode)
+
+
 def _write_block(file: IO[bytes], block: bytes, path: Path) -> None:
-    try:
+    with _reporting(path):
         file.write(block)
         file.flush()
+
+
+@contextlib.contextmanager
+def _reporting(path: Path) -> Iterator[None]:
+    """What the disk says, as a UserError: it must not be taken for trouble with the network or the archive."""
+    try:
+        yield
     except OSError as error:
         raise UserError(
             f"{path}: could not be written ({error.strerror}). Free some space and run the same command again."
@@ -282,8 +298,7 @@ def _write(open_member: Callable[[], IO[bytes]], size: int, path: Path) -> None:
     """Unpack one member, unless an earlier call did."""
     if path.is_file() and _length(path) == size:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open_member() as source, path.open("wb") as file:
+    with open_member() as source, _open_to_write(path, "wb") as file:
         while block := source.read(BLOCK):
             _write_block(file, block, path)
     if _length(path) != size:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tarfile
+import tempfile
 from collections import namedtuple
 from pathlib import Path
 
@@ -139,6 +140,34 @@ def test_an_error_of_the_server_is_one_line(server, archive, downloads, status, 
     with pytest.raises(UserError, match=rf"{status}.*put the file at {downloads / 'a.bin'} yourself") as caught:
         fetch(archive, downloads)
     assert len(server.asked) == requests and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mirror", ["/mnt/archives", "file:///mnt/archives", "ftp://host"])
+def test_a_mirror_that_is_no_web_address(archive, downloads, mirror):
+    with pytest.raises(UserError, match=f"--mirror {mirror}: not an http.* pass --download_dir"):
+        fetch(archive, downloads, mirror)
+    assert not downloads.exists()
+
+
+def test_archives_may_lie_in_a_folder_that_cannot_be_written(archive, downloads, monkeypatch):
+    downloads.mkdir()
+    (downloads / "a.bin").write_bytes(CONTENT)
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", None)  # what would be used to try it
+    monkeypatch.setattr(tempfile, "mkstemp", None)
+    assert fetch(archive, downloads) == downloads / "a.bin"
+
+
+def test_a_disk_without_room_for_another_file_is_one_line(archive, downloads, monkeypatch):
+    original = Path.open
+
+    def refuse(path: Path, mode: str = "r", **options: object):
+        if mode == "wb":
+            raise OSError(28, "No space left on device")
+        return original(path, mode, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=r"a\.bin\.part: could not be written \(No space left on device\)"):
+        fetch(archive, downloads)
 
 
 def test_no_connection_is_one_line(server, archive, downloads):
