@@ -153,7 +153,7 @@ class DataSource(ABC):
         self.check_masks([image_id])
         path = self.mask_path(image_id)
         mask = load_mask(path)
-        size = upright_size(self.image_path(image_id))
+        size = _upright_size(self.image_path(image_id))
         if mask.shape != size:
             raise UserError(f"{path}: {_pixels(mask.shape)}, but its image is {_pixels(size)}. Save both at one size.")
         self._check_indices(path, mask)
@@ -294,12 +294,8 @@ def _unreadable(error: OSError) -> None:
     raise UserError(f"{error.filename}: no readable folder of images ({error.strerror}).") from error
 
 
-def upright_size(path: Path) -> tuple[int, int]:
-    """(height, width) of an image as `load_image` returns it, from the file's header only (TIFF: by decoding it).
-
-    Raises:
-        UserError: the file is not an image.
-    """
+def _upright_size(path: Path) -> tuple[int, int]:
+    """(height, width) of an image as `load_image` returns it, from the file's header only (TIFF: by decoding it)."""
     try:
         with Image.open(path) as image:
             if image.format == "TIFF":  # whose size, depending on Pillow's version, is that of the turned image or not

@@ -195,14 +195,24 @@ def verify(
             splits[domain].add(look)
         if look.digest:
             copies[look.digest].append(image_id)
-    for ids in filter(lambda ids: len(ids) > 1, copies.values()):
-        findings["copies"].append(" = ".join(f"{image_id} ({', '.join(domains_of[image_id])})" for image_id in ids))
-        for domain in (domain for image_id in ids for domain in domains_of[image_id]):
-            splits[domain].counts["copies"] += 1
-    for domain in splits.keys() - published.keys():
+    add_copies(copies.values(), domains_of, splits, findings["copies"])
+    for domain in (domain for domain in splits if domain not in published):
         findings["label"] += splits[domain].partly(domain, "labels", "learnt from")
         findings["partial"] += splits[domain].partly(domain, "masks", "scored")
+    if not any(split.counts["labels"] for split in splits.values()):
+        findings["label"].append("no image has a label, so nothing can be learnt")
     return splits, findings
+
+
+def add_copies(
+    groups: Iterable[list[str]], domains_of: dict[str, list[str]], splits: dict[str, Split], findings: list[str]
+) -> None:
+    """Report the groups of ids that share a photograph, and count them in their splits."""
+    for ids in (ids for ids in groups if len(ids) > 1):
+        findings.append(" = ".join(f"{image_id} ({', '.join(domains_of[image_id])})" for image_id in ids))
+        for image_id in ids:
+            for domain in domains_of[image_id]:
+                splits[domain].counts["copies"] += 1
 
 
 def list_faults(ids: Sequence[str], published: Published | None) -> Iterable[str]:

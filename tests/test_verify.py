@@ -52,7 +52,7 @@ def test_every_fault_is_found_where_it_is(folder_copy):
     assert len(findings["unreadable"]) == 1 and "images/b.png: not a readable image" in findings["unreadable"][0]
     assert findings["unlabelled"] == [f"{masks / 'a.png'}: shows dog, unlike the image label"]
     assert findings["copies"] == ["a (train) = c (train)"]
-    assert sorted(findings["label"]) == [
+    assert findings["label"] == [
         "split 'train': 2 of 3 images have labels, so it cannot be learnt from",
         "split 'val': 1 of 2 images have labels, so it cannot be learnt from",
     ]
@@ -66,6 +66,11 @@ def test_labels_are_not_asked_of_a_test_split(folder_copy):
     (folder_copy / "splits" / "val.txt").write_text("d\n")
     (folder_copy / "masks" / "d.png").unlink()
     assert found(look(folder_copy)[1]) == {}
+
+
+def test_a_folder_without_any_label_teaches_nothing(folder_copy):
+    (folder_copy / "labels.csv").unlink()
+    assert found(look(folder_copy)[1]) == {"label": ["no image has a label, so nothing can be learnt"]}
 
 
 def test_a_leak_from_val_into_train_is_a_copy_of_two_splits(folder_copy):
