@@ -12,8 +12,8 @@
   ignored.
 * Image labels: the classes of all annotations, crowds included; also of an object the mask hides entirely.
 
-A json is streamed into a temporary database beside its output, so its size does not matter to memory; only the labels are
-held, a short list per image.
+A json is streamed into a temporary database beside its output, so its size does not matter to memory; only the labels
+are held, a short list per image.
 """
 
 from __future__ import annotations
