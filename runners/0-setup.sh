@@ -2,7 +2,7 @@
 # Stage 0: install what is missing, make the dataset if it can be made, and look it over.
 #   ./runners/0-setup.sh                        VOC 2012 and SBD: downloaded to data/voc12, converted
 #   DATASET=coco14 ./runners/0-setup.sh         MS COCO 2014: downloaded to data/coco14, converted
-#   DATASET=deepglobe PREPARE_FLAGS="--download_dir ~/deepglobe" ./runners/0-setup.sh      from files at hand
+#   DATASET=deepglobe PREPARE_FLAGS="--download_dir $HOME/deepglobe" ./runners/0-setup.sh      from files at hand
 #   DATASET=folder DATA_DIR=~/birds ./runners/0-setup.sh                                   your own: looked over only
 # What is there already is skipped. SETUP.md: machines without internet, what goes where.
 source "$(dirname "${BASH_SOURCE[0]}")/config/env.sh"
