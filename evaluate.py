@@ -8,6 +8,9 @@ CAM files (one NPZ per image), with every background threshold from --min_th to 
 
     python evaluate.py --dataset voc12 --domain train --pred_dir experiments/predictions/TAG@train/cams --mode cams
 
+The table is that of the threshold with the highest mean IoU, or of the one --threshold gives; of a sweep it also tells,
+for each class, its own best threshold. FILE.json and FILE.csv have the curve of every class.
+
 Every id of the split must have a readable prediction of its mask's size: a missing or corrupt one is an error, never
 skipped. Pixels that are 255 in the ground truth do not count. Pixels predicted as 255 (undecided) are misses of
 their ground-truth class and false positives of none. FP and FN are per cent of the union of ground truth and
@@ -28,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from datasets import build_source
 from datasets.base import DatasetInfo, DataSource
 from tools import cli
-from tools.cam import load_cams
+from tools.cam import PSEUDO_MASK_THRESHOLD, load_cams
 from tools.errors import UserError
 from tools.files import atomic_write, check_writable, load_mask, save_json
 from tools.metrics import ConfusionMatrix, Scores, ThresholdSweep, scores, threshold_range
@@ -73,7 +76,7 @@ def main(args: argparse.Namespace) -> None:
     curve = [scores(matrix) for matrix in counts]
     best = int(np.argmax([score.miou for score in curve]))
 
-    print_table(source.info, curve[best])
+    print_table(source.info, curve[best], peaks(thresholds, curve))
     if thresholds is not None:
         print_curve(thresholds, curve, best)
     print(f"\nmIoU {curve[best].miou:.2f}  foreground mIoU {curve[best].miou_foreground:.2f}  ({len(ids)} images)")
@@ -226,12 +229,21 @@ def count(chunks: PredictionChunks, num_workers: int) -> np.ndarray:
     return total.numpy()
 
 
-def print_table(info: DatasetInfo, score: Scores) -> None:
+def peaks(thresholds: np.ndarray | None, curve: Sequence[Scores]) -> list[tuple[float, float]]:
+    """Of each class, its best threshold (the lowest of equals) and the IoU there; empty if nothing was swept."""
+    if len(curve) == 1:
+        return []
+    ious = np.stack([score.iou for score in curve])
+    return list(zip(thresholds[ious.argmax(axis=0)].tolist(), ious.max(axis=0).tolist(), strict=True))
+
+
+def print_table(info: DatasetInfo, score: Scores, best: Sequence[tuple[float, float]]) -> None:
     """One line per class, the means, and a warning that names the classes that never occur."""
     width = max(len("class"), *(len(name) for name in info.classes))
-    print(f"{'class':<{width}}  {'IoU':>6}  {'FP':>6}  {'FN':>6}   (%)")
-    for row in zip(info.classes, score.iou, score.false_positive, score.false_negative, strict=True):
-        print("{:<{width}}  {:6.2f}  {:6.2f}  {:6.2f}".format(*row, width=width))
+    print(f"{'class':<{width}}  {'IoU':>6}  {'FP':>6}  {'FN':>6}   (%){'  best IoU, at threshold' if best else ''}")
+    notes = [f"       {iou:8.2f}  {threshold:12.3g}" for threshold, iou in best] or [""] * info.num_classes
+    for *row, note in zip(info.classes, score.iou, score.false_positive, score.false_negative, notes, strict=True):
+        print("{:<{width}}  {:6.2f}  {:6.2f}  {:6.2f}".format(*row, width=width) + note)
     means = score.miou, score.false_positive.mean(), score.false_negative.mean()
     print("{:<{width}}  {:6.2f}  {:6.2f}  {:6.2f}".format("mean", *means, width=width))
     if score.absent:
@@ -244,18 +256,24 @@ def print_curve(thresholds: np.ndarray, curve: Sequence[Scores], best: int) -> N
     print("\nthreshold    mIoU      FP      FN   (%)")
     for index, (threshold, score) in enumerate(zip(thresholds, curve, strict=True)):
         means = f"{score.miou:6.2f}  {score.false_positive.mean():6.2f}  {score.false_negative.mean():6.2f}"
-        print(f"{threshold:9.3g}  {means}{'  <- best' if index == best and len(curve) > 1 else ''}")
+        mark = "  <- best" if index == best and len(curve) > 1 else ""
+        if threshold == PSEUDO_MASK_THRESHOLD:
+            mark += "  <- default of inference.py"
+        print(f"{threshold:9.3g}  {means}{mark}")
     if len(curve) > 1 and best in (0, len(curve) - 1):
         print("Warning: the best threshold is at the edge of the sweep. Widen it with --min_th or --max_th.")
 
 
 def summary(info: DatasetInfo, thresholds: np.ndarray | None, curve: Sequence[Scores], best: int) -> dict:
-    """What --output holds, in per cent; `threshold` is None and `curve` empty for masks."""
+    """What --output holds, in per cent; for masks, `threshold` is None and `curve` empty.
+
+    `best_per_class` is empty unless thresholds were swept.
+    """
 
     def per_class(values: np.ndarray) -> dict[str, float]:
         return dict(zip(info.classes, values.tolist(), strict=True))
 
-    score = curve[best]
+    score, highest = curve[best], peaks(thresholds, curve)
     points = [] if thresholds is None else zip(thresholds.tolist(), curve, strict=True)
     return {
         "miou": score.miou,
@@ -265,7 +283,13 @@ def summary(info: DatasetInfo, thresholds: np.ndarray | None, curve: Sequence[Sc
         "false_positive": per_class(score.false_positive),
         "false_negative": per_class(score.false_negative),
         "absent": [info.classes[i] for i in score.absent],
-        "curve": [{"threshold": t, "miou": s.miou, "miou_foreground": s.miou_foreground} for t, s in points],
+        "best_per_class": {
+            name: {"threshold": t, "iou": iou} for name, (t, iou) in zip(info.classes, highest, strict=False)
+        },
+        "curve": [
+            {"threshold": t, "miou": s.miou, "miou_foreground": s.miou_foreground, "iou": per_class(s.iou)}
+            for t, s in points
+        ],
     }
 
 

@@ -62,11 +62,14 @@ class Predictor:
         model: a `Classifier` or `CSRM` in eval mode.
         source: where images and labels come from.
         folder: experiments/predictions/TAG@DOMAIN.
+        long_side: pixels; the --image_size of the training, to which longer photographs are reduced here too.
         args: the script's flags.
     """
 
-    def __init__(self, model: nn.Module, source: DataSource, folder: Path, args: argparse.Namespace) -> None:
-        self.model, self.source, self.args = model, source, args
+    def __init__(
+        self, model: nn.Module, source: DataSource, folder: Path, long_side: int, args: argparse.Namespace
+    ) -> None:
+        self.model, self.source, self.long_side, self.args = model, source, long_side, args
         self.device = next(model.parameters()).device
         self.folders = {"cams": folder / "cams", "masks": folder / "masks", "pseudos": folder / pseudos_name(args)}
 
@@ -107,7 +110,7 @@ class Predictor:
 
     def _maps(self, kind: str, photograph: torch.Tensor, image_id: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         label = torch.from_numpy(self.source.image_label(image_id))
-        options = {"scales": self.args.scales, "hflip": self.args.hflip}
+        options = {"scales": self.args.scales, "hflip": self.args.hflip, "long_side": self.long_side}
         if kind == "cams":
             return multi_scale_cams(cam_forward(self.model), normalize(photograph), label, **options)
         forward = lambda views: self.model(views, representations=False)["seg_logits"]  # noqa: E731
@@ -169,7 +172,7 @@ def main(args: argparse.Namespace) -> None:
     check_classes(checkpoint, source.info.classes, weights)
     check_flags(args, model)
     folder = cli.predictions_dir(args.tag, args.domain)
-    predict = Predictor(model, source, folder, args)
+    predict = Predictor(model, source, folder, checkpoint["args"]["image_size"], args)
     predict.claim(fingerprint(weights))
     pending = predict.pending(ids)
     print(f"{len(ids)} images of '{args.domain}', {len(ids) - len(pending)} done already; writing to {folder}")

@@ -3,71 +3,218 @@
     python train_classifier.py --tag prior --dataset voc12 --data_dir data/voc12 --domain_train train_aug
 
 Reads photographs and image-level labels only. Writes experiments/models/TAG.pth and TensorBoard curves in
-experiments/logs/TAG. Started again, it continues after the last finished epoch. `inference.py --tag TAG` turns the
-checkpoint into CAMs; `train_csrm.py --restore experiments/models/TAG.pth` starts CSRM from it.
+experiments/logs/TAG. Started again, it continues after the last finished epoch. --method puzzle, poc and pnoc make
+the maps cover more of the objects (docs/method.md); the last two need a trained vanilla classifier:
+
+    python train_classifier.py --tag better --method pnoc --oc_weights experiments/models/prior.pth
+
+--domain_valid reports, after each epoch, the mean IoU of the CAMs and how well the classes are recognised on a split
+with masks; the last checkpoint is kept whatever it says. `inference.py --tag TAG` turns the checkpoint into CAMs;
+`train_csrm.py --restore experiments/models/TAG.pth` starts CSRM from it.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from torchvision.transforms import v2
 
-from datasets import ImageDataset, build_loader, build_source
-from datasets.transforms import normalize, train_geometry
+from datasets import DataSource, ImageDataset, Loader, build_loader, build_source
+from datasets.loaders import class_balance
+from datasets.transforms import PhotometricAugmentation, normalize, train_geometry
 from models import build_model
 from models.restore import restore
 from tools import cli
-from tools.losses import multilabel_loss
+from tools.ema import Teacher, ema_decay
+from tools.errors import UserError
+from tools.priors import METHODS, Opponent, PriorCriterion, Sample, random_class
 from tools.training import Trainer, seed_everything
 from tools.validation import check_domain, validate
+
+MIXES = {"cutmix": v2.CutMix, "mixup": v2.MixUp}
+AUGMENTATIONS = ("randaugment", "colorjitter", *MIXES)
 
 
 def make_parser() -> cli.Parser:
     """The script's flags."""
     parser = cli.Parser(__doc__)
     cli.add_common(parser)
-    cli.add_dataset(
+    data = cli.add_dataset(
         parser,
         domain_train=("train_aug", "split to train on"),
         domain_valid=("", "split with masks to report on after each epoch; empty: none"),
     )
+    data.add_argument(
+        "--sampler", choices=["uniform", "balanced"], default="uniform", help="balanced: each class equally often"
+    )
+    group = parser.add_argument_group("method")
+    group.add_argument(
+        "--method",
+        choices=METHODS,
+        default="vanilla",
+        help="kind of CAM prior; with pnoc --mode is fix and --trainable_stem false if not given, else normal and true",
+    )
+    group.add_argument(
+        "--oc_weights",
+        type=Path,
+        metavar="FILE",
+        help="poc, pnoc: a trained vanilla classifier of the same architecture",
+    )
+    group.add_argument(
+        "--ema", type=cli.fraction, default=0.0, help="keep a moving average of the weights with this decay; 0: none"
+    )
     group = cli.add_network(parser, architecture="resnest101e", mode="normal")
     group.add_argument("--restore", type=Path, help="checkpoint or public state dict to start from")
+    parser.set_defaults(mode=None, trainable_stem=None)  # normal and true, but not for pnoc: see `complete`
     images = cli.add_images(parser)
     images.add_argument(
-        "--augment", choices=["none", "randaugment"], default="randaugment", help="besides scale, crop, flip"
+        "--augment",
+        type=augmentations,
+        default="randaugment",
+        metavar="LIST",
+        help=f"besides scale, crop, flip: none, or some of {','.join(AUGMENTATIONS)}",
+    )
+    images.add_argument(
+        "--cutmix_prob", type=cli.fraction, default=0.5, help="probability that a step mixes (cutmix, mixup)"
     )
     cli.add_optimization(parser, lr=0.1, wd=1e-4, batch_size=32, max_epoch=15, alpha_bias=2.0)
     return parser
 
 
-def train_step(model: nn.Module, batch: dict, device: torch.device, label_smoothing: float) -> dict[str, torch.Tensor]:
-    """Multi-label classification loss of one batch."""
-    images = normalize(batch["image"].to(device, non_blocking=True))
-    labels = batch["label"].to(device, non_blocking=True)
-    logits = model(images)["class_logits"]
-    return {"loss": multilabel_loss(logits, labels, label_smoothing)}
+def augmentations(text: str) -> list[str]:
+    """The value of --augment."""
+    names = [] if text == "none" else text.split(",")
+    for name in names:
+        if name not in AUGMENTATIONS:
+            raise argparse.ArgumentTypeError(f"'{name}' is none of {', '.join(AUGMENTATIONS)}")
+    return names
+
+
+def complete(args: argparse.Namespace) -> None:
+    """Fill in the defaults that depend on the method: P-NOC was published with frozen batch norm and stem.
+
+    Raises:
+        UserError: --oc_weights without a method that uses it, or the other way round.
+    """
+    frozen = args.method == "pnoc"
+    if args.mode is None:
+        args.mode = "fix" if frozen else "normal"
+    if args.trainable_stem is None:
+        args.trainable_stem = not frozen
+    plays = args.method in ("poc", "pnoc")
+    if plays and args.oc_weights is None:
+        raise UserError(
+            f"--method {args.method}: needs a trained classifier. Train one with --method vanilla, and pass its "
+            "checkpoint with --oc_weights FILE."
+        )
+    if args.oc_weights is not None and not plays:
+        raise UserError(f"--oc_weights: --method {args.method} has no use for it. Drop it, or choose poc or pnoc.")
+
+
+def build_training_loader(source: DataSource, args: argparse.Namespace) -> Loader:
+    """The loader of the training images."""
+    geometry = train_geometry(*cli.image_sizes(args), randaugment="randaugment" in args.augment)
+    dataset = ImageDataset(source, source.ids(args.domain_train), geometry)
+    weights = class_balance(dataset.labels) if args.sampler == "balanced" else None
+    return build_loader(dataset, args.batch_size, weights=weights, **cli.loader_arguments(args))
+
+
+def load_ordinary(args: argparse.Namespace, num_classes: int) -> nn.Module:
+    """The ordinary classifier of poc and pnoc: --oc_weights with frozen batch norm; for poc, with everything frozen.
+
+    Raises:
+        UserError: the file is not a classifier of this architecture and these classes.
+    """
+    fixed = {"weights": "none", "batch_norm": "fix"}
+    model = build_model("classifier", num_classes=num_classes, **{**cli.network_arguments(args), **fixed})
+    report = restore(model, args.oc_weights)
+    if report.missing or report.mismatched:
+        raise UserError(
+            f"--oc_weights {args.oc_weights}: not a trained {args.architecture} with {num_classes - 1} classes. "
+            "Train one with --method vanilla."
+        )
+    return model.eval() if args.method == "pnoc" else model.eval().requires_grad_(False)
+
+
+class Augmentation:
+    """What happens to a batch on the device: colours, normalisation, mixing.
+
+    Args:
+        names: of `AUGMENTATIONS`; randaugment is the loader's and does nothing here.
+        mix_prob: probability that a batch is mixed, by one of the mixes named.
+    """
+
+    def __init__(self, names: list[str], mix_prob: float) -> None:
+        self.colours = PhotometricAugmentation(blur_prob=0) if "colorjitter" in names else nn.Identity()
+        self.mixes = [MIXES[name]() for name in names if name in MIXES]
+        self.mix_prob = mix_prob
+
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> Sample:
+        """uint8 [B,3,H,W] and float32 [B,K] -> a sample; mixed labels lie in [0,1]."""
+        images = normalize(self.colours(images))
+        if self.mixes and random.random() < self.mix_prob:
+            images, labels = random.choice(self.mixes)(images, labels)
+        return Sample(images, labels, hidden=random_class(labels))
+
+
+def train_step(model: nn.Module, sample: Sample, criterion: PriorCriterion, progress: float) -> dict[str, torch.Tensor]:
+    """The losses of one batch.
+
+    Raises:
+        UserError: a single image in training mode, in a network with batch norm behind global pooling (ResNeSt).
+    """
+    try:
+        return criterion(model, sample, progress)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            "--batch_size 1: the batch norm of this network needs more. Raise it, or pass --mode fix."
+        ) from error
 
 
 def main(args: argparse.Namespace) -> None:
     """Train, epoch by epoch, and say what to do next."""
+    complete(args)
     device = cli.select_device(args.device)
     source = build_source(args.dataset, cli.data_dir(args))
     check_domain(source, args.domain_valid)
-    geometry = train_geometry(*cli.image_sizes(args), randaugment=args.augment == "randaugment")
-    dataset = ImageDataset(source, source.ids(args.domain_train), geometry)
-    loader = build_loader(dataset, args.batch_size, **cli.loader_arguments(args))
+    loader = build_training_loader(source, args)
     seed_everything(args.seed)
     model = build_model("classifier", num_classes=source.info.num_classes, **cli.network_arguments(args)).to(device)
     if args.restore:
         restore(model, args.restore)
-    trainer = Trainer(model, args, source.info, device=device, steps_per_epoch=len(loader))
-    for epoch in trainer.fit(loader, lambda batch: train_step(model, batch, device, args.label_smoothing)):
+    ordinary = load_ordinary(args, source.info.num_classes).to(device) if args.oc_weights else None
+    criterion = PriorCriterion(args.method, label_smoothing=args.label_smoothing, ordinary=ordinary)
+    augment = Augmentation(args.augment, args.cutmix_prob)
+    companions: dict[str, Any] = {}
+    if args.ema:
+        average = Teacher(model)
+        companions["teacher"] = average.module  # under the name by which inference.py and --restore prefer it
+    if args.method == "pnoc":
+        companions["opponent"] = opponent = Opponent(ordinary, args, steps_per_epoch=len(loader))
+    trainer = Trainer(model, args, source.info, device=device, steps_per_epoch=len(loader), companions=companions)
+    for epoch in trainer.epochs():
+        loader.set_epoch(epoch)
+        for batch in trainer.progress(epoch, loader):
+            sample = augment(*(batch[name].to(device, non_blocking=True) for name in ("image", "label")))
+            progress = trainer.step / (trainer.updates_per_epoch * args.max_epoch)
+            with trainer.autocast():
+                losses = train_step(model, sample, criterion, progress)
+            stepped = trainer.update(losses)
+            if args.method == "pnoc":
+                loss = opponent.update(sample, progress, autocast=trainer.autocast(), step=stepped)
+                trainer.record({"opponent": loss})
+            if args.ema and stepped:
+                average.update(model, ema_decay(trainer.step, args.ema))
         if args.domain_valid:
-            trainer.log(epoch, validate(model, source, args.domain_valid, device))
+            network = average.module if args.ema else model
+            trainer.log(epoch, validate(network, source, args.domain_valid, device, args.image_size))
     print(f"Next: python inference.py --tag {args.tag} --domain {args.domain_train}   (its CAMs)")
 
 

@@ -329,7 +329,7 @@ def main(args: argparse.Namespace) -> None:
             if trainer.update(losses):
                 teacher.update(student, teacher_decay(args, epoch, trainer.step, trainer.updates_per_epoch))
         if args.domain_valid:
-            trainer.log(epoch, validate(teacher.module, source, args.domain_valid, device))
+            trainer.log(epoch, validate(teacher.module, source, args.domain_valid, device, args.image_size))
     print(f"Next: python inference.py --tag {args.tag} --domain {args.domain_train}   (plus the data flags)")
 
 

@@ -79,18 +79,18 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     trainer = Trainer(model, args, source.info, device=device, steps_per_epoch=len(loader))
     for epoch in trainer.fit(loader, lambda batch: train_step(model, batch, device, args.label_smoothing)):
         if args.domain_valid:
-            trainer.log(epoch, validate(model, truth, args.domain_valid, device))
+            trainer.log(epoch, validate(model, truth, args.domain_valid, device, args.image_size))
     print(
         f"Next: python train_segmentation.py --tag {args.tag} --predict --domain {args.domain}   (plus the data flags)"
     )
 
 
 @torch.inference_mode()
-def segment(model: nn.Module, photograph: torch.Tensor, args: argparse.Namespace) -> torch.Tensor:
-    """Class indices int64 [H,W] of a photograph, uint8 RGB [1,3,H,W]."""
-    logits = multi_scale_logits(
-        lambda views: model(views)["seg_logits"], normalize(photograph), scales=args.scales, hflip=args.hflip
-    )
+def segment(model: nn.Module, photograph: torch.Tensor, long_side: int, args: argparse.Namespace) -> torch.Tensor:
+    """Class indices int64 [H,W] of a photograph, uint8 RGB [1,3,H,W]; seen at most `long_side` pixels long."""
+    forward = lambda views: model(views)["seg_logits"]  # noqa: E731
+    options = {"scales": args.scales, "hflip": args.hflip, "long_side": long_side}
+    logits = multi_scale_logits(forward, normalize(photograph), **options)
     probabilities = logits.softmax(dim=1)
     if args.crf_t:
         unary = unary_from_probabilities(probabilities)
@@ -112,7 +112,8 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
     print(f"{len(ids)} images of '{args.domain}', {len(ids) - len(pending)} done already; writing to {folder}")
     for image_id in cli.progress(pending, desc="predicting", unit="image"):
         photograph = source.photograph(image_id).to(device)
-        save_mask(folder / f"{image_id}.png", segment(model, photograph, args).cpu().numpy(), source.info.palette)
+        mask = segment(model, photograph, checkpoint["args"]["image_size"], args)
+        save_mask(folder / f"{image_id}.png", mask.cpu().numpy(), source.info.palette)
     print(f"Masks: {folder}")
     print(f"Next: python evaluate.py --pred_dir {folder} --domain {args.domain}   (plus the data flags)")
 

@@ -5,27 +5,27 @@
     SOURCE/**/ID_sat.jpg  SOURCE/**/ID_mask.png         read, wherever below SOURCE they lie
     ROOT/images/ID.jpg  ROOT/masks/ID.png  ROOT/classes.txt  ROOT/labels.csv  ROOT/splits/{train,val,test}.txt
 
-* Photographs and masks are written at a quarter of their side (612 instead of 2448 pixels): an image label holds for
-  the whole photograph, so a training crop has to show most of it.
-* Colours are cut at 128, as the challenge asks: compression has blurred them. "Unknown" (black) and colours of no class
+* Colours are cut at 128, as the challenge asks: compression has blurred them. "Unknown" (black) and colours of no
+  class
   become 255 (ignored). So no pixel is background, and the foreground mIoU is the one to compare.
-* The image label is the set of classes in the mask.
+* The image label is the set of classes in the mask. It holds for all of the photograph, 2448 pixels a side, which training
+  reduces to `--image_size` first.
 * Splits: masks were published for the challenge's training images only. Of those, by ascending id, every fifth is `val`
   and the others are `train` (our choice; there is no official one). Images without a mask are `test`.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
-import cv2
 import numpy as np
-from PIL import Image
 
 from datasets.base import voc_palette
 from datasets.folder import BACKGROUND, write_lists
 from tools.errors import UserError
-from tools.files import atomic_write, load_image, save_mask
+from tools.files import atomic_write, check_writable, load_image, save_mask
 from tools.parallel import run_jobs
 
 COLOURS = {
@@ -37,7 +37,6 @@ COLOURS = {
     "barren": (255, 255, 255),
 }
 IGNORE = 255
-REDUCTION = 4
 VAL_EVERY = 5  # the fifth, tenth, ... image with a mask is for validation
 
 
@@ -47,7 +46,7 @@ def is_converted(root: Path) -> bool:
 
 
 def convert(source: Path, root: Path, workers: int) -> None:
-    """Write the dataset; files that are there already are kept.
+    """Write the dataset; files that are there already are kept. Photographs are linked where the file system allows.
 
     Args:
         source: folder with DeepGlobe's files, however nested.
@@ -64,8 +63,9 @@ def convert(source: Path, root: Path, workers: int) -> None:
             f"{source}: {len(labelled)} photographs with a mask (ID_sat.jpg, ID_mask.png) below it. Put DeepGlobe's "
             "land-cover files there, zipped or not."
         )
+    check_writable(root / "images")
     jobs = [(path, masks.get(image_id), root, image_id) for image_id, path in images.items()]
-    names = dict(zip(images, run_jobs(_convert_image, jobs, workers, "reducing", "image"), strict=True))
+    names = dict(zip(images, run_jobs(_convert_image, jobs, workers, "masks", "image"), strict=True))
     labels = {image_id: names[image_id] for image_id in labelled}
     val = labelled[VAL_EVERY - 1 :: VAL_EVERY]
     train, test = (sorted(ids, key=_number) for ids in (set(labelled) - set(val), set(images) - set(labelled)))
@@ -90,26 +90,31 @@ def class_indices(colours: np.ndarray) -> np.ndarray:
 
 
 def _convert_image(job: tuple[Path, Path | None, Path, str]) -> list[str]:
-    """Write one photograph and its mask; `job` is (photograph, colour-coded mask if any, root, id).
+    """Place one photograph and write its mask; `job` is (photograph, colour-coded mask if any, root, id).
 
     Returns:
         The names of the classes in the mask.
     """
     photograph, coloured, root, image_id = job
-    path = root / "images" / f"{image_id}.jpg"
-    if not path.exists():
-        image = Image.fromarray(load_image(photograph))
-        with atomic_write(path) as temporary:
-            image.reduce(REDUCTION).save(temporary, quality=95)
+    _place(photograph, root / "images" / f"{image_id}.jpg")
     if coloured is None:
         return []
-    colours = load_image(coloured)
-    size = [-(-side // REDUCTION) for side in colours.shape[1::-1]]  # as `reduce` rounds: up
-    mask = class_indices(cv2.resize(colours, size, interpolation=cv2.INTER_NEAREST_EXACT))
+    mask = class_indices(load_image(coloured))
     if not (root / "masks" / f"{image_id}.png").exists():
         save_mask(root / "masks" / f"{image_id}.png", mask, voc_palette())
     present = set(np.unique(mask).tolist())
     return [name for index, name in enumerate(COLOURS, 1) if index in present]
+
+
+def _place(source: Path, path: Path) -> None:
+    """Make `path` the same file as `source`, or a copy."""
+    if path.exists():
+        return
+    try:
+        os.link(source, path)
+    except OSError:  # another disk, or a file system without links
+        with atomic_write(path) as temporary:
+            shutil.copyfile(source, temporary)
 
 
 def _by_id(source: Path, ending: str) -> dict[str, Path]:

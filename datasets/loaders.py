@@ -40,6 +40,7 @@ def build_loader(
     num_workers: int,
     seed: int,
     steps_per_epoch: int | None = None,
+    weights: np.ndarray | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> Loader:
@@ -53,6 +54,8 @@ def build_loader(
         num_workers: processes that load; 0 loads in this one.
         seed: non-negative.
         steps_per_epoch: batches per epoch, whatever the size of the dataset; None: one pass.
+        weights: chance of each image to be drawn, float [N] that adds up to 1 (`class_balance`); None: each image
+            equally often. Only with `shuffle`.
         rank, world_size: this process loads every `world_size`-th draw, from draw `rank` on.
 
     Raises:
@@ -66,7 +69,9 @@ def build_loader(
         raise UserError(
             f"--batch_size {batch_size}: {len(dataset)} images do not fill one on each of {world_size} GPUs. Lower it."
         )
-    sampler = EpochSampler(len(dataset), draws, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size)
+    sampler = EpochSampler(
+        len(dataset), draws, shuffle=shuffle, seed=seed, weights=weights, rank=rank, world_size=world_size
+    )
     return Loader(dataset, sampler, batch_size, num_workers)
 
 
@@ -74,23 +79,33 @@ class EpochSampler(Sampler[Draw]):
     """A window onto an endless row of passes over the dataset, each pass in its own order.
 
     Epoch e takes the draws e*n .. (e+1)*n - 1 of that row. So every image is seen equally often in the long run, also
-    where an epoch is shorter or longer than a pass.
+    where an epoch is shorter or longer than a pass. With weights, a pass is as many independent draws.
 
     Args:
         num_items: size of the dataset.
         num_draws: n, draws per epoch over all processes.
         shuffle: passes are random permutations; else they are in order.
         seed: non-negative.
+        weights: chance of each item, float [num_items]; None: permutations.
         rank, world_size: which of the draws are this process's.
     """
 
     def __init__(
-        self, num_items: int, num_draws: int, *, shuffle: bool, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        num_items: int,
+        num_draws: int,
+        *,
+        shuffle: bool,
+        seed: int,
+        weights: np.ndarray | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         assert num_items > 0, f"expected a non-empty dataset, got {num_items} items"
+        assert weights is None or (shuffle and weights.shape == (num_items,)), "weights go with shuffle, one per item"
         assert 0 <= rank < world_size, f"expected 0 <= rank < world_size, got {rank} and {world_size}"
         self.num_items, self.num_draws = num_items, num_draws
-        self.shuffle, self.seed = shuffle, seed
+        self.shuffle, self.seed, self.weights = shuffle, seed, weights
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
 
@@ -113,7 +128,24 @@ class EpochSampler(Sampler[Draw]):
     def _pass(self, number: int) -> np.ndarray:
         if not self.shuffle:
             return np.arange(self.num_items)
-        return np.random.default_rng((self.seed, ORDER_STREAM, number)).permutation(self.num_items)
+        generator = np.random.default_rng((self.seed, ORDER_STREAM, number))
+        if self.weights is not None:
+            return generator.choice(self.num_items, self.num_items, p=self.weights)
+        return generator.permutation(self.num_items)
+
+
+def class_balance(labels: torch.Tensor) -> np.ndarray:
+    """The chances with which every class is drawn equally often: a class at random, then one of its images.
+
+    Args:
+        labels: float [N,K], multi-hot. Images without a class are together one class more.
+
+    Returns:
+        float64 [N] that adds up to 1.
+    """
+    members = np.column_stack([labels.numpy() > 0, (labels <= 0).all(dim=1).numpy()]).astype(np.float64)
+    members = members[:, members.any(axis=0)]
+    return (members / members.sum(axis=0)).mean(axis=1)
 
 
 class Loader:

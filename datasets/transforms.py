@@ -1,6 +1,8 @@
 """Augmentation: geometry of one sample in a worker, colours of a whole batch on the device.
 
-Geometry is a torchvision v2 transform: image and mask are tv_tensors and move together.
+Geometry is a torchvision v2 transform: image and mask are tv_tensors and move together. A photograph larger than the
+training crop is reduced to its size first: labels name what is in the whole photograph, and a crop of 512 pixels from a
+camera's 4,000 would seldom show it. VOC's and COCO's photographs are never larger than the published crops.
 
     geometry = train_geometry(512, 320, 640)
     sample = geometry({"image": tv_tensors.Image(image), "mask": tv_tensors.Mask(mask)})
@@ -14,6 +16,7 @@ Colours stay uint8, because the dense CRF in the training loop needs the pixels 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import cv2
@@ -38,19 +41,28 @@ def train_geometry(size: int, min_size: int, max_size: int, *, randaugment: bool
     """Geometry for classifiers and for the labeled images of CSRM.
 
     Args:
-        size: side of the square crop, pixels.
-        min_size, max_size: the image is scaled by U(min_size / size, max_size / size) before the crop.
+        size: side of the square crop, pixels; longer images are reduced to it.
+        min_size, max_size: the image is then scaled by U(min_size / size, max_size / size) before the crop.
         randaugment: end with RandAugment (two operations of magnitude 10; images only, masks would not follow).
     """
-    steps = [RandomScale(min_size / size, max_size / size), RandomCropReflect(size), v2.RandomHorizontalFlip(0.5)]
+    steps = [
+        RandomScale(min_size / size, max_size / size, limit=size),
+        RandomCropReflect(size),
+        v2.RandomHorizontalFlip(0.5),
+    ]
     if randaugment:
         steps.append(v2.RandAugment(num_ops=2, magnitude=10))
     return v2.Compose(steps)
 
 
 def crop_geometry(size: int) -> v2.Transform:
-    """Geometry for the unlabeled images of CSRM: a random crop (or reflected padding) to `size` x `size` only."""
-    return RandomCropReflect(size)
+    """Geometry for the unlabeled images of CSRM: longer ones reduced, then padded at random to `size` x `size`."""
+    return v2.Compose([RandomScale(1, 1, limit=size), RandomCropReflect(size)])
+
+
+def fit(height: int, width: int, limit: float) -> float:
+    """The factor, at most 1, that makes an image's long side no longer than `limit` pixels."""
+    return min(1.0, limit / max(height, width))
 
 
 def segmentation_geometry(size: int, min_size: int, max_size: int) -> v2.Transform:
@@ -65,16 +77,17 @@ class RandomScale(v2.Transform):
 
     Args:
         low, high: the factor is U(low, high).
+        limit: it is relative to the image reduced to this long side, where it is longer; pixels.
     """
 
-    def __init__(self, low: float, high: float) -> None:
+    def __init__(self, low: float, high: float, limit: float = math.inf) -> None:
         super().__init__()
         assert 0 < low <= high, f"expected 0 < low <= high, got {low} and {high}"
-        self.low, self.high = low, high
+        self.low, self.high, self.limit = low, high, limit
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = VF.get_size(flat_inputs[0])
-        scale = _uniform(self.low, self.high)
+        scale = _uniform(self.low, self.high) * fit(height, width, self.limit)
         return {"size": [max(1, round(height * scale)), max(1, round(width * scale))]}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:

@@ -81,7 +81,7 @@ class CSRM(nn.Module):
         output = {"class_logits": cams.mean(dim=(2, 3)), "cams": cams}
         if not segmentation:
             return output
-        trunk = self.trunk(low, high)
+        trunk = self.trunk(low, high, x.shape[-2:])
         output["seg_logits"] = self.segmentation(trunk)
         if representations and self.representation is not None:
             output["representations"] = self.representation(trunk)

@@ -50,7 +50,7 @@ class DeepLabV3Plus(nn.Module):
         Returns:
             "seg_logits" [B,K+1,H/4,W/4].
         """
-        return {"seg_logits": self.segmentation(self.trunk(*self.backbone(x)))}
+        return {"seg_logits": self.segmentation(self.trunk(*self.backbone(x), x.shape[-2:]))}
 
     def scratch_modules(self) -> list[nn.Module]:
         """The layers that are not part of the backbone."""

@@ -1,7 +1,7 @@
 """Layers that CSRM and DeepLabV3+ add to a backbone.
 
     trunk = Trunk(backbone)
-    seg_logits = SegmentationBranch(trunk.channels, num_classes=21)(trunk(*backbone(images)))
+    seg_logits = SegmentationBranch(trunk.channels, num_classes=21)(trunk(*backbone(images), images.shape[-2:]))
 
 They start from Kaiming-normal weights and are normalised in groups, because small batches of mixed crops make poor
 batch statistics.
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.backbone import Backbone
+from models.backbone import LOW_LEVEL_STRIDE, Backbone
 from tools.errors import UserError
 
 GROUPS = 4
@@ -71,7 +71,7 @@ class ASPP(nn.Module):
     Args:
         in_channels: of the last-stage features.
         channels: of every branch and of the output.
-        output_stride: of the input; the dilations 6, 12, 18 are for 16 and double for 8.
+        output_stride: of the input; the dilations 6, 12, 18 are for 16, double for 8 and half for 32.
         dropout: probability after the projection.
         use_gn: GroupNorm instead of batch norm.
     """
@@ -98,6 +98,8 @@ class ASPP(nn.Module):
 class Trunk(nn.Module):
     """ASPP features enlarged to stride 4 beside projected stage-1 features (DeepLabV3+, figure 2).
 
+    Stage-1 features of plain transformers are coarser than stride 4: they are enlarged too, after the projection.
+
     Args:
         backbone: whose feature maps it takes; not kept.
         decoder_channels: width of the ASPP.
@@ -121,10 +123,16 @@ class Trunk(nn.Module):
         self.low = conv_norm_relu(backbone.low_channels, LOW_LEVEL_CHANNELS, 1, use_gn=use_gn)
         init_kaiming(self)
 
-    def forward(self, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-        """Stage-1 features [B,C1,H/4,W/4], last-stage features [B,C4,h,w] -> [B,`channels`,H/4,W/4]."""
-        high = F.interpolate(self.aspp(high), size=low.shape[2:], mode="bilinear", align_corners=True)
-        return torch.cat([high, self.low(low)], dim=1)
+    def forward(self, low: torch.Tensor, high: torch.Tensor, image_size: torch.Size) -> torch.Tensor:
+        """Stage-1 and last-stage features of images of size (H, W), float [B,C,h,w] each -> [B,`channels`,H/4,W/4]."""
+        size = [-(-side // LOW_LEVEL_STRIDE) for side in image_size]
+        return torch.cat([_enlarge(self.aspp(high), size), _enlarge(self.low(low), size)], dim=1)
+
+
+def _enlarge(maps: torch.Tensor, size: list[int]) -> torch.Tensor:
+    if list(maps.shape[2:]) == size:
+        return maps
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=True)
 
 
 class SegmentationBranch(nn.Sequential):

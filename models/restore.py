@@ -32,7 +32,8 @@ class RestoreReport:
         restored: tensors taken from it.
         missing: tensors of the model it does not have.
         mismatched: tensors it has in another shape: name -> (shape in the file, shape in the model).
-        unused: names in the file that nothing in the model goes by.
+        unused: names in the file that nothing in the model goes by. Second names of tensors that were used do not
+            count: public priors list their layers once by layer and once by stage.
     """
 
     path: str
@@ -58,8 +59,8 @@ def restore(model: nn.Module, path: str | Path) -> RestoreReport:
 
     Args:
         model: with or without a `Backbone`; dtypes and devices stay the model's.
-        path: a checkpoint of this project, a state dict (.pth, as published with Puzzle-CAM, P-NOC and timm) or a
-            .safetensors file.
+        path: a checkpoint of this project, a state dict (.pth, as published with Puzzle-CAM, P-NOC, torchvision and
+            timm) or a .safetensors file.
 
     Raises:
         UserError: the file cannot be read, or fits nowhere.
@@ -69,12 +70,13 @@ def restore(model: nn.Module, path: str | Path) -> RestoreReport:
     names = {name: next((alias for alias in _aliases(name) if alias in source), None) for name in target}
     found = {name: source[alias] for name, alias in names.items() if alias}
     fits = {name: tensor for name, tensor in found.items() if tensor.shape == target[name].shape}
+    used = {tensor.data_ptr() for tensor in found.values()}
     report = RestoreReport(
         path=str(path),
         restored=list(fits),
         missing=[name for name, alias in names.items() if alias is None],
         mismatched={n: (tuple(t.shape), tuple(target[n].shape)) for n, t in found.items() if n not in fits},
-        unused=sorted(source.keys() - set(names.values())),
+        unused=sorted(name for name, tensor in source.items() if tensor.data_ptr() not in used),
     )
     if not fits:
         raise UserError(
@@ -110,14 +112,16 @@ def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def _aliases(name: str) -> Iterator[str]:
-    """Names a tensor of ours may have in a file: its own; of the backbone, the prior's and timm's too."""
+    """Names a tensor of ours may have in a file: its own; of the backbone, those of public priors and of timm too."""
     yield name
     match = re.fullmatch(r"(?:backbone\.)?net\.(.+)", name)
     if match:
         inner = match.group(1)
         # timm renames `stages.0` to `stages_0` when it takes features from a network.
         nested = inner.replace("_", ".", 1)
-        yield from (f"backbone.net.{inner}", f"backbone.{inner}", f"backbone.{nested}", inner, nested)
+        # Public priors call the whole backbone `backbone` or `model`.
+        for prefix in ("backbone.net.", "backbone.", "model.", ""):
+            yield from (prefix + inner, prefix + nested)
 
 
 def _is_counter(name: str) -> bool:

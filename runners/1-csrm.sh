@@ -3,18 +3,41 @@
 #   ./runners/1-csrm.sh                                        VOC 2012
 #   DATASET=coco14 ./runners/1-csrm.sh                         MS COCO 2014
 #   DATASET=folder DATA_DIR=~/birds ./runners/1-csrm.sh        your own photographs
+#   PRIOR=pnoc ./runners/1-csrm.sh                             another prior than vanilla: puzzle, poc or pnoc
 #   PRIOR=weights/puzzle.pth ./runners/1-csrm.sh               public weights instead of a prior trained here
 source "$(dirname "${BASH_SOURCE[0]}")/config/env.sh"
 source runners/config/dataset.sh
 
 RUN_FLAGS="--device $DEVICE --seed $SEED --num_workers $WORKERS"
 
-if [[ -z "${PRIOR:-}" ]]; then
-  PRIOR=experiments/models/$TAG_PRIOR.pth
-  run train_classifier.py --tag "$TAG_PRIOR" --domain_train "$DOMAIN_TRAIN" $RUN_FLAGS $BACKBONE $IMAGE_FLAGS $PRIOR_FLAGS
+# train_prior TAG METHOD FLAGS...: train a classifier, or finish it; a finished one is left as it is.
+train_prior() {
+  run train_classifier.py --tag "$1" --method "$2" "${@:3}" --domain_train "$DOMAIN_TRAIN" \
+    $RUN_FLAGS $BACKBONE $IMAGE_FLAGS $PRIOR_FLAGS
+}
+
+case "$PRIOR" in
+vanilla | puzzle | poc | pnoc)
+  ORDINARY=()
+  if [[ "$PRIOR" == p*oc ]]; then
+    if [[ -z "${OC_WEIGHTS:-}" ]]; then
+      OC_WEIGHTS=experiments/models/$TAG_VANILLA.pth
+      train_prior "$TAG_VANILLA" vanilla
+    fi
+    ORDINARY=(--oc_weights "$OC_WEIGHTS")
+  fi
+  train_prior "$TAG_PRIOR" "$PRIOR" "${ORDINARY[@]}"
   run inference.py --tag "$TAG_PRIOR" --domain "$DOMAIN_TRAIN" --save_pseudos false $RUN_FLAGS $VIEW_FLAGS
   score prior_cam "$DOMAIN_EVAL" "$PREDICTIONS/$TAG_PRIOR@$DOMAIN_TRAIN/cams" --mode cams
-fi
+  PRIOR=experiments/models/$TAG_PRIOR.pth
+  ;;
+*)
+  if [[ ! -f "$PRIOR" ]]; then
+    echo "PRIOR=$PRIOR: no such file. Choose vanilla, puzzle, poc, pnoc or a file of weights." >&2
+    exit 2
+  fi
+  ;;
+esac
 
 run train_csrm.py --tag "$TAG_CSRM" --domain_train "$DOMAIN_TRAIN" --restore "$PRIOR" \
   $RUN_FLAGS $BACKBONE $IMAGE_FLAGS $CSRM_FLAGS

@@ -57,6 +57,14 @@ def test_multi_scale_cams_are_the_plain_sums(forward, size, scales, hflip, label
         assert maps.min() >= 0 and maps.max() <= 1
 
 
+def test_scales_are_relative_to_the_size_of_training():
+    large, small = torch.zeros(1, 3, 640, 480), torch.zeros(1, 3, 64, 48)
+    assert [view.shape[-2:] for view in scaled_views(large, [0.5, 1, 2], long_side=128)] == [
+        view.shape[-2:] for view in scaled_views(large, [0.1, 0.2, 0.4])
+    ]
+    assert scaled_views(small, [1], long_side=128)[0].shape[-2:] == scaled_views(small, [1])[0].shape[-2:]
+
+
 def test_an_image_without_classes_has_empty_maps(forward):
     keys, cam, hr_cam = multi_scale_cams(forward, image_of((33, 48)), torch.zeros(4), scales=[1], hflip=True)
     assert keys.tolist() == [0] and cam.shape == (0, 9, 12) and hr_cam.shape == (0, 33, 48)

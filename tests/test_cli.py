@@ -30,7 +30,9 @@ def write_checkpoint(tag: str, kind: str, classes: list[str] = CLASSES, **networ
     width = {} if kind == "classifier" else {"decoder_channels": 8}
     model = build_model(kind, architecture="test_resnet", num_classes=len(classes), **width, **network)
     path = cli.model_path(tag)
-    save_checkpoint(path, config=model.config, model=model.state_dict(), classes=classes, epoch=1, args={})
+    save_checkpoint(
+        path, config=model.config, model=model.state_dict(), classes=classes, epoch=1, args={"image_size": 64}
+    )
     return path
 
 

@@ -97,7 +97,7 @@ def test_masks_table_json_and_csv(data, masks, tmp_path, capsys):
     assert "counted as 0 in the means: owl." in text and f"mIoU {result['miou']:.2f}" in text
 
 
-def test_cams_sweep_finds_the_best_threshold(data, cams, tmp_path):
+def test_cams_sweep_finds_the_best_threshold(data, cams, tmp_path, capsys):
     output = tmp_path / "scores.json"
     run(data, cams, "--mode", "cams", "--output", output)
     expected = {}
@@ -108,6 +108,11 @@ def test_cams_sweep_finds_the_best_threshold(data, cams, tmp_path):
             pairs.append((read(data / "masks" / f"{i}.png"), keys[cam_labels(hr_cam, t)]))
         expected[t] = np.mean([plain_iou(pairs, c) for c in range(4)])
     result = json.loads(output.read_text())
+    for name in CLASSES:
+        curve = {point["threshold"]: point["iou"][name] for point in result["curve"]}
+        assert result["best_per_class"][name] == {"threshold": max(curve, key=curve.get), "iou": max(curve.values())}
+    text = capsys.readouterr().out
+    assert "best IoU, at threshold" in text and text.count("<- best") == text.count("default of inference.py") == 1
     assert [p["threshold"] for p in result["curve"]] == list(expected)
     np.testing.assert_allclose([p["miou"] for p in result["curve"]], list(expected.values()))
     assert result["threshold"] == max(expected, key=expected.get)
@@ -119,7 +124,7 @@ def test_single_threshold(data, cams, tmp_path):
     output = tmp_path / "scores.json"
     run(data, cams, "--mode", "cams", "--threshold", 0.4, "--output", output)
     result = json.loads(output.read_text())
-    assert result["threshold"] == 0.4 and len(result["curve"]) == 1
+    assert result["threshold"] == 0.4 and len(result["curve"]) == 1 and result["best_per_class"] == {}
 
 
 def test_pickled_cams_are_read_on_request(data, cams, tmp_path):

@@ -10,7 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tools.metrics import ConfusionMatrix, ThresholdSweep, scores, threshold_range
+from tools.metrics import (
+    ConfusionMatrix,
+    ThresholdSweep,
+    average_precision,
+    classification_scores,
+    scores,
+    threshold_range,
+)
 
 GOLDEN = Path(__file__).parent / "golden" / "evaluation.npz"
 
@@ -144,3 +151,42 @@ def test_sweep_rejects_unordered_thresholds_and_wrong_shapes():
         ThresholdSweep(2, np.array([0.2, 0.1]))
     with pytest.raises(AssertionError, match="CAMs"):
         ThresholdSweep(2, np.array([0.2])).update(np.zeros((2, 2)), np.array([0, 1]), np.zeros((1, 2, 3)))
+
+
+# -- classification --------------------------------------------------------------------------------------------------
+def plain_average_precision(scores, truth):
+    """From the definition: accept everything at or above each score in turn, highest first."""
+    area = recall_before = 0.0
+    for threshold in sorted(set(scores), reverse=True):
+        accepted = [t for s, t in zip(scores, truth, strict=True) if s >= threshold]
+        recall = sum(accepted) / sum(truth)
+        area += (recall - recall_before) * sum(accepted) / len(accepted)
+        recall_before = recall
+    return area
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=1, max_size=12))
+def test_average_precision_equals_its_definition(pairs):
+    scores, truth = [float(s) for s, _ in pairs], [t for _, t in pairs]
+    expected = plain_average_precision(scores, truth) if any(truth) else 0.0
+    assert average_precision(np.array(scores), np.array(truth)) == pytest.approx(expected)
+
+
+def test_average_precision_of_a_worked_example():
+    """The example in scikit-learn's documentation of average_precision_score."""
+    assert average_precision(np.array([0.1, 0.4, 0.35, 0.8]), np.array([False, False, True, True])) == pytest.approx(
+        5 / 6
+    )
+    assert average_precision(np.zeros(0), np.zeros(0, bool)) == 0
+
+
+def test_precision_and_recall_of_classes():
+    logits = np.array([[2.0, -1, -1], [1, 3, -1], [-1, 2, -1]])
+    labels = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0]])
+    got = classification_scores(logits, labels)
+    np.testing.assert_allclose(got.precision, [50, 100, 0])
+    np.testing.assert_allclose(got.recall, [50, 100, 0])
+    assert got.occurs.tolist() == [True, True, False] and got.mean("precision") == 75 and got.mean("recall") == 75
+    assert got.mean("average_precision") == pytest.approx((100 * (1 / 2 + 1 / 2 * 2 / 3) + 100) / 2)
+    assert classification_scores(logits, 0 * labels).mean("recall") == 0

@@ -11,13 +11,16 @@ import timm
 import torch
 from torch import nn
 
+from benchmarks import backbones
 from models import Backbone, build_model
 from models.layers import ASPP
+from tools.cam import multi_scale_cams
 from tools.errors import UserError
 from tools.optim import parameter_groups
 
 KINDS = ("classifier", "csrm", "segmentation")
 FAMILIES = ("test_resnet", "mobilenetv2_035", "test_convnext", "test_byobnet")  # four ways in which timm takes features
+FIXED_STRIDE = {"test_vit": (16, 16), "test_mambaout": (4, 32), "pvt_v2_b0": (4, 32)}  # (low-level, output) stride
 
 
 def build(kind: str, architecture: str = "test_resnet", **arguments) -> nn.Module:
@@ -101,7 +104,7 @@ def test_dilation_replaces_the_stride_of_the_last_stage_and_nothing_else():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("architecture", [*FAMILIES, *FIXED_STRIDE])
 def test_every_trainable_parameter_gets_a_gradient(kind, architecture):
     """Data-parallel training hangs or fails on parameters that take no part in the loss."""
     model = build(kind, architecture).train()
@@ -145,6 +148,12 @@ def test_switches_freeze_their_part(switch, frozen):
     assert of[False] == expected & (of[True] | of[False]) and of[True].isdisjoint(of[False])
 
 
+def test_stage_4_can_be_left_undilated():
+    layers = Backbone("test_resnet", dilate_stage4=False).net.layer4
+    assert {(conv.dilation, conv.stride) for conv in convolutions(layers)} == {((1, 1), (1, 1))}
+    assert Backbone("test_convnext", dilate_stage4=False)(images(1, 3, 64, 64))[1].shape[2:] == (4, 4)
+
+
 def test_mobilenet_stem_ends_where_stage_1_begins():
     backbone = Backbone("mobilenetv2_035", trainable_stem=False)
     frozen = {name for name, p in backbone.net.named_parameters() if not p.requires_grad}
@@ -168,8 +177,10 @@ def test_resnest_keeps_the_pooling_of_its_authors():
     [
         ("resnet51", "resnet50"),
         ("zzz", "no such model"),
-        ("test_vit", "strides 4 and 16"),
-        ("vgg11", "strides 4 and 16"),
+        ("test_vit_relpos", "no feature maps for images of any size"),
+        ("test_maxvit", "no feature maps for images of any size"),
+        ("mixer_s32_224", "no feature maps for images of any size"),
+        ("convit_tiny", "no feature maps for images of any size"),
     ],
 )
 def test_unsuitable_architectures_are_refused_in_one_line(architecture, message):
@@ -190,6 +201,116 @@ def test_a_failed_download_names_the_remedy(monkeypatch, error):
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(UserError, match="--backbone_weights FILE, or none"):
         Backbone("test_resnet", weights="imagenet")
+
+
+# -- networks that cannot be dilated, and transformers --------------------------------------------------------------
+@pytest.mark.parametrize("height, width", [(97, 131), (64, 96), (33, 50)])
+@pytest.mark.parametrize("architecture, strides", FIXED_STRIDE.items())
+def test_images_of_any_size_on_networks_of_fixed_stride(architecture, strides, height, width):
+    model = build("csrm", architecture).eval()
+    assert (model.backbone.low_stride, model.backbone.output_stride) == strides
+    outputs = model(images(1, 3, height, width))
+    coarse, fine = [tuple(math.ceil(side / s) for side in (height, width)) for s in (strides[1], 4)]
+    assert outputs["cams"].shape[2:] == coarse and outputs["seg_logits"].shape[2:] == fine
+    assert all(output.isfinite().all() for output in outputs.values())
+
+
+def test_swin_takes_any_size_and_freezes_its_stages():
+    backbone = Backbone("swin_tiny_patch4_window7_224", trainable_stem=False, trainable_stage4=False).train()
+    low, high = backbone(images(1, 3, 97, 50))
+    assert low.shape == (1, 96, 25, 13) and high.shape == (1, 768, 4, 2)
+    frozen = {".".join(name.split(".")[:2]) for name, p in backbone.net.named_parameters() if not p.requires_grad}
+    assert frozen == {"patch_embed.proj", "patch_embed.norm", "layers.3", "norm.weight", "norm.bias"}
+
+
+def test_the_output_stride_is_the_one_obtained_and_a_note_says_so(capsys):
+    assert Backbone("test_mambaout").output_stride == 32
+    assert capsys.readouterr().out == "test_mambaout: cannot be dilated; output stride 32 instead of 16.\n"
+    Backbone("test_vit"), Backbone("test_convnext")
+    assert capsys.readouterr().out == ""
+    model = build("csrm", "test_mambaout")
+    assert model.config["output_stride"] == 16  # what was asked for rebuilds the network
+    assert [branch[0].dilation[0] for branch in model.trunk.aspp.branches] == [1, 3, 6, 9]
+
+
+def test_a_plain_transformer_gives_its_normalised_patch_tokens():
+    torch.manual_seed(0)
+    whole = timm.create_model("test_vit", dynamic_img_size=True).eval()
+    backbone = Backbone("test_vit").eval()
+    backbone.net.load_state_dict(whole.state_dict(), strict=False)
+    x = images(2, 3, 48, 80)
+    tokens = whole.forward_features(x)[:, whole.num_prefix_tokens :]
+    torch.testing.assert_close(backbone(x)[1], tokens.transpose(1, 2).unflatten(2, (3, 5)))
+
+
+def test_convnext_is_what_timm_gives_where_no_side_is_rounded_up():
+    torch.manual_seed(0)
+    plain = timm.create_model("test_convnext", features_only=True, output_stride=16).eval()
+    backbone = Backbone("test_convnext").eval()
+    backbone.net.load_state_dict(plain.state_dict())
+    x = images(1, 3, 64, 96)
+    for ours, theirs in zip(backbone(x), (plain(x)[0], plain(x)[-1]), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("architecture", ["test_vit", "test_convnext"])
+def test_patches_are_centred_where_strided_convolutions_look(architecture):
+    """A network that returns the means of its 4x4 and 16x16 patches, shown an image of its own pixel coordinates."""
+    backbone = Backbone(architecture)
+    column = torch.arange(97.0).expand(1, 3, 97, 97)
+    patches = backbone._padded(column).unfold(3, 16, 16).mean(dim=4)[0, 0, 0]
+    torch.testing.assert_close(patches[1:-1], torch.arange(16.0, 96, 16), atol=0.6, rtol=0)
+    if backbone.low_stride == 4:
+        small = backbone._cropped(backbone._padded(column).unfold(3, 4, 4).mean(dim=4).repeat(1, 1, 4, 1), (97, 97))
+        torch.testing.assert_close(small[0, 0, 0, 1:-1], torch.arange(4.0, 96, 4), atol=2, rtol=0)
+
+
+def test_layer_norm_is_trained_whatever_the_mode():
+    backbone = Backbone("test_vit", batch_norm="fix")
+    assert all(p.requires_grad for p in backbone.parameters())
+
+
+def test_the_stem_of_a_plain_transformer_is_its_embedding():
+    backbone = Backbone("test_vit", trainable_stem=False).train()
+    frozen = {name for name, p in backbone.net.named_parameters() if not p.requires_grad}
+    assert frozen == {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
+    assert not any(p.requires_grad for p in Backbone("test_vit", trainable_backbone=False).parameters())
+
+
+@pytest.mark.parametrize(
+    "architecture, switch, message",
+    [
+        ("test_vit", "trainable_stage4", "--trainable_stage4 false: test_vit has no stages"),
+        ("twins_pcpvt_small", "trainable_stem", "twins_pcpvt_small is no chain of stages"),
+        ("test_mambaout", "dilate_stage4", "--dilate_stage4 false: test_mambaout is not dilated"),
+    ],
+)
+def test_switches_for_what_is_not_there_are_refused(architecture, switch, message):
+    with pytest.raises(UserError, match=message):
+        Backbone(architecture, **{switch: False})
+
+
+def test_a_network_without_stages_can_be_frozen_as_a_whole():
+    backbone = Backbone("twins_pcpvt_small", trainable_backbone=False, trainable_stem=False).train()
+    assert not any(p.requires_grad for p in backbone.parameters()) and not backbone.net.training
+
+
+def test_multi_scale_cams_of_a_plain_transformer():
+    model, x = build("classifier", "test_vit").eval(), images(1, 3, 50, 71)
+    label = torch.tensor([1.0, 0.0, 1.0])
+    with torch.inference_mode():
+        keys, cam, hr_cam = multi_scale_cams(
+            lambda views: model(views)["cams"], x, label, scales=[0.5, 1, 2], hflip=True
+        )
+    assert keys.tolist() == [0, 1, 3] and cam.shape == (2, 13, 18) and hr_cam.shape == (2, 50, 71)
+
+
+def test_the_table_of_backbones_is_made_of_what_the_networks_do(capsys):
+    flags = ["--architectures", "test_vit,test_mambaout,test_vit_relpos", "--image_size", "64"]
+    backbones.main(backbones.make_parser().parse_args(flags))
+    _, _, vit, mamba, refused = capsys.readouterr().out.splitlines()
+    assert vit.startswith("| `test_vit` | 0.3 | 0.0 | 16 (16) | 7x9 |")
+    assert "| 32 (32) | 4x5 |" in mamba and "refused: no feature maps" in refused
 
 
 # -- new layers -----------------------------------------------------------------------------------------------------

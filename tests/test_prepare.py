@@ -189,9 +189,9 @@ def test_deepglobe_from_its_archive(tmp_path):
     source = build_source("deepglobe", root)
     assert source.info.classes == ("background", "urban", "agriculture", "rangeland", "forest", "water", "barren")
     assert source.ids("train") == ["1", "2", "3", "4", "6", "7", "8", "9"] and source.ids("val") == ["5", "10"]
-    assert source.ids("test") == ["11", "12"] and source.image("11").shape == (8, 12, 3)
+    assert source.ids("test") == ["11", "12"] and source.image("11").shape == (32, 48, 3)
     for image_id in source.ids("train"):
-        expected = np.repeat([1, 5 if int(image_id) % 2 else 1], 4)[:, None].repeat(12, axis=1)
+        expected = np.repeat([1, 5 if int(image_id) % 2 else 1], 16)[:, None].repeat(48, axis=1)
         np.testing.assert_array_equal(source.mask(image_id), expected)
         assert set(np.flatnonzero(source.image_label(image_id)) + 1) == set(np.unique(expected).tolist())
     before = snapshot(root)
@@ -206,13 +206,18 @@ def test_colours_of_deepglobe():
     np.testing.assert_array_equal(deepglobe.class_indices(blurred), [[1, 2, 3, 4, 5, 6, 255, 255]])
 
 
-def test_deepglobe_unpacked_and_reduced_to_sizes_that_fit(tmp_path):
+def test_deepglobe_unpacked_on_another_disk(tmp_path, monkeypatch):
     for number in range(1, 6):
         for ending, value in (("sat.jpg", 90), ("mask.png", 255)):
             Image.fromarray(np.full((33, 46, 3), value, np.uint8)).save(tmp_path / f"{number}_{ending}")
+
+    def another_disk(*paths: Path) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", another_disk)
     deepglobe.convert(tmp_path, tmp_path / "out", workers=0)
     source = build_source("deepglobe", tmp_path / "out")
-    assert source.image("5").shape == (9, 12, 3) and (source.mask("5") == 6).all()
+    assert (source.image("5") == 90).all() and (source.mask("5") == 6).all()
 
 
 def test_deepglobe_that_is_not_there_is_one_line(capsys):

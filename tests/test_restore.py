@@ -57,7 +57,7 @@ def test_a_cam_prior_gives_csrm_its_backbone_and_classifier(tmp_path, capsys, pu
     assert "classifier 1" in printed and "keep their initial values: trunk" in printed
 
 
-@pytest.mark.parametrize("architecture", ["test_resnet", "mobilenetv2_035", "test_convnext"])
+@pytest.mark.parametrize("architecture", ["test_resnet", "mobilenetv2_035", "test_convnext", "test_vit", "pvt_v2_b0"])
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 def test_a_timm_file_gives_the_whole_backbone(tmp_path, architecture, suffix):
     """test_convnext: timm calls a stage `stages.0` in the network and `stages_0` in its features."""

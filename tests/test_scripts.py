@@ -161,17 +161,23 @@ def test_images_in_class_folders_go_through_all_stages(folder_root, tmp_path, mo
     assert (maps / "cams" / "red cat" / "a.npz").exists()
     run("refine_sam", *flags, "--tag", "p", "--domain", "train", "--pseudo_dir", maps / "pseudos-t0.4-c2",
         "--proposals", "regions", "--num_workers", "0")  # fmt: skip
-    run(
-        "train_segmentation",
-        *flags,
-        "--tag",
-        "d",
-        *TRAINING,
-        *DECODER,
-        "--masks_dir",
-        maps / "sam-regions-max_iou_imp2",
-    )
+    run("train_segmentation", *flags, "--tag", "d", *TRAINING, *DECODER,
+        "--masks_dir", maps / "sam-regions-max_iou_imp2")  # fmt: skip
     run("train_segmentation", *flags, "--tag", "d", "--predict", "--domain", "train", *VIEWS)
     run("evaluate", *flags, "--domain", "train", "--pred_dir", PREDICTIONS / "d@train" / "masks", "--output", "s.json",
         "--num_workers", "0")  # fmt: skip
     assert list(json.loads(Path("s.json").read_text())["iou"]) == ["background", "dog", "red cat"]
+
+
+@pytest.mark.parametrize("architecture", ["test_vit", "test_mambaout"])
+def test_the_chain_on_networks_that_cannot_be_dilated(folder_root, tmp_path, monkeypatch, architecture):
+    monkeypatch.chdir(tmp_path)
+    training = [*data_flags(folder_root), *TRAINING, "--architecture", architecture, "--domain_valid", "val"]
+    run("train_classifier", "--tag", "prior", *training)
+    run("train_csrm", "--tag", "csrm", *training, *DECODER, "--restore", MODELS / "prior.pth", "--warmup_epochs", "0")
+    run("inference", "--tag", "csrm", *data_flags(folder_root), "--domain", "train", *VIEWS, "--save_masks")
+    run("train_segmentation", "--tag", "deeplab", *training, *DECODER, "--restore", MODELS / "csrm.pth")
+    run("train_segmentation", "--tag", "deeplab", *data_flags(folder_root), "--predict", "--domain", "val", *VIEWS)
+    for image_id in SPLITS["train"]:
+        assert load_mask(PREDICTIONS / "csrm@train" / "pseudos-t0.4-c2" / f"{image_id}.png").shape == SIZES[image_id]
+    assert all((PREDICTIONS / "deeplab@val" / "masks" / f"{i}.png").exists() for i in SPLITS["val"])

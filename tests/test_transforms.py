@@ -75,6 +75,18 @@ def test_scale_is_relative_to_the_image_and_long_side_is_absolute():
     assert set(range(11, 30)) <= set(sides) <= set(range(10, 31))
 
 
+@pytest.mark.parametrize("shape", [(400, 100), (90, 360), (30, 20)])
+def test_images_longer_than_the_crop_are_reduced_to_it_first(shape: tuple[int, int]):
+    """An unlabeled view shows all of a large photograph, a scaled one as much as it would of a small one."""
+    flat = torch.zeros(3, *shape, dtype=torch.uint8)
+    flat[:, : shape[0] // 2] = 200
+    view = T.crop_geometry(40)({"image": tv_tensors.Image(flat)})["image"]
+    assert view.shape == (3, 40, 40) and {0, 200} <= set(view.unique().tolist())
+    reduced = min(40, max(shape))
+    sides = [max(T.RandomScale(0.5, 1.5, limit=40)(sample(*shape))["image"].shape[1:]) for _ in range(100)]
+    assert reduced // 2 <= min(sides) < 0.7 * reduced and 1.3 * reduced < max(sides) <= 1.5 * reduced + 1
+
+
 def test_flip_happens_half_the_time():
     torch.manual_seed(0)
     geometry = T.train_geometry(8, 8, 8)

@@ -10,6 +10,7 @@ the same three in a pickled dict (`.npy`); that format is written, and unpickled
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import zipfile
@@ -21,9 +22,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from datasets.transforms import fit
 from tools.errors import UserError
 from tools.files import atomic_write
 from tools.losses import resize_maps
+
+PSEUDO_MASK_THRESHOLD = 0.4
+"""Background threshold at which pseudo masks are made, unless inference.py is told another."""
 
 _DAMAGED = (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, ImportError)
 _DAMAGED += (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError)
@@ -38,13 +43,17 @@ def stride4_size(height: int, width: int) -> tuple[int, int]:
     return (height + 3) // 4, (width + 3) // 4
 
 
-def scaled_views(image: torch.Tensor, scales: Sequence[float]) -> list[torch.Tensor]:
+def scaled_views(image: torch.Tensor, scales: Sequence[float], long_side: float = math.inf) -> list[torch.Tensor]:
     """The normalised image f32[1,3,H,W] at each scale, its sides rounded to the nearest 16n + 1 pixels.
+
+    Scales are relative to the image as in training: reduced to the long side `long_side`, pixels, where it is longer.
 
     At these sizes the n + 1 cells of a map at stride 16 sit on a grid from corner to corner, so corner-aligned
     upsampling puts them back where they came from. At other sizes the far edge is off by up to 15 pixels.
     """
-    sizes = [tuple(16 * max(1, round((side * scale - 1) / 16)) + 1 for side in image.shape[-2:]) for scale in scales]
+    height, width = image.shape[-2:]
+    factors = [scale * fit(height, width, long_side) for scale in scales]
+    sizes = [tuple(16 * max(1, round((side * factor - 1) / 16)) + 1 for side in (height, width)) for factor in factors]
     return [
         image
         if size == tuple(image.shape[-2:])
@@ -62,7 +71,13 @@ def flipped_pair(forward: Forward, view: torch.Tensor, hflip: bool) -> list[torc
 
 
 def multi_scale_cams(
-    forward: Forward, image: torch.Tensor, label: torch.Tensor, *, scales: Sequence[float], hflip: bool
+    forward: Forward,
+    image: torch.Tensor,
+    label: torch.Tensor,
+    *,
+    scales: Sequence[float],
+    hflip: bool,
+    long_side: float = math.inf,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """CAMs of one image, summed over scales and flips (IRN, Ahn et al., CVPR 2019).
 
@@ -70,7 +85,7 @@ def multi_scale_cams(
         forward: gives CAM logits f32[B,K,h,w].
         image: normalised, f32[1,3,H,W].
         label: f32[K], 1 for the classes in the image.
-        scales: factors applied to the image.
+        scales, long_side: see `scaled_views`.
         hflip: also use the mirrored image.
 
     Returns:
@@ -82,7 +97,7 @@ def multi_scale_cams(
     if len(present) == 0:
         return keys, np.zeros((0, *stride4_size(*size)), np.float32), np.zeros((0, *size), np.float32)
     cam = hr_cam = 0
-    for view in scaled_views(image, scales):
+    for view in scaled_views(image, scales, long_side):
         pair = flipped_pair(forward, view, hflip)
         activation = sum(F.relu(maps[:, present].float()) for maps in pair)
         cam = cam + resize_maps(activation, stride4_size(*size))
@@ -94,10 +109,12 @@ def _unit_maximum(cams: torch.Tensor) -> torch.Tensor:
     return cams / (cams.amax(dim=(-2, -1), keepdim=True) + 1e-5)
 
 
-def multi_scale_logits(forward: Forward, image: torch.Tensor, *, scales: Sequence[float], hflip: bool) -> torch.Tensor:
+def multi_scale_logits(
+    forward: Forward, image: torch.Tensor, *, scales: Sequence[float], hflip: bool, long_side: float = math.inf
+) -> torch.Tensor:
     """Mean segmentation logits f32[1,C,H,W] of the normalised image f32[1,3,H,W] over scales and flips."""
-    size = image.shape[-2:]
-    maps = [resize_maps(m, size) for view in scaled_views(image, scales) for m in flipped_pair(forward, view, hflip)]
+    views = scaled_views(image, scales, long_side)
+    maps = [resize_maps(m, image.shape[-2:]) for view in views for m in flipped_pair(forward, view, hflip)]
     return torch.stack(maps).mean(dim=0)
 
 

@@ -14,6 +14,7 @@ Flags are declared `--like_this`; `--like-this` is accepted too. Switches take a
 from __future__ import annotations
 
 import argparse
+import ctypes
 import math
 import os
 import re
@@ -184,11 +185,18 @@ def add_images(parser: Parser, *, size: int = 512, low: int = 320, high: int = 6
 def add_network(parser: Parser, *, architecture: str, mode: str) -> argparse._ArgumentGroup:
     """The backbone's flags; returns the group, for the script's own additions."""
     group = parser.add_argument_group("network")
-    group.add_argument("--architecture", default=architecture, help="any timm backbone with feature maps, by name")
+    group.add_argument("--architecture", default=architecture, help="a timm network, by name (docs/backbones.md)")
     group.add_argument("--backbone_weights", default="imagenet", help="imagenet (timm's own), none, or a file")
-    group.add_argument("--mode", choices=["fix", "normal"], default=mode, help="backbone batch norm: frozen or trained")
-    add_switch(group, "--dilated", False, "output stride 8 instead of 16")
-    add_switch(group, "--trainable_stem", mode == "normal", "train the first convolutions too")
+    group.add_argument(
+        "--mode",
+        choices=["fix", "normal"],
+        default=mode,
+        help="batch norm of the backbone: statistics, scales and shifts frozen, or trained; other normalisation "
+        "(ConvNeXt, transformers) is always trained",
+    )
+    add_switch(group, "--dilated", False, "output stride 8 instead of 16, where the network can be dilated")
+    add_switch(group, "--dilate_stage4", True, "dilate the last stage; false: for public ResNet CAM priors (SETUP.md)")
+    add_switch(group, "--trainable_stem", mode == "normal", "train the first convolutions (or embeddings) too")
     add_switch(group, "--trainable_stage4", True, "train the last stage of the backbone")
     add_switch(group, "--trainable_backbone", True, "train the backbone at all")
     return group
@@ -260,7 +268,8 @@ def progress(items: Iterable, *, desc: str, unit: str, total: int | None = None,
 def network_arguments(args: argparse.Namespace) -> dict[str, object]:
     """The flags of `add_network` and `add_decoder` (those the script has) as arguments of `models.build_model`."""
     renamed = {"architecture": "architecture", "backbone_weights": "weights", "mode": "batch_norm"}
-    kept = ("trainable_stem", "trainable_stage4", "trainable_backbone", "use_gn", "dropout", "decoder_channels")
+    freezing = ("trainable_stem", "trainable_stage4", "trainable_backbone")
+    kept = ("dilate_stage4", *freezing, "use_gn", "dropout", "decoder_channels")
     arguments = {**renamed, **{name: name for name in kept}}
     given = {argument: getattr(args, flag) for flag, argument in arguments.items() if hasattr(args, flag)}
     return {**given, "output_stride": 8 if args.dilated else 16}
@@ -274,6 +283,19 @@ def loader_arguments(args: argparse.Namespace) -> dict[str, object]:
         "num_workers": args.num_workers,
         "seed": args.seed,
         "steps_per_epoch": args.max_steps,
+    }
+
+
+def optimizer_arguments(args: argparse.Namespace) -> dict[str, object]:
+    """The flags of the optimiser as arguments of `tools.optim.build_optimizer`."""
+    return {
+        "name": args.optimizer,
+        "lr": args.lr,
+        "weight_decay": args.wd,
+        "momentum": args.momentum,
+        "nesterov": args.nesterov,
+        "alpha_scratch": args.lr_alpha_scratch,
+        "alpha_bias": args.lr_alpha_bias,
     }
 
 
@@ -295,7 +317,7 @@ def data_dir(args: argparse.Namespace) -> Path:
 
 
 def select_device(name: str) -> torch.device:
-    """Resolve --device.
+    """Resolve --device, and prepare the process for it.
 
     Raises:
         UserError: not one of auto, cpu, cuda and cuda:N, or a GPU that PyTorch does not see.
@@ -309,7 +331,21 @@ def select_device(name: str) -> torch.device:
         raise UserError(
             f"--device {name}: PyTorch sees {torch.cuda.device_count()} GPUs. Use --device cpu or another index."
         )
+    if name == "cpu":
+        _keep_freed_memory()
     return torch.device(name)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc reuse the memory of freed tensors instead of returning it to the system after every operation.
+
+    Getting it back, zeroed page by page, takes a quarter to a half of the time of a training step on a CPU.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent from other C libraries
+    if mallopt is not None:
+        no_limit, trim_threshold, mmap_max = -1, -1, -4
+        mallopt(trim_threshold, no_limit)
+        mallopt(mmap_max, 0)
 
 
 def autocast_dtype(mixed_precision: str, device: torch.device) -> torch.dtype | None:

@@ -1,4 +1,5 @@
-"""How good a segmentation is: confusion matrix, IoU, error rates, and the sweep over background thresholds of CAMs.
+"""How good a segmentation is: confusion matrix, IoU, error rates, the sweep over background thresholds of CAMs; and how
+well images are classified.
 
     matrix = ConfusionMatrix(num_classes=21, device=device)
     for batch in loader:
@@ -154,3 +155,50 @@ class ThresholdSweep:
         matrices = np.concatenate((above, np.zeros_like(above[:, :1])), axis=1).transpose(2, 0, 1)
         matrices[:, :, 0] += up_to.sum(axis=1).T
         return matrices
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassificationScores:
+    """How well classes are recognised in images, in per cent; arrays are float64 [K].
+
+    `precision` and `recall` take a class for present where its probability is above one half; a class never taken so
+    has precision 0. `average_precision` is the area under precision over recall as the decision threshold varies; 0 for
+    a class that no image has. The means are over the classes that some image has (0 if there are none).
+    """
+
+    precision: np.ndarray
+    recall: np.ndarray
+    average_precision: np.ndarray
+    occurs: np.ndarray
+
+    def mean(self, name: str) -> float:
+        """Mean of one of the three."""
+        return float(getattr(self, name)[self.occurs].mean()) if self.occurs.any() else 0.0
+
+
+def classification_scores(logits: np.ndarray, labels: np.ndarray) -> ClassificationScores:
+    """Score class logits float [N, K] against multi-hot labels [N, K]."""
+    assert logits.shape == labels.shape, f"logits {logits.shape}, labels {labels.shape}"
+    truth, predicted = labels > 0, logits > 0
+    hits = (truth & predicted).sum(axis=0)
+    return ClassificationScores(
+        precision=100 * hits / np.maximum(predicted.sum(axis=0), 1),
+        recall=100 * hits / np.maximum(truth.sum(axis=0), 1),
+        average_precision=np.array([100 * average_precision(*pair) for pair in zip(logits.T, truth.T, strict=True)]),
+        occurs=truth.any(axis=0),
+    )
+
+
+def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
+    """Sum of (rise in recall) * precision over the thresholds at the distinct scores; 0 if nothing is true.
+
+    Args:
+        scores: float [N].
+        truth: bool [N].
+    """
+    order = np.argsort(-scores, kind="stable")
+    scores, hits = scores[order], truth[order].cumsum()
+    last = np.append(scores[1:] != scores[:-1], True)[: len(scores)]  # equal scores are accepted together
+    hits, accepted = hits[last], np.flatnonzero(last) + 1
+    rises = np.diff(hits, prepend=0)
+    return float((rises * hits / accepted).sum() / max(truth.sum(), 1))

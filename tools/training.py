@@ -19,6 +19,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,10 +34,13 @@ from tools.errors import UserError
 from tools.files import check_writable
 from tools.optim import build_optimizer, poly_schedule
 
-SAME_FLAGS = ("seed", "batch_size", "max_epoch", "max_steps", "accumulate_steps", "optimizer", "lr", "wd")
-"""Flags that a resumed run must share with its beginning."""
+SAME_FLAGS = (
+    *("seed", "batch_size", "max_epoch", "max_steps", "accumulate_steps", "optimizer", "lr", "wd"),
+    *("method", "ema", "sampler"),
+)
+"""Flags that a resumed run must share with its beginning, as far as the script has them."""
 
-RESUME_ONLY = ("optimizer", "schedule", "scaler", "memory_bank")
+RESUME_ONLY = ("optimizer", "schedule", "scaler", "memory_bank", "opponent")
 """Entries dropped from the checkpoint of a finished run."""
 
 
@@ -49,7 +53,8 @@ class Trainer:
         info: of the dataset; its class names go into the checkpoint.
         device: where the model lies.
         steps_per_epoch: batches per epoch.
-        companions: further modules kept in the checkpoint, such as the teacher.
+        companions: what else is kept in the checkpoint, by name: modules such as the teacher, or what has a
+            `state_dict` and a `load_state_dict` like one.
     """
 
     def __init__(
@@ -60,21 +65,12 @@ class Trainer:
         *,
         device: torch.device,
         steps_per_epoch: int,
-        companions: dict[str, nn.Module] | None = None,
+        companions: dict[str, Any] | None = None,
     ) -> None:
         self.model, self.args, self.info, self.device = model, args, info, device
         self.steps_per_epoch = steps_per_epoch
         self.companions = companions or {}
-        self.optimizer = build_optimizer(
-            model,
-            args.optimizer,
-            lr=args.lr,
-            weight_decay=args.wd,
-            momentum=args.momentum,
-            nesterov=args.nesterov,
-            alpha_scratch=args.lr_alpha_scratch,
-            alpha_bias=args.lr_alpha_bias,
-        )
+        self.optimizer = build_optimizer(model, **cli.optimizer_arguments(args))
         self.updates_per_epoch = -(-steps_per_epoch // args.accumulate_steps)
         self.schedule = poly_schedule(self.optimizer, self.updates_per_epoch * args.max_epoch, args.lr_poly_power)
         self.dtype = cli.autocast_dtype(args.mixed_precision, device)
@@ -152,14 +148,18 @@ class Trainer:
         """Automatic mixed precision for the forward passes."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
+    def record(self, losses: dict[str, torch.Tensor]) -> None:
+        """Add the losses of a batch to the means that the end of the epoch reports."""
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+
     def update(self, losses: dict[str, torch.Tensor]) -> bool:
         """Backpropagate `losses["loss"]`; every `accumulate_steps` batches, clip and step the optimiser.
 
         Returns:
             Whether the weights changed.
         """
-        for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        self.record(losses)
         self.batch += 1
         self.scaler.scale(losses["loss"] / self.args.accumulate_steps).backward()
         if self.batch % self.args.accumulate_steps and self.batch != self.steps_per_epoch:
@@ -179,7 +179,7 @@ class Trainer:
         content = {
             "config": self.model.config,
             "model": self.model.state_dict(),
-            **{name: module.state_dict() for name, module in self.companions.items()},
+            **{name: companion.state_dict() for name, companion in self.companions.items()},
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -202,8 +202,8 @@ class Trainer:
         if checkpoint["epoch"] == self.args.max_epoch:
             return self.args.max_epoch
         self.model.load_state_dict(checkpoint["model"])
-        for name, module in self.companions.items():
-            module.load_state_dict(checkpoint[name])
+        for name, companion in self.companions.items():
+            companion.load_state_dict(checkpoint[name])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.schedule.load_state_dict(checkpoint["schedule"])
@@ -212,12 +212,13 @@ class Trainer:
         return checkpoint["epoch"]
 
     def _check_same_run(self, checkpoint: dict) -> None:
-        ours = {**self.model.config, **{flag: getattr(self.args, flag) for flag in SAME_FLAGS}}
+        flags = {flag: getattr(self.args, flag) for flag in SAME_FLAGS if hasattr(self.args, flag)}
+        ours = {**self.model.config, **flags}
         theirs = {**checkpoint["args"], **checkpoint["config"]}
         for name, value in ours.items():
-            if theirs.get(name) != value:
+            if theirs.get(name, value) != value:  # what theirs lacks did not exist when it was made
                 raise UserError(
-                    f"{self.path}: made with {name} {theirs.get(name)}, not {value}. "
+                    f"{self.path}: made with {name} {theirs[name]}, not {value}. "
                     "Choose another --tag, or delete the file to train again."
                 )
 

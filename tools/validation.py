@@ -1,20 +1,23 @@
 """Progress reports during training: single-scale quality of a model on a split with masks. They select nothing.
 
 check_domain(source, "val")              # at the start of a run
-validate(model, source, "val", device)   # {"valid/miou_cam": 41.2, "valid/miou_seg": 55.0}
+validate(model, source, "val", device, 512)   # {"valid/miou_cam": 41.2, ..., "valid/miou_seg": 55.0}
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import nn
 
 from datasets import DataSource
 from datasets.transforms import normalize
 from tools import cli
-from tools.cam import multi_scale_cams, scaled_views
+from tools.cam import PSEUDO_MASK_THRESHOLD, multi_scale_cams, scaled_views
 from tools.losses import resize_maps
-from tools.metrics import ConfusionMatrix, ThresholdSweep, scores, threshold_range
+from tools.metrics import ConfusionMatrix, ThresholdSweep, classification_scores, scores, threshold_range
+
+THRESHOLDS = threshold_range(0.05, 0.80, 0.05)
 
 
 def check_domain(source: DataSource, domain: str) -> None:
@@ -28,33 +31,49 @@ def check_domain(source: DataSource, domain: str) -> None:
 
 
 @torch.inference_mode()
-def validate(model: nn.Module, source: DataSource, domain: str, device: torch.device) -> dict[str, float]:
-    """Mean IoU in per cent of what the model gives on `domain`.
+def validate(
+    model: nn.Module, source: DataSource, domain: str, device: torch.device, long_side: int
+) -> dict[str, float]:
+    """Quality in per cent, at one scale, of what the model gives on `domain`; longer images are reduced to `long_side`.
 
-    CAMs are restricted to the image's labels and reported at their best threshold, as pseudo masks are; the
-    segmentation branch is not told the labels, as a segmentation model is not.
+    CAMs are restricted to the image's labels, as pseudo masks are; their mean IoU is reported at the best background
+    threshold (and which that is) and at the fixed one of pseudo masks. The segmentation branch is not told the labels,
+    as a segmentation model is not. Of class logits: mean average precision, precision and recall over the classes.
     """
     model.eval()
     classes = source.info.num_classes
-    sweep = ThresholdSweep(classes, threshold_range(0.05, 0.80, 0.05))
-    matrix = ConfusionMatrix(classes)
+    sweep, matrix = ThresholdSweep(classes, THRESHOLDS), ConfusionMatrix(classes)
+    logits, labels = [], []
     for image_id in cli.progress(source.ids(domain), desc=f"validating on {domain}", unit="image"):
         image = normalize(source.photograph(image_id).to(device))
-        (view,) = scaled_views(image, [1])
+        (view,) = scaled_views(image, [1], long_side)
         outputs = model(view)
         truth = source.mask(image_id)
         if "cams" in outputs:
-            label = torch.from_numpy(source.image_label(image_id))
-            maps = outputs["cams"]
+            labels.append(source.image_label(image_id))
+            logits.append(outputs["class_logits"][0].float().cpu().numpy())
+            maps, label = outputs["cams"], torch.from_numpy(labels[-1])
             keys, _, cams = multi_scale_cams(lambda _, maps=maps: maps, image, label, scales=[1], hflip=False)
             sweep.update(truth, keys, cams)
         if "seg_logits" in outputs:
             prediction = resize_maps(outputs["seg_logits"], truth.shape)[0].argmax(dim=0)
             matrix.update(torch.tensor(truth), prediction.cpu())
-    report = {}
-    if "cams" in outputs:
-        report["valid/miou_cam"] = max(scores(counts).miou for counts in sweep.counts)
+    report = _cam_report(sweep, np.stack(logits), np.stack(labels)) if logits else {}
     if "seg_logits" in outputs:
         report["valid/miou_seg"] = scores(matrix.counts).miou
     print("  ".join(f"{name} {value:.2f}" for name, value in report.items()))
     return report
+
+
+def _cam_report(sweep: ThresholdSweep, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    mious = [scores(counts).miou for counts in sweep.counts]
+    best = int(np.argmax(mious))
+    recognised = classification_scores(logits, labels)
+    return {
+        "valid/miou_cam": mious[best],
+        "valid/best_threshold": float(THRESHOLDS[best]),
+        f"valid/miou_cam_at_{PSEUDO_MASK_THRESHOLD:g}": mious[THRESHOLDS.tolist().index(PSEUDO_MASK_THRESHOLD)],
+        "valid/average_precision": recognised.mean("average_precision"),
+        "valid/precision": recognised.mean("precision"),
+        "valid/recall": recognised.mean("recall"),
+    }

@@ -8,8 +8,11 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/../..}"
 : "${DEVICE:=auto}"         # auto, cpu, cuda or cuda:N
 : "${WORKERS:=$(nproc)}"    # loader and helper processes
 : "${SEED:=0}"
+: "${PRIOR:=vanilla}"       # CAM prior that CSRM starts from: vanilla, puzzle, poc or pnoc, or a file of weights
 
 if [[ "$SEED" == 0 ]]; then : "${NAME:=$DATASET}"; else : "${NAME:=$DATASET-seed$SEED}"; fi
+TAG_VANILLA=$NAME-prior  # poc and pnoc need a vanilla classifier, and find the one of the same experiment
+case "$PRIOR" in puzzle | poc | pnoc) NAME=$NAME-$PRIOR ;; esac
 TAG_PRIOR=$NAME-prior TAG_CSRM=$NAME-csrm TAG_SEG=$NAME-deeplab  # checkpoints and predictions are called after these
 
 PYTHON=python3

@@ -1,0 +1,92 @@
+"""Which timm networks work as backbones: the rows of the table in docs/backbones.md.
+
+    python -m benchmarks.backbones
+    python -m benchmarks.backbones --architectures convnextv2_nano,pvt_v2_b0
+
+Every network is built as a CAM classifier of 20 classes with random weights, and sees one batch of an awkward size,
+forwards and backwards: the CAM must have ceil(side / output stride) cells, and every weight a finite gradient.
+Floating-point operations are those of one forward pass, two per multiplication and addition; PyTorch counts them
+without computing anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import build_model
+from tools import cli
+from tools.errors import UserError
+
+ARCHITECTURES = (
+    "resnet50,resnet101,resnest50d,resnest101e,resnest269e,res2net50_26w_4s,efficientnet_b0,tf_efficientnetv2_s,"
+    "mobilenetv2_100,mobilenetv3_large_100,convnext_tiny,swin_tiny_patch4_window7_224,swinv2_tiny_window8_256,pvt_v2_b2,"
+    "vit_small_patch16_224,vit_small_patch14_dinov2,vit_small_patch16_dinov3"
+)
+HEIGHT, WIDTH = 97, 131
+
+
+def make_parser() -> cli.Parser:
+    """The command line of this benchmark."""
+    parser = cli.Parser(__doc__)
+    group = parser.add_argument_group("benchmark")
+    group.add_argument("--architectures", default=ARCHITECTURES, metavar="LIST", help="timm's names, comma-separated")
+    group.add_argument("--image_size", type=cli.positive_int, default=512, help="side of the image the FLOPs are for")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print the table."""
+    side = args.image_size
+    print(
+        f"| network | parameters, M | GFLOPs, {side}x{side} | output stride (`--dilated`) | CAM of {HEIGHT}x{WIDTH} |"
+    )
+    print("|---|---|---|---|---|")
+    for architecture in args.architectures.split(","):
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # the note on networks that cannot be dilated
+                line = row(architecture, side)
+        except UserError as error:
+            line = f"| `{architecture}` | refused: {str(error).partition(': ')[2]} | | | |"
+        print(line, flush=True)
+
+
+def row(architecture: str, side: int) -> str:
+    """The table's row of one network."""
+    model = build(architecture)
+    cam = check(model)
+    with torch.device("meta"):
+        plan, dilated = build(architecture), build(architecture, output_stride=8)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            plan.eval()(torch.zeros(1, 3, side, side))
+    parameters = sum(p.numel() for p in model.backbone.parameters()) / 1e6
+    strides = f"{model.backbone.output_stride} ({dilated.backbone.output_stride})"
+    return (
+        f"| `{architecture}` | {parameters:.1f} | {counter.get_total_flops() / 1e9:.1f} | {strides} "
+        f"| {cam[0]}x{cam[1]} |"
+    )
+
+
+def build(architecture: str, **arguments) -> nn.Module:
+    """A CAM classifier of 20 classes with random weights."""
+    return build_model("classifier", architecture=architecture, num_classes=21, **arguments)
+
+
+def check(model: nn.Module) -> tuple[int, int]:
+    """Forward and backward; returns the size of the CAM, after proving that it and all gradients are right."""
+    outputs = model.train()(torch.randn(2, 3, HEIGHT, WIDTH))
+    outputs["class_logits"].square().sum().backward()
+    cells = tuple(-(-side // model.backbone.output_stride) for side in (HEIGHT, WIDTH))
+    assert outputs["cams"].shape == (2, 20, *cells), f"CAM {tuple(outputs['cams'].shape)}, expected {cells}"
+    wrong = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not wrong, f"no finite gradient: {wrong}"
+    return cells
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser())

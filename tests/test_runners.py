@@ -1,0 +1,73 @@
+"""runners/1-csrm.sh: which commands each PRIOR leads to, with a Python that only notes how it was called."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def commands(folder: Path, **environment: str) -> tuple[list[str], subprocess.CompletedProcess]:
+    """Run the runner in `folder`; returns "script.py tag [method] [oc_weights] [restore]" of each command."""
+    if not (folder / "runners").exists():
+        shutil.copytree(ROOT / "runners", folder / "runners")
+        python = folder / "bin" / "python3"
+        python.parent.mkdir()
+        python.write_text('#!/bin/sh\necho "$@" >> calls.txt\n')
+        python.chmod(0o755)
+    (folder / "calls.txt").unlink(missing_ok=True)
+    path = f"{folder / 'bin'}:{os.environ['PATH']}"
+    process = subprocess.run(
+        ["bash", "runners/1-csrm.sh"],
+        cwd=folder,
+        env={"PATH": path, "DATASET": "voc12", "DOMAIN_EVAL": "", **environment},
+        capture_output=True,
+        text=True,
+    )
+    calls = (folder / "calls.txt").read_text().splitlines() if (folder / "calls.txt").exists() else []
+    flags = "tag", "method", "oc_weights", "restore"
+    shown = [[m[1] for flag in flags if (m := re.search(rf"--{flag} (\S+)", call))] for call in calls]
+    return [" ".join([call.split()[0], *found]) for call, found in zip(calls, shown, strict=True)], process
+
+
+def models(name: str) -> str:
+    return f"experiments/models/{name}.pth"
+
+
+@pytest.mark.parametrize("prior", ["", "vanilla", "puzzle"])
+def test_a_prior_is_trained_and_csrm_starts_from_it(tmp_path, prior):
+    name = "voc12-puzzle" if prior == "puzzle" else "voc12"
+    called, _ = commands(tmp_path, PRIOR=prior)
+    assert called == [
+        f"train_classifier.py {name}-prior {prior or 'vanilla'}",
+        f"inference.py {name}-prior",
+        f"train_csrm.py {name}-csrm {models(f'{name}-prior')}",
+        f"inference.py {name}-csrm",
+    ]
+
+
+@pytest.mark.parametrize("prior", ["poc", "pnoc"])
+def test_the_ordinary_classifier_is_the_vanilla_prior_of_the_same_experiment(tmp_path, prior):
+    called, _ = commands(tmp_path, PRIOR=prior, SEED="3")
+    assert called[:3] == [
+        "train_classifier.py voc12-seed3-prior vanilla",
+        f"train_classifier.py voc12-seed3-{prior}-prior {prior} {models('voc12-seed3-prior')}",
+        f"inference.py voc12-seed3-{prior}-prior",
+    ]
+    called, _ = commands(tmp_path, PRIOR=prior, NAME="birds", OC_WEIGHTS="weights/own.pth")
+    assert called[0] == f"train_classifier.py birds-{prior}-prior {prior} weights/own.pth"
+
+
+def test_a_file_is_restored_and_a_misspelt_method_is_refused(tmp_path):
+    (tmp_path / "prior.pth").touch()
+    called, _ = commands(tmp_path, PRIOR="prior.pth")
+    assert called == ["train_csrm.py voc12-csrm prior.pth", "inference.py voc12-csrm"]
+    called, process = commands(tmp_path, PRIOR="puzle")
+    assert called == [] and process.returncode == 2
+    assert process.stderr == "PRIOR=puzle: no such file. Choose vanilla, puzzle, poc, pnoc or a file of weights.\n"

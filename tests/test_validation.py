@@ -1,0 +1,53 @@
+"""Reports during training: the numbers of `validate` against those of the tools it is made of."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from datasets import build_source
+from datasets.transforms import normalize
+from tools.cam import cam_labels, multi_scale_cams, scaled_views
+from tools.metrics import ConfusionMatrix, classification_scores, scores
+from tools.validation import validate
+
+
+class Net(nn.Module):
+    """CAMs that are colours: red stands for the first class, blue for the second."""
+
+    def __init__(self, segments: bool) -> None:
+        super().__init__()
+        self.segments = segments
+
+    def forward(self, x):
+        maps = nn.functional.avg_pool2d(x, 2, ceil_mode=True)
+        outputs = {"cams": maps[:, [0, 2]], "class_logits": maps[:, [0, 2]].mean(dim=(2, 3))}
+        return {**outputs, "seg_logits": maps[:, [1, 0, 2]]} if self.segments else outputs
+
+
+@pytest.mark.parametrize("segments", [False, True])
+def test_the_report(folder_root, capsys, segments):
+    source, model = build_source("folder", folder_root), Net(segments)
+    report = validate(model, source, "train", torch.device("cpu"), 64)
+    ids, mious = source.ids("train"), {}
+    for threshold in (0.4, report["valid/best_threshold"]):
+        matrix = ConfusionMatrix(3)
+        for image_id in ids:
+            image, label = normalize(source.photograph(image_id)), torch.tensor(source.image_label(image_id))
+            keys, _, hr_cam = multi_scale_cams(lambda v: model(v)["cams"], image, label, scales=[1], hflip=False)
+            prediction = torch.from_numpy(keys[cam_labels(hr_cam, threshold)])
+            matrix.update(torch.tensor(source.mask(image_id)), prediction)
+        mious[threshold] = scores(matrix.counts).miou
+    assert report["valid/miou_cam_at_0.4"] == pytest.approx(mious[0.4])
+    assert report["valid/miou_cam"] == pytest.approx(mious[report["valid/best_threshold"]])
+    assert report["valid/miou_cam"] >= report["valid/miou_cam_at_0.4"]
+    views = [scaled_views(normalize(source.photograph(i)), [1])[0] for i in ids]
+    logits = np.concatenate([model(view)["class_logits"].numpy() for view in views])
+    recognised = classification_scores(logits, source.image_labels(ids))
+    for name in ("average_precision", "precision", "recall"):
+        assert report[f"valid/{name}"] == pytest.approx(recognised.mean(name))
+    assert ("valid/miou_seg" in report) == segments
+    printed = capsys.readouterr().out
+    assert all(f"{name} {value:.2f}" in printed for name, value in report.items())
