@@ -4,7 +4,8 @@
     dataset = ImageDataset(source, source.ids("train"), train_geometry(512, 320, 640))
     loader = build_loader(dataset, 32, shuffle=True, drop_last=True, num_workers=8, seed=0)
 
-`base`, `folder` and `voc12` read files, `transforms` and `mixing` augment, `dataset` and `loaders` make batches.
+`base`, `folder` and `voc12` read files, `prepare` makes public datasets from their official files, `verify` looks a
+dataset over, `transforms` and `mixing` augment, `dataset` and `loaders` make batches.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from datasets.loaders import Loader, build_loader
 from datasets.voc12 import VOC12Source
 from tools.errors import UserError
 
-DATASETS = ("voc12", "coco14", "folder", "shapes")
+DATASETS = ("voc12", "coco14", "folder", "shapes", "deepglobe")
 
 __all__ = ["DATASETS", "DataSource", "DatasetInfo", "ImageDataset", "Loader", "build_loader", "build_source"]
 
@@ -27,7 +28,8 @@ def build_source(dataset: str, data_dir: str | Path, masks_dir: str | Path | Non
     """Open a dataset.
 
     Args:
-        dataset: one of `DATASETS`; each has its layout (`voc12.py`, `folder.py`), 'shapes' is synthetic in VOC's.
+        dataset: one of `DATASETS`; each has its layout (`voc12.py`, `folder.py`), 'shapes' is synthetic in VOC's and
+            'deepglobe' is converted to that of 'folder'.
         data_dir: its folder.
         masks_dir: folder of ID.png masks read instead of the dataset's own, such as pseudo masks.
 
@@ -44,6 +46,6 @@ def build_source(dataset: str, data_dir: str | Path, masks_dir: str | Path | Non
         return VOC12Source(data_dir, masks_dir, CLASSES)
     if dataset == "coco14":
         return COCO14Source(data_dir, masks_dir)
-    if dataset == "folder":
+    if dataset in ("folder", "deepglobe"):
         return FolderSource(data_dir, masks_dir)
     raise UserError(f"--dataset {dataset}: unknown. Choose one of: {', '.join(DATASETS)}.")

@@ -12,19 +12,19 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tools.errors import UserError
 from tools.files import load_image, load_mask, read_lines
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
 EXIF_ORIENTATION = 0x0112
 LABEL_READERS = 16  # threads; annotation files are small, so on a network disk the latency is what costs
 
@@ -97,16 +97,26 @@ class DataSource(ABC):
         Raises:
             UserError: unknown or empty domain, an id listed twice, an id without an image.
         """
+        ids = self.listed_ids(domain)
+        if self._splits:
+            self._check_ids(self._splits[domain], ids)
+        return ids
+
+    def listed_ids(self, domain: str) -> list[str]:
+        """What the file of a domain lists, looked at no further: for reports on what is wrong with it.
+
+        Raises:
+            UserError: unknown domain, or an unreadable file.
+        """
         if domain not in self.domains():
             raise UserError(f"{self.root}: no domain '{domain}'. Choose one of: {', '.join(self.domains())}.")
         if not self._splits:
             return sorted(self._images)
-        path = self._splits[domain]
-        ids = [self._id_of_line(line) for line in read_lines(path)]
-        if not ids:
-            raise UserError(f"{path}: an empty list. Write one image id per line.")
-        self._check_ids(path, ids)
-        return ids
+        return [self._id_of_line(line) for line in read_lines(self._splits[domain])]
+
+    def has_image(self, image_id: str) -> bool:
+        """Whether there is a photograph of that id."""
+        return image_id in self._images
 
     def image_path(self, image_id: str) -> Path:
         """The photograph of an id.
@@ -180,6 +190,14 @@ class DataSource(ABC):
         return np.stack(labels) if labels else np.zeros((0, self.info.num_foreground), np.float32)
 
     @abstractmethod
+    def has_label(self, image_id: str) -> bool:
+        """Whether an image label is there for that id (perhaps not a valid one). Test images have none.
+
+        Raises:
+            UserError: the table of labels cannot be read.
+        """
+
+    @abstractmethod
     def _class_indices(self, image_id: str) -> Iterable[int]:
         """Mask indices (1..K) of the foreground classes of an image."""
 
@@ -187,6 +205,8 @@ class DataSource(ABC):
         return line
 
     def _check_ids(self, path: Path, ids: list[str]) -> None:
+        if not ids:
+            raise UserError(f"{path}: an empty list. Write one image id per line.")
         repeated = first_repeated(ids)
         if repeated is not None:
             raise UserError(f"{path}: id '{repeated}' is listed twice. Remove one.")
@@ -206,9 +226,10 @@ class DataSource(ABC):
 
 
 def index_images(folders: Iterable[Path]) -> dict[str, Path]:
-    """The photographs in `folders` by id (file name without its suffix).
+    """The photographs in `folders` and the folders inside, by id: the path from there without its suffix (`a`, `b/a`).
 
-    Listing a folder once is far cheaper than asking for 100,000 files one by one.
+    Listing a folder once is far cheaper than asking for 100,000 files one by one. Hidden files are left out: copies
+    from other systems are full of `._name.jpg` files that are no images.
 
     Raises:
         UserError: a folder is missing, two images share an id, or there is no image at all.
@@ -216,10 +237,10 @@ def index_images(folders: Iterable[Path]) -> dict[str, Path]:
     images: dict[str, Path] = {}
     folders = list(folders)
     for folder in folders:
-        for path in _images_in(folder):
-            if path.stem in images:
-                raise UserError(f"{path}: has the same id as {images[path.stem]}. Rename one.")
-            images[path.stem] = path
+        for image_id, path in _images_in(folder):
+            if image_id in images:
+                raise UserError(f"{path}: has the same id as {images[image_id]}. Rename one.")
+            images[image_id] = path
     if not images:
         raise UserError(f"{folders[0]}: no images ({', '.join(IMAGE_SUFFIXES)}) in it.")
     return images
@@ -234,11 +255,14 @@ def check_classes(path: Path, classes: Sequence[str]) -> tuple[str, ...]:
     """The class names of `path`, if they can be the classes of uint8 masks.
 
     Raises:
-        UserError: no foreground class, too many, or a name given twice.
+        UserError: no foreground class, too many, a name given twice, or one with ';' in it.
     """
     repeated = first_repeated(classes)
     if repeated is not None:
         raise UserError(f"{path}: class '{repeated}' is listed twice. Remove one.")
+    joined = [name for name in classes if ";" in name]
+    if joined:
+        raise UserError(f"{path}: class '{joined[0]}' holds ';', which separates the classes of an image. Rename it.")
     if not 2 <= len(classes) <= 255:
         raise UserError(f"{path}: {len(classes)} classes. List 'background' and 1 to 254 foreground classes.")
     return tuple(classes)
@@ -254,18 +278,28 @@ def first_repeated(names: Iterable[str]) -> str | None:
     return None
 
 
-def _images_in(folder: Path) -> list[Path]:
-    try:
-        with os.scandir(folder) as entries:
-            return [folder / e.name for e in entries if os.path.splitext(e.name)[1].lower() in IMAGE_SUFFIXES]
-    except OSError as error:
-        raise UserError(f"{folder}: no readable folder of images ({error.strerror}).") from error
+def _images_in(folder: Path) -> Iterator[tuple[str, Path]]:
+    """(id, file) of every photograph below `folder`."""
+    for parent, folders, names in os.walk(folder, onerror=_unreadable, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = Path(parent).relative_to(folder).as_posix() + "/"
+        prefix = "" if inside == "./" else inside
+        for name in names:
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
+                yield prefix + stem, Path(parent, name)
+
+
+def _unreadable(error: OSError) -> None:
+    raise UserError(f"{error.filename}: no readable folder of images ({error.strerror}).") from error
 
 
 def _upright_size(path: Path) -> tuple[int, int]:
-    """(height, width) of an image as `load_image` returns it, from the file's header only."""
+    """(height, width) of an image as `load_image` returns it, from the file's header only (TIFF: by decoding it)."""
     try:
         with Image.open(path) as image:
+            if image.format == "TIFF":  # whose size, depending on Pillow's version, is that of the turned image or not
+                image = ImageOps.exif_transpose(image)
             width, height = image.size
             turned = image.getexif().get(EXIF_ORIENTATION, 1) >= 5  # 5..8: quarter turns
     except (OSError, SyntaxError) as error:

@@ -1,11 +1,12 @@
 """PASCAL VOC 2012 as its devkit unpacks it, and any other data in that layout.
 
     ROOT/JPEGImages/ID.jpg  ROOT/Annotations/ID.xml  ROOT/SegmentationClass/ID.png
+    ROOT/SegmentationClassAug/ID.png                         optional: masks of images that have none above (SBD's)
     ROOT/ImageSets/Segmentation/DOMAIN.txt
 
 The image label is the set of object names in the annotation (difficult objects included, as is usual for this task).
-`train_aug` is a list users add to `ImageSets/Segmentation`; its lines may be ids or the "image mask" paths that many
-repositories of this field ship.
+`train_aug` and `SegmentationClassAug/` are made by `sbd.py`. A list from elsewhere does too; its lines may be ids or
+the "image mask" paths that many repositories of this field ship.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
     "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
+AUGMENTED_MASKS = "SegmentationClassAug"
 
 
 class VOC12Source(DataSource):
@@ -36,7 +38,11 @@ class VOC12Source(DataSource):
     """
 
     def __init__(self, data_dir: Path, masks_dir: Path | None = None, classes: Sequence[str] = VOC_CLASSES) -> None:
-        root = _find_devkit(data_dir)
+        root = find_devkit(data_dir)
+        if root is None:
+            raise UserError(
+                f"{data_dir}: no 'JPEGImages/' here, nor in VOC2012/ or VOCdevkit/VOC2012/ below. Mend --data_dir."
+            )
         splits = index_splits(root / "ImageSets" / "Segmentation")
         if not splits:
             raise UserError(f"{root / 'ImageSets' / 'Segmentation'}: no lists of ids (train.txt, val.txt, ...) there.")
@@ -49,12 +55,27 @@ class VOC12Source(DataSource):
             masks_dir=masks_dir or (own_masks if own_masks.is_dir() else None),
         )
 
+        augmented = root / AUGMENTED_MASKS
+        self._augmented = augmented if masks_dir is None and own_masks.is_dir() and augmented.is_dir() else None
+
+    def mask_path(self, image_id: str) -> Path | None:
+        """Where the mask of an id is expected; None if the dataset has no masks."""
+        path = super().mask_path(image_id)
+        return path if self._augmented is None or path.is_file() else self._augmented / path.name
+
+    def has_label(self, image_id: str) -> bool:
+        """Whether there is an annotation of that id."""
+        return self._annotation(image_id).is_file()
+
+    def _annotation(self, image_id: str) -> Path:
+        return self.root / "Annotations" / f"{image_id}.xml"
+
     def _id_of_line(self, line: str) -> str:
         first = line.split()[0]
         return Path(first).stem if "/" in first else first
 
     def _class_indices(self, image_id: str) -> set[int]:
-        path = self.root / "Annotations" / f"{image_id}.xml"
+        path = self._annotation(image_id)
         names = read_object_names(path)
         unknown = names - set(self.info.classes[1:])
         if unknown:
@@ -78,8 +99,9 @@ def read_object_names(path: Path) -> set[str]:
     return {item.findtext("name", default="").strip() for item in objects}
 
 
-def _find_devkit(data_dir: Path) -> Path:
+def find_devkit(data_dir: Path) -> Path | None:
+    """The folder in or below `data_dir` that holds `JPEGImages/`."""
     for root in (data_dir, data_dir / "VOC2012", data_dir / "VOCdevkit" / "VOC2012"):
         if (root / "JPEGImages").is_dir():
             return root
-    raise UserError(f"{data_dir}: no 'JPEGImages/' here, nor in VOC2012/ or VOCdevkit/VOC2012/ below. Mend --data_dir.")
+    return None

@@ -1,15 +1,19 @@
 #!/usr/bin/env bash
-# Stage 0: install what is missing and look whether the dataset is in place.
-#   ./runners/0-setup.sh                        VOC 2012, in data/voc12 (SETUP.md says what goes where)
-#   DATASET=shapes ./runners/0-setup.sh         also generate the demo's dataset
+# Stage 0: install what is missing, make the dataset if it can be made, and look it over.
+#   ./runners/0-setup.sh                        VOC 2012 and SBD: downloaded to data/voc12, converted
+#   DATASET=coco14 ./runners/0-setup.sh         MS COCO 2014: downloaded to data/coco14, converted
+#   DATASET=deepglobe PREPARE_FLAGS="--download_dir $HOME/deepglobe" ./runners/0-setup.sh      from files at hand
+#   DATASET=folder DATA_DIR=~/birds ./runners/0-setup.sh                                   your own: looked over only
+# What is there already is skipped. SETUP.md: machines without internet, what goes where.
 source "$(dirname "${BASH_SOURCE[0]}")/config/env.sh"
 source runners/config/dataset.sh
 
 make --quiet .venv/installed
 PYTHON=.venv/bin/python
 
-if [[ "$DATASET" == shapes ]]; then
-  "$PYTHON" -m datasets.shapes --data_dir "$DATA_DIR" --workers "$WORKERS"
-fi
-run -m datasets "$DOMAIN_TRAIN" "$DOMAIN_TEST"
+case "$DATASET" in
+shapes) "$PYTHON" -m datasets.shapes --data_dir "$DATA_DIR" --workers "$WORKERS" ;;
+voc12 | coco14 | deepglobe) run -m datasets.prepare --num_workers "$WORKERS" $PREPARE_FLAGS ;;
+esac
+run -m datasets.verify "$DOMAIN_TRAIN" "$DOMAIN_TEST" --num_workers "$WORKERS" --output_dir "$REPORT/data"
 printf '\nNext: ./runners/1-csrm.sh\n'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import OBJECTS
 from PIL import Image
 
 from datasets import ImageDataset, build_source
@@ -66,6 +68,125 @@ def test_folder_without_splits_is_one_domain(folder_copy: Path):
     source = build_source("folder", folder_copy)
     assert source.domains() == ["train"]
     assert source.ids("train") == ["a", "b", "c", "d"]
+
+
+def test_images_in_folders_have_the_folder_in_their_id(folder_copy: Path):
+    images, masks = folder_copy / "images", folder_copy / "masks"
+    for suffix, folder in ((".jpg", images), (".png", masks)):
+        (folder / "2024 summer" / "x").mkdir(parents=True)
+        (folder / f"a{suffix}").rename(folder / "2024 summer" / "x" / f"a{suffix}")
+    for name in ("._b.png", ".cache/c.png", "notes.txt"):
+        (images / name).parent.mkdir(exist_ok=True)
+        (images / name).touch()
+    (folder_copy / "labels.csv").write_text("id,labels\n2024 summer/x/a,cat\nb,cat;dog\nc,dog\n")
+    (folder_copy / "splits" / "train.txt").write_text("2024 summer/x/a\nb\nc\n")
+    source = build_source("folder", folder_copy)
+    assert source.ids("train") == ["2024 summer/x/a", "b", "c"]
+    assert source.mask("2024 summer/x/a").shape == source.image("2024 summer/x/a").shape[:2] == (24, 40)
+    np.testing.assert_array_equal(source.image_labels(source.ids("train")), [[1, 0], [1, 1], [0, 1]])
+
+
+def sorted_by_class(root: Path, *files: str) -> Path:
+    """Small images, sorted into folders."""
+    for name in files:
+        path = root / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 6)).save(path)
+    return root
+
+
+def test_a_folder_per_class_is_the_label(tmp_path: Path):
+    source = build_source("folder", sorted_by_class(tmp_path, "robin/1.jpg", "house sparrow/1.png", "background/2.jpg"))
+    assert source.info.classes == ("background", "house sparrow", "robin")
+    assert source.ids("train") == ["background/2", "house sparrow/1", "robin/1"]
+    np.testing.assert_array_equal(source.image_labels(source.ids("train")), [[0, 0], [1, 0], [0, 1]])
+    assert all(map(source.has_label, source.ids("train")))
+
+
+def test_classes_txt_orders_the_folders_of_classes(tmp_path: Path):
+    root = sorted_by_class(tmp_path, "robin/1.jpg", "robin/spring/2.jpg", "cow/1.jpg")
+    (root / "classes.txt").write_text("background\nrobin\nhouse sparrow\n")
+    source = build_source("folder", root)
+    np.testing.assert_array_equal(source.image_labels(["robin/1", "robin/spring/2"]), [[1, 0], [1, 0]])
+    with pytest.raises(
+        UserError, match=r"images/cow: no class of classes\.txt.*Known: background, robin, house sparrow"
+    ):
+        source.image_label("cow/1")
+
+
+def test_labels_in_json_are_those_in_csv(folder_copy: Path):
+    expected = build_source("folder", folder_copy).image_labels(list(OBJECTS))
+    (folder_copy / "labels.csv").unlink()
+    (folder_copy / "labels.json").write_text(json.dumps(OBJECTS))
+    source = build_source("folder", folder_copy)
+    np.testing.assert_array_equal(source.image_labels(list(OBJECTS)), expected)
+    assert source.has_label("a") and not source.has_label("e")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"a": ["cat"], "a": ["dog"]}', r"labels\.json, id 'a': id 'a' is labelled already"),
+        ('{"a": ["cow"]}', r"labels\.json, id 'a': unknown class 'cow'. Known: cat, dog"),
+        ('{"a": "cat"}', r"labels\.json, id 'a': expected a list of class names"),
+        ('{"a": {"cat": 1}}', r"labels\.json, id 'a': expected a list of class names"),
+        ('["cat"]', r"labels\.json: expected \{"),
+        ("3", r"labels\.json: expected \{"),
+        ('{"a": ["cat"]', r"labels\.json: not a UTF-8 table"),
+    ],
+)
+def test_mistakes_in_labels_json(folder_copy: Path, content: str, message: str):
+    (folder_copy / "labels.csv").unlink()
+    (folder_copy / "labels.json").write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        build_source("folder", folder_copy).image_label("a")
+    assert "\n" not in str(caught.value)
+
+
+def test_two_tables_of_labels_are_refused(folder_copy: Path):
+    (folder_copy / "labels.json").write_text("{}")
+    with pytest.raises(UserError, match=r"labels\.csv: there is a labels\.json too"):
+        build_source("folder", folder_copy)
+
+
+def test_class_names_with_blanks(folder_copy: Path):
+    (folder_copy / "classes.txt").write_text("background\ntabby cat\ndog, wild\n")
+    (folder_copy / "labels.csv").write_text('id,labels\na,tabby cat\nb,"tabby cat;dog, wild"\nc,"dog, wild"\n')
+    source = build_source("folder", folder_copy)
+    np.testing.assert_array_equal(source.image_labels(["a", "b", "c"]), [[1, 0], [1, 1], [0, 1]])
+
+
+def test_masks_of_sbd_stand_in_where_voc_has_none(voc_copy: Path, tmp_path: Path):
+    (voc_copy / "SegmentationClassAug").mkdir()
+    for name, value in (("a", 3), ("d", 5)):
+        size = {"a": (24, 40), "d": (20, 20)}[name]
+        Image.fromarray(np.full(size, value, np.uint8)).save(voc_copy / "SegmentationClassAug" / f"{name}.png")
+    (voc_copy / "SegmentationClass" / "d.png").unlink()
+    source = build_source("voc12", voc_copy)
+    assert (source.mask("d") == 5).all() and 8 in source.mask("a")
+    other = build_source("voc12", voc_copy, voc_copy / "SegmentationClass")  # masks given by name are these only
+    with pytest.raises(UserError, match=r"SegmentationClass/d\.png: no such mask"):
+        other.mask("d")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_every_turn_of_every_format_stands_upright(folder_copy: Path, suffix: str, orientation: int):
+    """The size found without decoding is that of the decoded image, and a corner ends where it belongs."""
+    stored = np.zeros((24, 40, 3), np.uint8)
+    stored[:12, :20] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (folder_copy / "images" / "a.jpg").unlink()
+    Image.fromarray(stored).save(folder_copy / "images" / f"a.{suffix}", exif=exif)
+    corner = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}
+    shape = (24, 40) if orientation < 5 else (40, 24)
+    Image.fromarray(np.zeros(shape, np.uint8)).save(folder_copy / "masks" / "a.png")
+    source = build_source("folder", folder_copy)
+    image = source.image("a")
+    assert image.shape[:2] == source.mask("a").shape == shape
+    assert image[corner[orientation]].mean() > 250
+    assert sum(image[y, x].mean() > 250 for y in (0, -1) for x in (0, -1)) == 1
 
 
 def test_test_images_need_neither_labels_nor_masks(folder_copy: Path):
@@ -166,6 +287,7 @@ MISTAKES = {
     "two images of an id": (save("images/a.png", np.zeros((9, 9, 3), np.uint8)), r"a\.(png|jpg): has the same id as"),
     "no classes.txt": (remove("classes.txt"), r"classes\.txt: no such file"),
     "one class": (write("classes.txt", b"background\n"), r"classes\.txt: 1 classes"),
+    "class with a semicolon": (append("classes.txt", "a;b\n"), r"classes\.txt: class 'a;b' holds ';'"),
     "class listed twice": (append("classes.txt", "cat\n"), r"classes\.txt: class 'cat' is listed twice"),
     "no mask": (remove("masks/b.png"), r"b\.png: no such mask"),
     "mask of another size": (save("masks/b.png", np.zeros((30, 31), np.uint8)), r"b\.png: 31x30 pixels.*31x31"),

@@ -6,6 +6,7 @@ import json
 import os
 import stat
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -76,6 +77,27 @@ def test_photographs_of_every_mode_come_as_rgb(tmp_path, mode):
     image = load_image(path)
     assert image.shape == (5, 7, 3) and image.dtype == np.uint8
     assert np.array_equal(image, PHOTOGRAPH) == (mode in ("RGB", "RGBA"))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_photographs_of_16_bits_keep_their_range(tmp_path, suffix):
+    grey = np.linspace(0, 65535, 35).round().astype(np.uint16).reshape(5, 7)
+    Image.fromarray(grey).save(tmp_path / f"a.{suffix}")
+    image = load_image(tmp_path / f"a.{suffix}")
+    assert image.dtype == np.uint8 and image.min() == 0 and image.max() == 255
+    np.testing.assert_array_equal(image, np.repeat(np.round(grey / 257)[..., None], 3, axis=2))
+
+
+def test_colour_of_16_bits_comes_as_8(tmp_path):
+    cv2.imwrite(str(tmp_path / "a.png"), PHOTOGRAPH[..., ::-1].astype(np.uint16) * 257)
+    np.testing.assert_array_equal(load_image(tmp_path / "a.png"), PHOTOGRAPH)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_photographs_of_32_bits_are_refused(tmp_path, kind):
+    Image.fromarray(PHOTOGRAPH[..., 0].astype(kind)).save(tmp_path / "a.tif")
+    with pytest.raises(UserError, match="a.tif: 32-bit numbers have no known range of grey"):
+        load_image(tmp_path / "a.tif")
 
 
 def test_photographs_stand_upright(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,29 @@ def test_predictions_of_other_settings_are_not_taken_for_done(chain, folder_root
     assert "cams: made with other settings" in refusal(capsys, "inference", *flags, "--hflip", "false")
     other = [*data_flags(folder_root), "--tag", "csrm", "--domain", "train", "--weights", MODELS / "prior.pth", *VIEWS]
     assert "cams: made with other settings" in refusal(capsys, "inference", *other)
+
+
+def test_images_in_class_folders_go_through_all_stages(folder_root, tmp_path, monkeypatch):
+    """Their ids hold a slash, so their files lie in folders too."""
+    monkeypatch.chdir(tmp_path)
+    data = Path("sorted")
+    for image_id, folder, suffix in (("a", "red cat", ".jpg"), ("b", "red cat", ".png"), ("c", "dog", ".jpeg")):
+        for kind, ending in (("images", suffix), ("masks", ".png")):
+            (data / kind / folder).mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder_root / kind / f"{image_id}{ending}", data / kind / folder / f"{image_id}{ending}")
+    flags = data_flags(data)
+    run("train_classifier", *flags, "--tag", "p", *TRAINING)
+    run("inference", *flags, "--tag", "p", "--domain", "train", *VIEWS)
+    maps = PREDICTIONS / "p@train"
+    assert (maps / "cams" / "red cat" / "a.npz").exists()
+    run("refine_sam", *flags, "--tag", "p", "--domain", "train", "--pseudo_dir", maps / "pseudos-t0.4-c2",
+        "--proposals", "regions", "--num_workers", "0")  # fmt: skip
+    run("train_segmentation", *flags, "--tag", "d", *TRAINING, *DECODER,
+        "--masks_dir", maps / "sam-regions-max_iou_imp2")  # fmt: skip
+    run("train_segmentation", *flags, "--tag", "d", "--predict", "--domain", "train", *VIEWS)
+    run("evaluate", *flags, "--domain", "train", "--pred_dir", PREDICTIONS / "d@train" / "masks", "--output", "s.json",
+        "--num_workers", "0")  # fmt: skip
+    assert list(json.loads(Path("s.json").read_text())["iou"]) == ["background", "dog", "red cat"]
 
 
 @pytest.mark.parametrize("architecture", ["test_vit", "test_mambaout"])

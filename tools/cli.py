@@ -258,10 +258,11 @@ def add_crf_backend(group: argparse._ActionsContainer) -> None:
     )
 
 
-def progress(items: Iterable, *, desc: str, unit: str, total: int | None = None) -> tqdm:
+def progress(items: Iterable, *, desc: str, unit: str, total: int | None = None, **options: object) -> tqdm:
     """A progress bar with rate and ETA; into a log file it writes a line a minute instead of redrawing."""
     interval = 0.5 if sys.stderr.isatty() else 60
-    return tqdm(items, desc=desc, unit=unit, total=total, mininterval=interval, maxinterval=interval, smoothing=0.1)
+    intervals = {"mininterval": interval, "maxinterval": interval}
+    return tqdm(items, desc=desc, unit=unit, total=total, smoothing=0.1, **intervals, **options)
 
 
 def network_arguments(args: argparse.Namespace) -> dict[str, object]:

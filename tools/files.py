@@ -86,18 +86,29 @@ def load_image(path: str | os.PathLike) -> np.ndarray:
     """Read a photograph, upright (EXIF orientation applied).
 
     Returns:
-        uint8 RGB, HxWx3, in [0, 255]. Grey images are repeated over the channels; transparency is dropped.
+        uint8 RGB, HxWx3, in [0, 255]. Grey images are repeated over the channels, 16 bits are scaled to 8, transparency
+        is dropped.
 
     Raises:
-        UserError: the file is missing or is not an image that can be decoded to its end.
+        UserError: the file is missing, is not an image that can be decoded to its end, or holds 32-bit numbers.
     """
     try:
         with Image.open(path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I;16") or (upright.mode == "I" and image.format == "PNG"):
+                upright = _eight_bits(upright)
+            if upright.mode in ("I", "F"):
+                raise UserError(f"{path}: 32-bit numbers have no known range of grey. Save it with 8 or 16 bits.")
+            return np.asarray(upright.convert("RGB"))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such image.") from error
     except _DAMAGED as error:
         raise UserError(f"{path}: not a readable image ({error}). Replace or remove it.") from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey as 8-bit grey, white staying white. (Pillow's own conversion would cut all values at 255.)"""
+    return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
 def load_mask(path: str | os.PathLike) -> np.ndarray:

@@ -45,8 +45,15 @@ shapes)
   : "${SEG_FLAGS:=--batch_size 16 --max_epoch 8 --lr 0.003 --lr_alpha_scratch 1 --min_image_size 80 --max_image_size 160}"
   : "${VIEW_FLAGS:=--scales 1}" "${PSEUDOS_FROM:=masks}" "${THRESHOLD:=0.25}"
   ;;
+deepglobe)
+  : "${DATA_DIR:=data/deepglobe}"
+  : "${DOMAIN_TRAIN:=train}" "${DOMAIN_EVAL=train}" "${DOMAIN_TEST:=val}" "${DOMAIN_SCORE=val}"
+  : "${IMAGE_FLAGS:=--image_size 512 --min_image_size 448 --max_image_size 640}"
+  : "${BACKBONE:=--architecture resnet50}" "${BACKBONE_SEG:=--architecture resnet50}"
+  : "${PRIOR_FLAGS:=--lr 0.01}" "${CSRM_FLAGS:=}" "${SEG_FLAGS:=}"
+  ;;
 *)
-  echo "DATASET=$DATASET: choose voc12, coco14, folder or shapes" >&2
+  echo "DATASET=$DATASET: choose voc12, coco14, folder, shapes or deepglobe" >&2
   exit 2
   ;;
 esac
@@ -56,6 +63,7 @@ esac
 : "${PSEUDOS_FROM:=cams}"                     # cams, or masks: CSRM's segmentation branch
 : "${THRESHOLD:=0.4}"                         # background threshold on the CAMs
 : "${CRF_T:=10}"                              # dense CRF iterations of the pseudo masks
+: "${PREPARE_FLAGS:=}"                        # of datasets.prepare: --download_dir DIR, --mirror URL
 : "${SAM_CHECKPOINT:=}" "${SAM_TYPE:=vit_h}"  # Segment Anything's weights, and the network they are for
 : "${MERGE_MODE:=max_iou_imp2}" "${REFINE_FLAGS:=}"
 if [[ -n "$SAM_CHECKPOINT" ]]; then : "${PROPOSALS:=sam}"; else : "${PROPOSALS:=regions}"; fi

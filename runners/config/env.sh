@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/../..}"
 
-: "${DATASET:=voc12}"       # voc12, coco14, folder or shapes: picks a block in dataset.sh
+: "${DATASET:=voc12}"       # voc12, coco14, folder, shapes or deepglobe: picks a block in dataset.sh
 : "${DEVICE:=auto}"         # auto, cpu, cuda or cuda:N
 : "${WORKERS:=$(nproc)}"    # loader and helper processes
 : "${SEED:=0}"

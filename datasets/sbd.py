@@ -1,0 +1,95 @@
+"""SBD, the Semantic Boundaries Dataset: the list `train_aug` of VOC 2012, and masks of its images.
+
+    convert(Path("benchmark_RELEASE/dataset"), Path("VOCdevkit/VOC2012"), workers=8)
+
+    SBD/train.txt  SBD/val.txt  SBD/cls/ID.mat                    SBD as its archive unpacks; read
+    VOC2012/ImageSets/Segmentation/train_aug.txt                  SBD train + SBD val + VOC train, minus VOC val
+    VOC2012/SegmentationClassAug/ID.png                           VOC's own mask where there is one, else SBD's
+
+Learning from image labels needs the list only. The
+masks are for scores on `train_aug` and for fully supervised training.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from pathlib import Path
+
+import numpy as np
+import scipy.io
+
+from datasets.base import voc_palette
+from datasets.voc12 import AUGMENTED_MASKS, VOC_CLASSES
+from tools.errors import UserError
+from tools.files import atomic_write, read_lines, save_mask
+from tools.parallel import run_jobs
+
+
+def is_converted(devkit: Path) -> bool:
+    """Whether `convert` has finished there, or the list came from elsewhere."""
+    return _list(devkit).is_file()
+
+
+def convert(sbd: Path, devkit: Path, workers: int) -> None:
+    """Write the masks that are not there yet, then `train_aug.txt`.
+
+    Args:
+        sbd: the folder with `cls/`, `train.txt` and `val.txt`.
+        devkit: the folder with `JPEGImages/` and `ImageSets/`.
+        workers: processes; 0: this one only.
+
+    Raises:
+        UserError: a list, a mask or an image is missing, or a .mat file is damaged.
+    """
+    ids = augmented_ids(sbd, devkit)
+    missing = [image_id for image_id in ids if not (devkit / "JPEGImages" / f"{image_id}.jpg").is_file()]
+    if missing:
+        raise UserError(
+            f"{devkit / 'JPEGImages'}: {len(missing)} images of SBD are missing, the first is {missing[0]}.jpg."
+        )
+    for _ in run_jobs(functools.partial(_write_mask, sbd, devkit), ids, workers, "masks of train_aug", "image"):
+        pass
+    with atomic_write(_list(devkit)) as temporary:
+        temporary.write_text("".join(f"{image_id}\n" for image_id in ids), encoding="utf-8")
+
+
+def augmented_ids(sbd: Path, devkit: Path) -> list[str]:
+    """(SBD train + SBD val + VOC train) minus VOC val, sorted."""
+    lists = devkit / "ImageSets" / "Segmentation"
+    ids = {*read_lines(sbd / "train.txt"), *read_lines(sbd / "val.txt"), *read_lines(lists / "train.txt")}
+    return sorted(ids - set(read_lines(lists / "val.txt")))
+
+
+def read_mat(path: Path) -> np.ndarray:
+    """The class mask of an SBD `cls/*.mat` file: uint8 HxW, 0 background, 1..20 in VOC's order.
+
+    Raises:
+        UserError: missing, damaged, or not such a file.
+    """
+    try:
+        with path.open("rb") as file:
+            mask = scipy.io.loadmat(file)["GTcls"]["Segmentation"][0, 0]
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file. Unpack SBD's benchmark.tgz again.") from error
+    except Exception as error:  # on damaged files scipy raises whatever its parser stumbles over
+        raise UserError(f"{path}: not a readable mask of SBD ({error}). Unpack benchmark.tgz again.") from error
+    if mask.ndim != 2 or mask.max(initial=0) >= len(VOC_CLASSES):
+        raise UserError(f"{path}: not a mask of the 20 VOC classes. Unpack benchmark.tgz again.")
+    return mask.astype(np.uint8)
+
+
+def _list(devkit: Path) -> Path:
+    return devkit / "ImageSets" / "Segmentation" / "train_aug.txt"
+
+
+def _write_mask(sbd: Path, devkit: Path, image_id: str) -> None:
+    path = devkit / AUGMENTED_MASKS / f"{image_id}.png"
+    own = devkit / "SegmentationClass" / path.name
+    if path.exists():
+        return
+    if own.is_file():
+        with atomic_write(path) as temporary:
+            shutil.copyfile(own, temporary)
+    else:
+        save_mask(path, read_mat(sbd / "cls" / f"{image_id}.mat"), voc_palette())

@@ -1,0 +1,359 @@
+"""Is a dataset complete, readable and free of contradictions? Every photograph and every mask is read to find out.
+
+    python -m datasets.verify --dataset voc12 --data_dir data/voc12
+    python -m datasets.verify train val --dataset folder --data_dir data/birds
+
+Prints a row per split, then what is wrong with which image. All of it goes to OUTPUT_DIR/verify.json, and how often
+each class occurs to OUTPUT_DIR/classes.png. Columns of the table:
+
+    images      ids in the list                    known       how many the published list has
+    missing     ids without a photograph           unreadable  photographs that cannot be decoded to their end
+    labels      images with an image label         masks       images with a mask
+    bad         unreadable labels, and masks that are unreadable, of another size than the image or with a value that is
+                no class
+    unlabelled  masks that show a class which is not in the image label
+    copies      photographs that are, byte for byte, those of another id, of whatever split
+
+Exit code 2 if a photograph, label or mask is missing, unreadable or bad, or if a list is empty, repeats an id or is
+not as long as the published one. The last two columns are warnings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from datasets import build_source
+from datasets.base import DatasetInfo, DataSource, first_repeated
+from tools import cli
+from tools.errors import UserError
+from tools.files import atomic_write, check_writable, save_json
+from tools.parallel import run_jobs
+from tools.report import EMPTY, FAINT, INK, PAPER
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a split of a public dataset must have."""
+
+    images: int
+    labels: bool = True
+    masks: bool = True
+
+
+PUBLISHED = {
+    "voc12": {
+        "train_aug": Published(10_582, masks=False),  # SBD's masks are an extra
+        "train": Published(1_464),
+        "val": Published(1_449),
+        "test": Published(1_456, labels=False, masks=False),
+    },
+    "coco14": {"train2014": Published(82_783), "val2014": Published(40_504)},
+}
+
+ERRORS = {
+    "list": "lists",
+    "missing": "photographs that are missing",
+    "unreadable": "photographs that cannot be read",
+    "label": "labels that are missing or cannot be read",
+    "mask": "masks that are missing, cannot be read, or do not fit",
+}
+WARNINGS = {
+    "unlabelled": "masks against labels",
+    "copies": "the same photograph under several ids",
+    "partial": "splits with masks of some images",
+}
+SHOWN = 5  # findings printed of each kind
+
+
+@dataclass
+class Split:
+    """What was found in one list of ids.
+
+    Attributes:
+        images: ids in the list.
+        label_counts: int64 [C], images by class in their label (index 0: 0).
+        pixel_counts: int64 [C], mask pixels by class, ignored ones left out.
+        counts: how many images have "labels", "masks", and each kind of finding.
+    """
+
+    images: int
+    label_counts: np.ndarray
+    pixel_counts: np.ndarray
+    counts: Counter = field(default_factory=Counter)
+
+    @classmethod
+    def of(cls, ids: Sequence[str], info: DatasetInfo) -> Split:
+        """A list of ids of which nothing is known yet."""
+        return cls(len(set(ids)), np.zeros(info.num_classes, np.int64), np.zeros(info.num_classes, np.int64))
+
+    def add(self, look: Look) -> None:
+        """Count one of its images."""
+        self.counts.update(kind for kind, _ in look.findings)
+        self.counts.update({"labels": look.has_label, "masks": look.has_mask})
+        if look.label is not None:
+            self.label_counts[1:] += look.label.astype(np.int64)
+        if look.pixels is not None:
+            self.pixel_counts += look.pixels
+
+    def partly(self, domain: str, what: str, use: str) -> list[str]:
+        """The sentence on a split of which only some images have labels (or masks); none if all have or none has."""
+        found = self.images - self.counts["missing"]
+        if self.counts[what] in (0, found):
+            return []
+        return [f"split '{domain}': {self.counts[what]} of {found} images have {what}, so it cannot be {use}"]
+
+
+@dataclass
+class Look:
+    """What one image turned out to be; see `look_at`.
+
+    Attributes:
+        found: there is a photograph.
+        findings: kind and text of what is wrong.
+        digest: hash of the photograph's file; empty if it is unreadable.
+        label, pixels: image label, f32 [K], and pixels of the mask by class, int64 [C]; None if absent or bad.
+        has_label, has_mask: whether they are there, good or bad.
+    """
+
+    found: bool
+    findings: list[tuple[str, str]] = field(default_factory=list)
+    digest: bytes = b""
+    label: np.ndarray | None = None
+    pixels: np.ndarray | None = None
+    has_label: bool = False
+    has_mask: bool = False
+
+
+def make_parser() -> cli.Parser:
+    """The command line of this module."""
+    parser = cli.Parser(__doc__)
+    parser.add_argument("domains", nargs="*", help="splits that must be there; all that are there are looked at")
+    group = cli.add_dataset(parser)
+    group.add_argument("--output_dir", type=Path, help="folder of the report (default: experiments/data/DATASET)")
+    cli.add_workers(group)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Look at everything, print the table and the findings, write the report."""
+    output_dir = check_writable(args.output_dir or cli.EXPERIMENTS / "data" / args.dataset)
+    source = build_source(args.dataset, cli.data_dir(args))
+    for domain in args.domains:
+        source.listed_ids(domain)
+    splits, findings = verify(source, PUBLISHED.get(args.dataset, {}), args.num_workers)
+    print(f"\n{source.root}: {source.info.num_foreground} classes: {', '.join(source.info.classes[1:])}\n")
+    print(table(splits, PUBLISHED.get(args.dataset, {})))
+    print_findings(findings)
+    write_report(output_dir, source.info, splits, findings)
+    print(f"\nReport: {output_dir / 'verify.json'}, {output_dir / 'classes.png'}")
+    errors = sum(len(findings[kind]) for kind in ERRORS)
+    if errors:
+        raise UserError(f"{source.root}: {errors} errors, listed in {output_dir / 'verify.json'}. Mend these files.")
+
+
+def verify(
+    source: DataSource, published: dict[str, Published], workers: int
+) -> tuple[dict[str, Split], dict[str, list[str]]]:
+    """Look at every image of every split once.
+
+    Args:
+        source: the dataset.
+        published: what its splits must have, as far as that is known.
+        workers: processes; 0: this one only.
+
+    Returns:
+        What was found in each split; and what is wrong, by kind (keys of `ERRORS` and `WARNINGS`).
+
+    Raises:
+        UserError: a list or a table of labels cannot be read at all.
+    """
+    findings: dict[str, list[str]] = {kind: [] for kind in (*ERRORS, *WARNINGS)}
+    lists = {domain: source.listed_ids(domain) for domain in source.domains()}
+    splits = {domain: Split.of(ids, source.info) for domain, ids in lists.items()}
+    domains_of: dict[str, list[str]] = defaultdict(list)
+    for domain, ids in lists.items():
+        findings["list"] += [f"split '{domain}' {fault}" for fault in list_faults(ids, published.get(domain))]
+        for image_id in dict.fromkeys(ids):
+            domains_of[image_id].append(domain)
+    if domains_of:
+        source.has_label(next(iter(domains_of)))  # a table that cannot be read is one error, not one per image
+    copies: dict[bytes, list[str]] = defaultdict(list)
+    looks = run_jobs(functools.partial(look_at, source), list(domains_of), workers, "verifying", "image")
+    for (image_id, domains), look in zip(domains_of.items(), looks, strict=True):
+        for kind, text in (*look.findings, *absences(image_id, look, [published.get(d) for d in domains])):
+            findings[kind].append(text)
+        for domain in domains:
+            splits[domain].add(look)
+        if look.digest:
+            copies[look.digest].append(image_id)
+    add_copies(copies.values(), domains_of, splits, findings["copies"])
+    for domain in (domain for domain in splits if domain not in published):
+        findings["label"] += splits[domain].partly(domain, "labels", "learnt from")
+        findings["partial"] += splits[domain].partly(domain, "masks", "scored")
+    if not any(split.counts["labels"] for split in splits.values()):
+        findings["label"].append("no image has a label, so nothing can be learnt")
+    return splits, findings
+
+
+def add_copies(
+    groups: Iterable[list[str]], domains_of: dict[str, list[str]], splits: dict[str, Split], findings: list[str]
+) -> None:
+    """Report the groups of ids that share a photograph, and count them in their splits."""
+    for ids in (ids for ids in groups if len(ids) > 1):
+        findings.append(" = ".join(f"{image_id} ({', '.join(domains_of[image_id])})" for image_id in ids))
+        for image_id in ids:
+            for domain in domains_of[image_id]:
+                splits[domain].counts["copies"] += 1
+
+
+def list_faults(ids: Sequence[str], published: Published | None) -> Iterable[str]:
+    """What is wrong with a list of ids."""
+    if not ids:
+        yield "is empty"
+    repeated = first_repeated(ids)
+    if repeated is not None:
+        yield f"lists '{repeated}' twice"
+    if published and len(ids) != published.images:
+        yield f"lists {len(ids)} images, the published list {published.images}"
+
+
+def look_at(source: DataSource, image_id: str) -> Look:
+    """Read the photograph, label and mask of one id."""
+    look = Look(found=source.has_image(image_id))
+    if not look.found:
+        look.findings.append(("missing", f"{image_id}: no photograph"))
+        return look
+    path = source.image_path(image_id)
+    if _try(look, "unreadable", lambda: source.image(image_id)) is not None:
+        look.digest = hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
+    look.has_label = source.has_label(image_id)
+    if look.has_label:
+        look.label = _try(look, "label", lambda: source.image_label(image_id))
+    mask_path = source.mask_path(image_id)
+    look.has_mask = mask_path is not None and mask_path.is_file()
+    if look.has_mask and look.digest:  # a mask is compared with its image
+        mask = _try(look, "mask", lambda: source.mask(image_id))
+        if mask is not None:
+            look.pixels = np.bincount(mask.ravel(), minlength=256)[: source.info.num_classes]
+    if look.label is not None and look.pixels is not None:
+        extra = [source.info.classes[i + 1] for i in np.flatnonzero((look.pixels[1:] > 0) & (look.label == 0))]
+        if extra:
+            look.findings.append(("unlabelled", f"{mask_path}: shows {', '.join(extra)}, unlike the image label"))
+    return look
+
+
+def _try(look: Look, kind: str, read: Callable[[], np.ndarray]) -> np.ndarray | None:
+    try:
+        return read()
+    except UserError as error:
+        look.findings.append((kind, str(error)))
+        return None
+
+
+def absences(image_id: str, look: Look, published: Sequence[Published | None]) -> Iterable[tuple[str, str]]:
+    """Findings on what the published splits of an image promise and it lacks."""
+    if not look.found:
+        return
+    if any(split and split.labels for split in published) and not look.has_label:
+        yield "label", f"{image_id}: no label"
+    if any(split and split.masks for split in published) and not look.has_mask:
+        yield "mask", f"{image_id}: no mask"
+
+
+def table(splits: dict[str, Split], published: dict[str, Published]) -> str:
+    """The rows of the module docstring, one per split."""
+    header = ["split", "images", "known", "missing", "unreadable", "labels", "masks", "bad", "unlabelled", "copies"]
+    rows = [header]
+    for domain, split in splits.items():
+        known = published[domain].images if domain in published else "-"
+        n = split.counts
+        numbers = (split.images, known, n["missing"], n["unreadable"], n["labels"], n["masks"], n["label"] + n["mask"])
+        rows.append([domain, *map(str, numbers), str(n["unlabelled"]), str(n["copies"])])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells))
+    return "\n".join(lines)
+
+
+def print_findings(findings: dict[str, list[str]]) -> None:
+    """The first few of each kind."""
+    for kinds, title in ((ERRORS, "Errors"), (WARNINGS, "Warnings")):
+        for kind, name in kinds.items():
+            if findings[kind]:
+                print(f"\n{title}: {name} ({len(findings[kind])})")
+                print("\n".join(f"  {text}" for text in findings[kind][:SHOWN]))
+                if len(findings[kind]) > SHOWN:
+                    print(f"  ... and {len(findings[kind]) - SHOWN} more")
+
+
+def write_report(folder: Path, info: DatasetInfo, splits: dict[str, Split], findings: dict[str, list[str]]) -> None:
+    """`verify.json`: everything that was printed or counted; `classes.png`: the histogram."""
+    summary = {
+        domain: {
+            "images": split.images,
+            **split.counts,
+            "images_by_class": dict(zip(info.classes[1:], split.label_counts[1:].tolist(), strict=True)),
+            "pixels_by_class": dict(zip(info.classes, split.pixel_counts.tolist(), strict=True)),
+        }
+        for domain, split in splits.items()
+    }
+    save_json(folder / "verify.json", {"splits": summary, "findings": findings})
+    with atomic_write(folder / "classes.png") as temporary:
+        histogram(info, splits).save(temporary, format="PNG")
+
+
+def histogram(info: DatasetInfo, splits: dict[str, Split]) -> Image.Image:
+    """How often each class occurs: for every split a bar of its images (left) and of its mask pixels (right), per cent.
+
+    Bars are as long as their share, and the longest fills the column.
+    """
+    bar, column, margin = 7, 300, 16
+    font = ImageFont.load_default(size=13)
+    names = int(max(font.getlength(name) for name in info.classes)) + 2 * margin
+    row, top = bar * len(splits) + 8, 2 * margin + 18 * len(splits)
+    picture = Image.new("RGB", (names + 2 * (column + 60) + margin, top + row * info.num_classes + margin), PAPER)
+    draw = ImageDraw.Draw(picture)
+    for number, domain in enumerate(splits):
+        draw.rectangle((margin, margin + 18 * number, margin + 12, margin + 12 + 18 * number), fill=_colour(number))
+        draw.text((margin + 20, margin + 6 + 18 * number), domain, fill=INK, font=font, anchor="lm")
+    shares = [_shares(split) for split in splits.values()]
+    for side, title in enumerate(("images with the class", "pixels of the masks")):
+        left = names + side * (column + 60)
+        draw.text((left, margin + 6), f"{title}, %", fill=FAINT, font=font, anchor="lm")
+        longest = max([share[side].max() for share in shares] + [1e-9])
+        for index in range(1 - side, info.num_classes):  # labels do not name the background
+            draw.line((left, top + row * index - 4, left + column, top + row * index - 4), fill=EMPTY)
+            for number, share in enumerate(shares):
+                value, y = share[side][index], top + row * index + bar * number
+                draw.rectangle((left, y, left + column * value / longest, y + bar - 2), fill=_colour(number))
+                if number == 0:
+                    draw.text((left + column + 6, y), f"{100 * value:.1f}", fill=FAINT, font=font, anchor="lt")
+    for index, name in enumerate(info.classes):
+        draw.text((margin, top + row * index + row // 2 - 4), name, fill=INK, font=font, anchor="lm")
+    return picture
+
+
+def _shares(split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """Of the labelled images and of the mask pixels, the fraction that is of each class: f64 [C] each."""
+    return split.label_counts / max(split.counts["labels"], 1), split.pixel_counts / max(split.pixel_counts.sum(), 1)
+
+
+def _colour(number: int) -> tuple[int, int, int]:
+    """A colour per split."""
+    colours = ((52, 101, 164), (224, 123, 57), (96, 160, 80), (176, 80, 140), (120, 120, 126))
+    return colours[number % len(colours)]
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser())

@@ -1,0 +1,148 @@
+"""Verification: what it counts, what it finds, and what it makes of an official list."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command import refusal, run
+from conftest import OBJECTS, SPLITS
+from PIL import Image
+
+from datasets import build_source
+from datasets.base import DatasetInfo
+from datasets.verify import ERRORS, WARNINGS, Published, Split, histogram, verify
+
+
+def look(root: Path, published: dict[str, Published] | None = None, dataset: str = "folder"):
+    return verify(build_source(dataset, root), published or {}, workers=0)
+
+
+def found(findings: dict[str, list[str]]) -> dict[str, list[str]]:
+    return {kind: texts for kind, texts in findings.items() if texts}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_sound_folder_has_no_findings_and_these_counts(folder_root, workers):
+    splits, findings = verify(build_source("folder", folder_root), {}, workers)
+    assert found(findings) == {} and set(findings) == {*ERRORS, *WARNINGS}
+    source = build_source("folder", folder_root)
+    for domain, ids in SPLITS.items():
+        split = splits[domain]
+        assert (split.images, split.counts["labels"], split.counts["masks"]) == (len(ids),) * 3
+        assert split.label_counts.tolist() == [0, *(sum(c in OBJECTS[i] for i in ids) for c in ("cat", "dog"))]
+        pixels = [sum(int((source.mask(i) == index).sum()) for i in ids) for index in range(3)]
+        assert split.pixel_counts.tolist() == pixels
+
+
+def test_every_fault_is_found_where_it_is(folder_copy):
+    images, masks = folder_copy / "images", folder_copy / "masks"
+    (images / "c.jpeg").write_bytes((images / "a.jpg").read_bytes())
+    (images / "b.png").write_bytes((images / "b.png").read_bytes()[:300])
+    Image.fromarray(np.full((24, 40), 2, np.uint8)).save(masks / "a.png")
+    (masks / "d.png").unlink()
+    (folder_copy / "splits" / "val.txt").write_text("b\nd\nd\nghost\n")
+    (folder_copy / "splits" / "empty.txt").touch()
+    (folder_copy / "labels.csv").write_text("id,labels\na,cat\nb,cat;dog\n")
+    splits, findings = look(folder_copy)
+    assert findings["list"] == ["split 'empty' is empty", "split 'val' lists 'd' twice"]
+    assert findings["missing"] == ["ghost: no photograph"]
+    assert len(findings["unreadable"]) == 1 and "images/b.png: not a readable image" in findings["unreadable"][0]
+    assert findings["unlabelled"] == [f"{masks / 'a.png'}: shows dog, unlike the image label"]
+    assert findings["copies"] == ["a (train) = c (train)"]
+    assert findings["label"] == [
+        "split 'train': 2 of 3 images have labels, so it cannot be learnt from",
+        "split 'val': 1 of 2 images have labels, so it cannot be learnt from",
+    ]
+    assert findings["partial"] == ["split 'val': 1 of 2 images have masks, so it cannot be scored"]
+    assert [text.split(": ")[0] for text in findings["mask"]] == [f"{masks / 'c.png'}"]  # now of another size
+    assert splits["train"].counts["copies"] == 2 and splits["val"].counts["missing"] == 1
+
+
+def test_labels_are_not_asked_of_a_test_split(folder_copy):
+    (folder_copy / "labels.csv").write_text("id,labels\na,cat\nb,cat;dog\nc,dog\n")
+    (folder_copy / "splits" / "val.txt").write_text("d\n")
+    (folder_copy / "masks" / "d.png").unlink()
+    assert found(look(folder_copy)[1]) == {}
+
+
+def test_a_folder_without_any_label_teaches_nothing(folder_copy):
+    (folder_copy / "labels.csv").unlink()
+    assert found(look(folder_copy)[1]) == {"label": ["no image has a label, so nothing can be learnt"]}
+
+
+def test_a_leak_from_val_into_train_is_a_copy_of_two_splits(folder_copy):
+    (folder_copy / "images" / "d.webp").write_bytes((folder_copy / "images" / "a.jpg").read_bytes())
+    findings = look(folder_copy)[1]
+    assert findings["copies"] == ["a (train) = d (val)"]
+
+
+def test_a_published_split_must_have_its_images_labels_and_masks(voc_copy):
+    published = {
+        "train": Published(3),
+        "val": Published(7),
+        "train_aug": Published(4, masks=False),
+    }
+    (voc_copy / "SegmentationClass" / "c.png").unlink()
+    (voc_copy / "Annotations" / "d.xml").unlink()
+    findings = look(voc_copy, published, "voc12")[1]
+    assert found(findings) == {
+        "list": ["split 'val' lists 2 images, the published list 7"],
+        "mask": ["c: no mask"],
+        "label": ["d: no label"],
+    }
+
+
+def test_broken_labels_and_masks_are_bad(voc_copy):
+    (voc_copy / "Annotations" / "a.xml").write_text("<annotation><object><name>cow boy</name></object></annotation>")
+    (voc_copy / "SegmentationClass" / "b.png").write_bytes(b"no mask")
+    Image.fromarray(np.full((50, 18), 77, np.uint8)).save(voc_copy / "SegmentationClass" / "c.png")
+    splits, findings = look(voc_copy, dataset="voc12")
+    assert "unknown class 'cow boy'" in findings["label"][0] and len(findings["label"]) == 1
+    assert ["not a readable mask" in findings["mask"][0], "holds the value 77" in findings["mask"][1]] == [True, True]
+    assert splits["train"].counts["mask"] == 2 and splits["train"].counts["label"] == 1
+
+
+def test_the_command_prints_the_table_and_writes_the_report(folder_root, tmp_path, capsys):
+    run("datasets.verify", "train", "--dataset", "folder", "--data_dir", folder_root, "--output_dir", tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    table = [line.split() for line in lines if line.startswith(("split", "train", "val"))]
+    assert table[1] == ["train", "3", "-", "0", "0", "3", "3", "0", "0", "0"] and len(table[0]) == len(table[1])
+    report = json.loads((tmp_path / "verify.json").read_text())
+    assert report["splits"]["train"]["images_by_class"] == {"cat": 2, "dog": 2}
+    assert not any(report["findings"].values())
+    with Image.open(tmp_path / "classes.png") as picture:
+        assert picture.size[0] > 600 and len(set(picture.convert("L").tobytes())) > 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda root: (root / "labels.csv").write_text("id,labels\na,cow\n"),
+            "labels.csv, line 2: unknown class 'cow'",
+        ),
+        (lambda root: (root / "splits" / "dev.txt").rename(root / "x"), "no domain 'dev'. Choose one of: train, val."),
+        (lambda root: (root / "splits" / "dev.txt").write_text("nobody\n"), "2 errors, listed in report/verify.json"),
+        (lambda root: (root / "classes.txt").unlink(), "classes.txt: no such file"),
+    ],
+)
+def test_what_is_wrong_ends_in_one_line_and_code_2(folder_copy, tmp_path, monkeypatch, capsys, change, message):
+    monkeypatch.chdir(tmp_path)
+    (folder_copy / "splits" / "dev.txt").write_text("b\n")
+    (folder_copy / "images" / "c.jpeg").write_bytes(b"no image")
+    change(folder_copy)
+    flags = ["dev", "--dataset", "folder", "--data_dir", folder_copy, "--output_dir", "report", "--num_workers", "0"]
+    assert message in refusal(capsys, "datasets.verify", *flags)
+
+
+def test_the_histogram_shows_shares_to_scale():
+    info = DatasetInfo(("background", "cat", "dog"))
+    split = Split(4, np.array([0, 4, 1]), np.array([60, 30, 10]))
+    split.counts["labels"] = 4
+    picture = np.asarray(histogram(info, {"train": split, "val": Split.of([], info)}))
+    blue = (picture == (52, 101, 164)).all(axis=2)
+    runs = [int(row.sum()) for row in blue[:, 60:400] if row.sum() > 15]  # the left column, below the legend
+    assert max(runs) / min(runs) == pytest.approx(4, rel=0.05)
