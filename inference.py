@@ -25,7 +25,7 @@ from torch import nn
 
 from datasets import DataSource, build_source
 from datasets.transforms import normalize
-from tools import cli
+from tools import cli, distributed
 from tools.cam import cam_labels, load_cams, multi_scale_cams, multi_scale_logits, save_cams, stride4_size
 from tools.checkpoint import check_classes, fingerprint, load_model
 from tools.crf import CAM_SETTINGS, mean_field, unary_from_labels
@@ -176,7 +176,10 @@ def main(args: argparse.Namespace) -> None:
     predict.claim(fingerprint(weights))
     pending = predict.pending(ids)
     print(f"{len(ids)} images of '{args.domain}', {len(ids) - len(pending)} done already; writing to {folder}")
-    for image_id in cli.progress(pending, desc="inference", unit="image"):
+    mine = set(distributed.share(ids))
+    for image_id in cli.progress(
+        [image_id for image_id in pending if image_id in mine], desc="inference", unit="image"
+    ):
         predict(image_id)
     for kind in predict.wanted():
         print(f"{kind}: {predict.folders[kind]}")

@@ -29,7 +29,7 @@ from datasets.loaders import class_balance
 from datasets.transforms import PhotometricAugmentation, normalize, train_geometry
 from models import build_model
 from models.restore import restore
-from tools import cli
+from tools import cli, distributed
 from tools.ema import Teacher, ema_decay
 from tools.errors import UserError
 from tools.priors import METHODS, Opponent, PriorCriterion, Sample, random_class
@@ -182,6 +182,7 @@ def main(args: argparse.Namespace) -> None:
     """Train, epoch by epoch, and say what to do next."""
     complete(args)
     device = cli.select_device(args.device)
+    distributed.start(device)
     source = build_source(args.dataset, cli.data_dir(args))
     check_domain(source, args.domain_valid)
     loader = build_training_loader(source, args)
@@ -204,8 +205,7 @@ def main(args: argparse.Namespace) -> None:
         for batch in trainer.progress(epoch, loader):
             sample = augment(*(batch[name].to(device, non_blocking=True) for name in ("image", "label")))
             progress = trainer.step / (trainer.updates_per_epoch * args.max_epoch)
-            with trainer.autocast():
-                losses = train_step(model, sample, criterion, progress)
+            losses = trainer.losses(train_step, model, sample, criterion, progress)
             stepped = trainer.update(losses)
             if args.method == "pnoc":
                 loss = opponent.update(sample, progress, autocast=trainer.autocast(), step=stepped)

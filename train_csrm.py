@@ -24,7 +24,7 @@ from datasets.mixing import classmix, cutmix
 from datasets.transforms import PhotometricAugmentation, crop_geometry, normalize, train_geometry
 from models import build_model
 from models.restore import restore
-from tools import cli
+from tools import cli, distributed
 from tools.ema import Teacher, ema_decay
 from tools.losses import (
     IGNORE_INDEX,
@@ -277,7 +277,7 @@ def build_loaders(source: DataSource, args: argparse.Namespace) -> tuple[Loader,
         build_loader(
             ImageDataset(source, ids, geometry, with_masks=with_masks),
             args.batch_size,
-            **{**options, "seed": 2 * args.seed + half, "num_workers": (args.num_workers + 1) // 2},
+            **{**options, "seed": 2 * args.seed + half, "num_workers": (options["num_workers"] + 1) // 2},
         )
         for half, geometry in enumerate(geometries)
     )
@@ -305,6 +305,7 @@ def teacher_decay(args: argparse.Namespace, epoch: int, step: int, steps_per_epo
 def main(args: argparse.Namespace) -> None:
     """Train, epoch by epoch, and say what to do next."""
     device = cli.select_device(args.device)
+    distributed.start(device)
     source = build_source(args.dataset, cli.data_dir(args))
     check_domain(source, args.domain_valid)
     labeled, unlabeled = build_loaders(source, args)
@@ -319,13 +320,21 @@ def main(args: argparse.Namespace) -> None:
     criterion = Criterion(args, source.info.num_classes).to(device)
     augment = PhotometricAugmentation()
     companions = {"teacher": teacher.module, "memory_bank": criterion.bank}
-    trainer = Trainer(student, args, source.info, device=device, steps_per_epoch=len(labeled), companions=companions)
+    trainer = Trainer(
+        student,
+        args,
+        source.info,
+        device=device,
+        steps_per_epoch=len(labeled),
+        loaders=2,
+        partial=True,  # during warm-up the representation branch has no loss
+        companions=companions,
+    )
     for epoch in trainer.epochs():
         labeled.set_epoch(epoch)
         unlabeled.set_epoch(epoch)
         for batch in trainer.progress(epoch, batches(labeled, unlabeled, augment, device)):
-            with trainer.autocast():
-                losses = train_step(batch, student, teacher, criterion, args, epoch)
+            losses = trainer.losses(train_step, batch, student, teacher, criterion, args, epoch)
             if trainer.update(losses):
                 teacher.update(student, teacher_decay(args, epoch, trainer.step, trainer.updates_per_epoch))
         if args.domain_valid:

@@ -21,7 +21,7 @@ from datasets import ImageDataset, build_loader, build_source
 from datasets.transforms import normalize, segmentation_geometry
 from models import build_model
 from models.restore import restore
-from tools import cli
+from tools import cli, distributed
 from tools.cam import multi_scale_logits
 from tools.checkpoint import check_classes, fingerprint, load_model
 from tools.crf import SEGMENTATION_SETTINGS, mean_field, unary_from_probabilities
@@ -66,6 +66,7 @@ def train_step(model: nn.Module, batch: dict, device: torch.device, label_smooth
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
     """Train DeepLabV3+ and say what to do next."""
+    distributed.start(device)
     source = build_source(args.dataset, cli.data_dir(args), args.masks_dir)
     truth = build_source(args.dataset, cli.data_dir(args))
     check_domain(truth, args.domain_valid)
@@ -110,7 +111,10 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
     ids = source.ids(args.domain)[: args.max_images]
     pending = [image_id for image_id in ids if not (folder / f"{image_id}.png").exists()]
     print(f"{len(ids)} images of '{args.domain}', {len(ids) - len(pending)} done already; writing to {folder}")
-    for image_id in cli.progress(pending, desc="predicting", unit="image"):
+    mine = set(distributed.share(ids))
+    for image_id in cli.progress(
+        [image_id for image_id in pending if image_id in mine], desc="predicting", unit="image"
+    ):
         photograph = source.photograph(image_id).to(device)
         mask = segment(model, photograph, checkpoint["args"]["image_size"], args)
         save_mask(folder / f"{image_id}.png", mask.cpu().numpy(), source.info.palette)

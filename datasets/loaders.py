@@ -48,7 +48,7 @@ def build_loader(
 
     Args:
         dataset: map-style; its items are collated by torch's default rules.
-        batch_size: images per batch and process.
+        batch_size: images per batch, over all processes; a multiple of `world_size`.
         shuffle: draw in random order. Loaders with different seeds give independent orders.
         drop_last: no smaller last batch. Without effect where `steps_per_epoch` is given: all batches are full then.
         num_workers: processes that load; 0 loads in this one.
@@ -59,20 +59,21 @@ def build_loader(
         rank, world_size: this process loads every `world_size`-th draw, from draw `rank` on.
 
     Raises:
-        UserError: the dataset is empty, or too small for a single full batch.
+        UserError: the dataset is empty, or too small for a single full batch; or the batch cannot be shared evenly.
     """
-    global_batch = batch_size * world_size
-    draws = len(dataset) if steps_per_epoch is None else steps_per_epoch * global_batch
-    if drop_last:
-        draws -= draws % global_batch
-    if len(dataset) == 0 or draws == 0:
+    if batch_size % world_size:
         raise UserError(
-            f"--batch_size {batch_size}: {len(dataset)} images do not fill one on each of {world_size} GPUs. Lower it."
+            f"--batch_size {batch_size}: cannot be shared by {world_size} processes. Use a multiple of that."
         )
+    draws = len(dataset) if steps_per_epoch is None else steps_per_epoch * batch_size
+    if drop_last:
+        draws -= draws % batch_size
+    if len(dataset) == 0 or draws == 0:
+        raise UserError(f"--batch_size {batch_size}: {len(dataset)} images do not fill one batch. Lower it.")
     sampler = EpochSampler(
         len(dataset), draws, shuffle=shuffle, seed=seed, weights=weights, rank=rank, world_size=world_size
     )
-    return Loader(dataset, sampler, batch_size, num_workers)
+    return Loader(dataset, sampler, batch_size // world_size, num_workers)
 
 
 class EpochSampler(Sampler[Draw]):

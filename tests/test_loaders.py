@@ -91,7 +91,7 @@ def test_processes_share_the_epoch_among_them():
     shared = [EpochSampler(10, 12, shuffle=True, seed=3, rank=rank, world_size=2) for rank in range(2)]
     assert [list(sampler) for sampler in shared] == alone
     assert [len(sampler) for sampler in shared] == [6, 6]
-    assert len(load(Noise(20), batch_size=3, rank=1, world_size=2)) == 9
+    assert len(load(Noise(20), batch_size=6, rank=1, world_size=2)) == 9
 
 
 def test_iterating_leaves_the_global_generator_alone():

@@ -236,8 +236,8 @@ def test_anchors_are_drawn_evenly_from_the_confident_pixels_of_the_class():
     labels = torch.tensor([[[0, 1, 1, 255, 1]]])
     probs = torch.zeros(1, 3, 1, 5)
     probs[0, 1, 0] = torch.tensor([0.9, 0.31, 0.3, 0.9, 0.8])
-    pixels, available = sample_anchors(labels, probs, 2000, 0.3)
-    assert available.tolist() == [False, True, False]
+    pixels, candidates = sample_anchors(labels, probs, 2000, 0.3)
+    assert candidates.tolist() == [0, 2, 0]
     positions, counts = pixels[1].unique(return_counts=True)
     assert positions.tolist() == [1, 4] and counts.min() > 800
 

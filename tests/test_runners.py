@@ -1,4 +1,4 @@
-"""runners/1-csrm.sh: which commands each PRIOR leads to, with a Python that only notes how it was called."""
+"""runners/1-csrm.sh: which commands PRIOR and GPUS lead to, with a Python that only notes how it was called."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+LAUNCHER = "-m torch.distributed.run --standalone --nproc_per_node "
 
 
 def commands(folder: Path, **environment: str) -> tuple[list[str], subprocess.CompletedProcess]:
-    """Run the runner in `folder`; returns "script.py tag [method] [oc_weights] [restore]" of each command."""
+    """Run the runner in `folder`; returns "[torchrun N] script.py [tag] [method] [oc_weights] [restore]" of each."""
     if not (folder / "runners").exists():
         shutil.copytree(ROOT / "runners", folder / "runners")
         python = folder / "bin" / "python3"
@@ -32,8 +33,10 @@ def commands(folder: Path, **environment: str) -> tuple[list[str], subprocess.Co
     )
     calls = (folder / "calls.txt").read_text().splitlines() if (folder / "calls.txt").exists() else []
     flags = "tag", "method", "oc_weights", "restore"
+    calls = [call.replace(LAUNCHER, "torchrun ") for call in calls]
+    scripts = [re.match(r"(torchrun \d )?\S+", call)[0] for call in calls]
     shown = [[m[1] for flag in flags if (m := re.search(rf"--{flag} (\S+)", call))] for call in calls]
-    return [" ".join([call.split()[0], *found]) for call, found in zip(calls, shown, strict=True)], process
+    return [" ".join([script, *found]) for script, found in zip(scripts, shown, strict=True)], process
 
 
 def models(name: str) -> str:
@@ -62,6 +65,19 @@ def test_the_ordinary_classifier_is_the_vanilla_prior_of_the_same_experiment(tmp
     ]
     called, _ = commands(tmp_path, PRIOR=prior, NAME="birds", OC_WEIGHTS="weights/own.pth")
     assert called[0] == f"train_classifier.py birds-{prior}-prior {prior} weights/own.pth"
+
+
+def test_several_gpus_share_training_and_prediction_but_not_scoring(tmp_path):
+    called, _ = commands(tmp_path, GPUS="4", DOMAIN_EVAL="train")
+    assert called == [
+        "torchrun 4 train_classifier.py voc12-prior vanilla",
+        "torchrun 4 inference.py voc12-prior",
+        "evaluate.py",
+        f"torchrun 4 train_csrm.py voc12-csrm {models('voc12-prior')}",
+        "torchrun 4 inference.py voc12-csrm",
+        "evaluate.py",
+        "evaluate.py",
+    ]
 
 
 def test_a_file_is_restored_and_a_misspelt_method_is_refused(tmp_path):

@@ -14,7 +14,9 @@ Flags are declared `--like_this`; `--like-this` is accepted too. Switches take a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
+import io
 import math
 import os
 import re
@@ -26,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 from datasets import DATASETS
+from tools import distributed
 from tools.crf import BACKENDS
 from tools.errors import UserError
 from tools.optim import OPTIMIZERS
@@ -56,7 +59,8 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args([_underscored(token) for token in tokens], namespace)
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        line = f"{self.prog}: error: {message} (see {self.prog} --help)\n"
+        self.exit(2, line if distributed.is_main() else None)  # all processes were given the same flags
 
 
 def _underscored(token: str) -> str:
@@ -67,17 +71,28 @@ def _underscored(token: str) -> str:
 
 
 def run(main: Callable[[argparse.Namespace], None], parser: Parser) -> None:
-    """Parse the command line and call `main`; a `UserError` becomes one line on stderr and exit code 2."""
+    """Parse the command line and call `main`; a `UserError` becomes one line on stderr and exit code 2.
+
+    Of several processes (`tools.distributed`) only the first prints to stdout.
+    """
     args = parser.parse_args()
+    quiet = contextlib.nullcontext() if distributed.is_main() else contextlib.redirect_stdout(io.StringIO())
     try:
-        main(args)
+        with quiet:
+            main(args)
+        distributed.stop()
         return
     except UserError as error:
         status, message = 2, f"error: {error}"
     except KeyboardInterrupt:
         status, message = 130, "interrupted. Run the same command again to continue."
+    except RuntimeError as error:
+        if not distributed.is_lost_peer(error):
+            raise
+        status, message = 1, "error: another process has ended or hangs. Its own error says why; run again to continue."
     # Out here the exception is gone, and with it the frames that kept a progress bar's line open.
-    parser.exit(status, f"{parser.prog}: {message}\n")
+    where = f" (process {distributed.rank()})" if distributed.world_size() > 1 else ""
+    parser.exit(status, f"{parser.prog}{where}: {message}\n")
 
 
 def boolean(text: str) -> bool:
@@ -153,14 +168,16 @@ def add_common(parser: Parser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--tag", required=True, help="name of this run; its files are called after it")
     group.add_argument("--seed", type=count, default=0, help="seed of all random numbers")
-    group.add_argument("--device", default="auto", help="auto (the GPU if there is one), cpu, cuda or cuda:N")
+    group.add_argument(
+        "--device", default="auto", help="auto (the GPU if there is one), cpu, cuda or cuda:N (not with torchrun)"
+    )
     add_workers(group)
 
 
 def add_workers(group: argparse._ActionsContainer) -> None:
     """--num_workers."""
     default = min(8, os.cpu_count() or 1)
-    group.add_argument("--num_workers", type=count, default=default, help="helper processes; 0: none")
+    group.add_argument("--num_workers", type=count, default=default, help="helper processes on this machine; 0: none")
 
 
 def add_dataset(parser: Parser, **domains: tuple[str, str]) -> argparse._ArgumentGroup:
@@ -214,7 +231,9 @@ def add_optimization(
 ) -> None:
     """Optimiser, schedule and precision."""
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--batch_size", type=positive_int, default=batch_size, help="images per loader and step")
+    group.add_argument(
+        "--batch_size", type=positive_int, default=batch_size, help="images per loader and step, over all GPUs"
+    )
     group.add_argument("--max_epoch", type=positive_int, default=max_epoch, help="epochs")
     group.add_argument("--max_steps", type=positive_int, help="steps per epoch (default: one pass over the images)")
     group.add_argument("--accumulate_steps", type=positive_int, default=1, help="steps per optimiser update")
@@ -259,9 +278,12 @@ def add_crf_backend(group: argparse._ActionsContainer) -> None:
 
 
 def progress(items: Iterable, *, desc: str, unit: str, total: int | None = None, **options: object) -> tqdm:
-    """A progress bar with rate and ETA; into a log file it writes a line a minute instead of redrawing."""
+    """A progress bar with rate and ETA; into a log file it writes a line a minute instead of redrawing.
+
+    Of several processes only the first shows one.
+    """
     interval = 0.5 if sys.stderr.isatty() else 60
-    intervals = {"mininterval": interval, "maxinterval": interval}
+    intervals = {"mininterval": interval, "maxinterval": interval, "disable": not distributed.is_main()}
     return tqdm(items, desc=desc, unit=unit, total=total, smoothing=0.1, **intervals, **options)
 
 
@@ -280,9 +302,11 @@ def loader_arguments(args: argparse.Namespace) -> dict[str, object]:
     return {
         "shuffle": True,
         "drop_last": True,
-        "num_workers": args.num_workers,
+        "num_workers": -(-args.num_workers // distributed.local_world_size()),
         "seed": args.seed,
         "steps_per_epoch": args.max_steps,
+        "rank": distributed.rank(),
+        "world_size": distributed.world_size(),
     }
 
 
@@ -317,17 +341,23 @@ def data_dir(args: argparse.Namespace) -> Path:
 
 
 def select_device(name: str) -> torch.device:
-    """Resolve --device, and prepare the process for it.
+    """Resolve --device, and prepare the process for it. Processes of torchrun get a GPU each, by their local rank.
 
     Raises:
-        UserError: not one of auto, cpu, cuda and cuda:N, or a GPU that PyTorch does not see.
+        UserError: not one of auto, cpu, cuda and cuda:N, or a GPU that PyTorch does not see, or one for all processes.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
     if not match:
         raise UserError(f"--device {name}: not a device. Use auto, cpu, cuda or cuda:N.")
-    if name != "cpu" and int(match[1] or 0) >= torch.cuda.device_count():
+    index = int(match[1] or 0)
+    if name != "cpu" and distributed.world_size() > 1:
+        if match[1]:
+            raise UserError(f"--device {name}: torchrun gives each of its processes a GPU. Use --device cuda.")
+        index = distributed.local_rank()
+        name = f"cuda:{index}"
+    if name != "cpu" and index >= torch.cuda.device_count():
         raise UserError(
             f"--device {name}: PyTorch sees {torch.cuda.device_count()} GPUs. Use --device cpu or another index."
         )

@@ -6,7 +6,8 @@ nothing back to the host. Segmentation maps may be smaller than the labels: they
     loss_c = multilabel_loss(student["class_logits"], image_labels, label_smoothing=0.1)
     loss_c2s = c2s_loss(student["seg_logits"], cam_labels, label_smoothing=0.1)
 
-The contrastive loss lives in `tools.memory_bank`, beside the memory it draws from.
+The contrastive loss lives in `tools.memory_bank`, beside the memory it draws from. In several processes each function
+gives a process its share: the mean over the processes is the loss of the whole batch (`tools.distributed`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tools.distributed import all_reduce_sum, gather_batch, world_size
 
 IGNORE_INDEX = 255
 
@@ -79,7 +82,7 @@ def unsupervised_loss(logits: Tensor, labels: Tensor, teacher_entropy: Tensor, p
     """
     labelled = labels != IGNORE_INDEX
     kept = labelled & (teacher_entropy < masked_percentile(teacher_entropy, labelled, percentile))
-    weight = labels.numel() / kept.sum().clamp(min=1)
+    weight = labels.numel() * world_size() / all_reduce_sum(kept.sum()).clamp(min=1)
     return weight * cross_entropy(logits, labels.where(kept, IGNORE_INDEX))
 
 
@@ -97,7 +100,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
         label_smoothing=label_smoothing,
         reduction="none",
     )
-    return per_pixel.sum() / (labels != IGNORE_INDEX).sum().clamp(min=1)
+    return per_pixel.sum() * world_size() / all_reduce_sum((labels != IGNORE_INDEX).sum()).clamp(min=1)
 
 
 def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -117,11 +120,12 @@ def entropy(logits: Tensor) -> Tensor:
 def masked_percentile(values: Tensor, mask: Tensor, percentile: float) -> Tensor:
     """The percentile (linear interpolation) of the float `values` where the boolean `mask` holds; NaN if nowhere.
 
+    It is that of the whole batch, from the values of all processes: exact, at the price of sorting them everywhere.
     `torch.quantile` refuses more than 16 million values, which a batch of full-size maps can exceed, and choosing
     the values with a boolean index would wait for the device.
     """
-    ordered = values.masked_fill(~mask, torch.inf).flatten().sort().values
-    position = percentile / 100 * (mask.sum() - 1).clamp(min=0).double()
+    ordered = gather_batch(values.masked_fill(~mask, torch.inf)).flatten().sort().values
+    position = percentile / 100 * (all_reduce_sum(mask.sum()) - 1).clamp(min=0).double()
     below, above = ordered[torch.stack([position.floor(), position.ceil()]).long()]
     return below.lerp(above, position.frac().to(values.dtype))
 

@@ -9,6 +9,10 @@ the student are pulled to the class's mean in the teacher and pushed from keys o
 
 Batches are two halves: "labeled" images (labels from CAMs) first, then "unlabeled" ones (labels from the teacher).
 Pixels are only ever chosen through indices of fixed length, so that nothing here waits for the device.
+
+Several processes (`tools.distributed`) have equal banks, that of a single process with the whole batch: each gathers
+the maps of all, which together are about as large as the bank, and pushes the keys of all. Class means, too, are over
+the whole batch. Anchors are drawn from a process's own pixels, and weighted by its share of all candidates.
 """
 
 from __future__ import annotations
@@ -17,13 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tools.distributed import all_reduce_sum, gather_batch, world_size
 from tools.losses import IGNORE_INDEX, masked_percentile
 
 
 class MemoryBank(nn.Module):
     """First-in, first-out queues of negative keys, one per class, in buffers: checkpoints carry them.
-
-    Under distributed training every process keeps a bank of its own, fed with its own images.
 
     Args:
         num_classes: C, with the background as class 0.
@@ -118,7 +121,7 @@ def contrastive_loss(
     feed_bank(bank, teacher_reps, labels, teacher_probs, image_labels, high_entropy, low_rank, high_rank)
     # Pixels that are not reliable become 255, so that "reliable and labelled c" is one comparison from here on.
     reliable = labels.where(torch.cat([torch.ones_like(low_entropy), low_entropy]), IGNORE_INDEX)
-    pixels, has_anchors = sample_anchors(reliable, teacher_probs, num_anchors, positive_threshold)
+    pixels, candidates = sample_anchors(reliable, teacher_probs, num_anchors, positive_threshold)
     anchors = gather_pixels(student_reps, pixels)
     # Mixed precision would turn the products below into half precision, whose sums over a batch can overflow.
     with torch.autocast(student_reps.device.type, enabled=False):
@@ -126,8 +129,10 @@ def contrastive_loss(
         per_class = info_nce(anchors.float(), positives, bank.sample(num_anchors * num_negatives), temperature)
 
     num_reliable = has_reliable.sum()
-    contributes = has_anchors & (bank.sizes > 0) & (num_reliable > 1)
-    return per_class.where(contributes, 0).sum() / num_reliable.clamp(min=1)
+    all_candidates = all_reduce_sum(candidates)
+    contributes = (all_candidates > 0) & (bank.sizes > 0) & (num_reliable > 1)
+    weights = candidates * world_size() / all_candidates.clamp(min=1)  # 1 in a single process
+    return (weights * per_class).where(contributes, 0).sum() / num_reliable.clamp(min=1)
 
 
 def info_nce(anchors: Tensor, positives: Tensor, negatives: Tensor, temperature: float) -> Tensor:
@@ -168,22 +173,23 @@ def feed_bank(
     Arguments as of `contrastive_loss`.
 
     Returns:
-        int64 [C], the number of new keys per class.
+        int64 [C], the number of new keys per class, of all processes.
     """
     half = len(labels) // 2
     num_classes = teacher_probs.shape[1]
     ranked = teacher_probs.topk(min(high_rank, num_classes), dim=1).indices
     in_image = F.pad(image_labels, (1, 0), value=1.0) > 0  # the background is in every image
-    vectors = teacher_reps.permute(0, 2, 3, 1).flatten(0, 2)  # one copy per step; none if already channels last
-    new_keys = []
+    masks = []
     for c in range(num_classes):
         confusable = (ranked[:, :low_rank] == c).any(dim=1)
         unlikely = (ranked[half:, low_rank:] == c).any(dim=1)
         labeled = confusable[:half] & (labels[:half] != c) & (labels[:half] != IGNORE_INDEX)
         absent = ~in_image[half:, c, None, None]
         unlabeled = high_entropy & ((confusable[half:] & absent) | unlikely)
-        new_keys.append(bank.push(c, vectors, torch.cat([labeled, unlabeled]).flatten()))
-    return torch.stack(new_keys)
+        masks.append(torch.cat([labeled, unlabeled]))
+    vectors = gather_batch(teacher_reps.permute(0, 2, 3, 1)).flatten(0, 2)  # a copy, unless already channels last
+    masks = gather_batch(torch.stack(masks, dim=1)).transpose(0, 1).flatten(1)
+    return torch.stack([bank.push(c, vectors, mask) for c, mask in enumerate(masks)])
 
 
 def entropy_masks(teacher_entropy: Tensor, labels: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
@@ -205,7 +211,10 @@ def entropy_masks(teacher_entropy: Tensor, labels: Tensor, alpha: float) -> tupl
 
 @torch.no_grad()
 def class_means(representations: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Mean representation per label: float [N, D, h, w] and int64 [N, h, w] -> float32 [C, D], bool [C] (any pixel)."""
+    """Mean representation per label: float [N, D, h, w] and int64 [N, h, w] -> float32 [C, D], bool [C] (any pixel).
+
+    Over the pixels of all processes.
+    """
     sums = representations.new_zeros(num_classes, representations.shape[1], dtype=torch.float32)
     counts = sums.new_zeros(num_classes)
     # One image at a time: a membership matrix of a whole COCO batch is half a gigabyte.
@@ -213,6 +222,7 @@ def class_means(representations: Tensor, labels: Tensor, num_classes: int) -> tu
         member = (label == torch.arange(num_classes, device=label.device)[:, None]).float()
         sums += member @ rep.float().T
         counts += member.sum(dim=1)
+    sums, counts = all_reduce_sum(sums), all_reduce_sum(counts)
     return sums / counts.clamp(min=1)[:, None], counts > 0
 
 
@@ -225,19 +235,19 @@ def sample_anchors(labels: Tensor, teacher_probs: Tensor, count: int, threshold:
         teacher_probs: float [N, C, h, w].
 
     Returns:
-        int64 [C, count], positions in the flattened [N, h, w], and bool [C], false where there was no pixel to draw
-        (the positions of such a class are valid but mean nothing).
+        int64 [C, count], positions in the flattened [N, h, w], and int64 [C], the number of pixels they were drawn from
+        (where that is 0, the positions are valid but mean nothing).
     """
     num_classes = teacher_probs.shape[1]
     own = teacher_probs.gather(1, labels.clamp(max=num_classes - 1)[:, None])[:, 0]
     labels = labels.where(own > threshold, IGNORE_INDEX).flatten()
-    pixels, available = [], []
+    pixels, candidates = [], []
     for c in range(num_classes):
         running = (labels == c).cumsum(0)
         ranks = torch.rand(count, device=labels.device) * running[-1]
         pixels.append(_position_of_rank(running, ranks.long()))
-        available.append(running[-1] > 0)
-    return torch.stack(pixels), torch.stack(available)
+        candidates.append(running[-1])
+    return torch.stack(pixels), torch.stack(candidates)
 
 
 def gather_pixels(maps: Tensor, pixels: Tensor) -> Tensor:

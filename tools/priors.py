@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tools import cli
+from tools import cli, distributed
 from tools.losses import multilabel_loss, resize_maps
 from tools.optim import build_optimizer, poly_schedule
 
@@ -104,6 +104,7 @@ class Opponent:
     def __init__(self, model: nn.Module, args: argparse.Namespace, *, steps_per_epoch: int) -> None:
         self.model, self.args = model.eval(), args
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.replica = distributed.Replica(model)
         self.optimizer = build_optimizer(model, **cli.optimizer_arguments(args))
         updates = -(-steps_per_epoch // args.accumulate_steps) * args.max_epoch
         self.schedule = poly_schedule(self.optimizer, updates, args.lr_poly_power)
@@ -133,15 +134,17 @@ class Opponent:
         """
         self._learn(True)
         with autocast:
-            images = hide_class(sample.images, sample.cams, sample.hidden, threshold=0.2)
-            logits = self.model(images)["class_logits"]
-            weight = ramp(progress, 0.0, 1.0)
-            loss = weight * multilabel_loss(logits, sample.labels, self.args.label_smoothing)
+            loss = self.replica(self._loss, sample, progress, average=step)
         self.scaler.scale(loss / self.args.accumulate_steps).backward()
         self._learn(False)
         if step:
             self._step()
         return loss.detach()
+
+    def _loss(self, sample: Sample, progress: float) -> Tensor:
+        images = hide_class(sample.images, sample.cams, sample.hidden, threshold=0.2)
+        logits = self.model(images)["class_logits"]
+        return ramp(progress, 0.0, 1.0) * multilabel_loss(logits, sample.labels, self.args.label_smoothing)
 
     def _step(self) -> None:
         if self.args.grad_max_norm:

@@ -3,12 +3,12 @@
     trainer = Trainer(model, args, info, steps_per_epoch=46)
     for epoch in trainer.epochs():
         for batch in trainer.progress(epoch, loader):
-            with trainer.autocast():
-                losses = ...            # dict of scalars; "loss" is the one to minimise
+            losses = trainer.losses(step, batch)    # dict of scalars; "loss" is the one to minimise
             trainer.update(losses)
 
 A run killed at any moment and started again with the same command continues after its last finished epoch and ends with
-the same weights: every epoch seeds all generators from (seed, epoch).
+the same weights: every epoch seeds all generators from (seed, epoch). Started by torchrun, several processes train
+together (`tools.distributed`); a run may go on with another number of them. The first one logs and saves.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from datasets import DatasetInfo, Loader
-from tools import cli
+from tools import cli, distributed
 from tools.checkpoint import check_classes, load_checkpoint, save_checkpoint
 from tools.errors import UserError
 from tools.files import check_writable
@@ -53,6 +53,8 @@ class Trainer:
         info: of the dataset; its class names go into the checkpoint.
         device: where the model lies.
         steps_per_epoch: batches per epoch.
+        loaders: how many loaders of `--batch_size` images a batch comes from; for the speed reported.
+        partial: whether a step may leave some weights without gradient.
         companions: what else is kept in the checkpoint, by name: modules such as the teacher, or what has a
             `state_dict` and a `load_state_dict` like one.
     """
@@ -65,11 +67,14 @@ class Trainer:
         *,
         device: torch.device,
         steps_per_epoch: int,
+        loaders: int = 1,
+        partial: bool = False,
         companions: dict[str, Any] | None = None,
     ) -> None:
         self.model, self.args, self.info, self.device = model, args, info, device
-        self.steps_per_epoch = steps_per_epoch
+        self.steps_per_epoch, self.images_per_step = steps_per_epoch, loaders * args.batch_size
         self.companions = companions or {}
+        self.replica = distributed.Replica(model, partial=partial)
         self.optimizer = build_optimizer(model, **cli.optimizer_arguments(args))
         self.updates_per_epoch = -(-steps_per_epoch // args.accumulate_steps)
         self.schedule = poly_schedule(self.optimizer, self.updates_per_epoch * args.max_epoch, args.lr_poly_power)
@@ -88,13 +93,15 @@ class Trainer:
             print(f"{self.path}: already trained; nothing to do. Choose another --tag, or delete it to train again.")
             return
         logs = check_writable(cli.EXPERIMENTS / "logs" / self.args.tag)
-        self.writer = SummaryWriter(logs, purge_step=first + 1)
+        self.writer = SummaryWriter(logs, purge_step=first + 1) if distributed.is_main() else None
         for epoch in range(first, self.args.max_epoch):
-            seed_everything(self.args.seed, epoch + 1)
+            seed_everything(self.args.seed, epoch + 1, distributed.rank())
             self.model.train()
             yield epoch
-            self._save(epoch + 1)
-        self.writer.close()
+            if distributed.is_main():
+                self._save(epoch + 1)
+        if self.writer:
+            self.writer.close()
         print(f"Model: {self.path}")
 
     def fit(self, loader: Loader, step: Callable[[dict], dict[str, torch.Tensor]]) -> Iterator[int]:
@@ -102,9 +109,7 @@ class Trainer:
         for epoch in self.epochs():
             loader.set_epoch(epoch)
             for batch in self.progress(epoch, loader):
-                with self.autocast():
-                    losses = step(batch)
-                self.update(losses)
+                self.update(self.losses(step, batch))
             yield epoch
 
     def progress(self, epoch: int, batches: Iterable) -> Iterator:
@@ -121,15 +126,18 @@ class Trainer:
         means = self.means()
         self.log(epoch, means)
         text = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-        tqdm.write(f"{title}  {text}  lr {self.schedule.get_last_lr()[0]:.2e}  {rate:.2f} steps/s")
+        speed = f"{rate:.2f} steps/s  {rate * self.images_per_step:.1f} images/s"
+        tqdm.write(f"{title}  {text}  lr {self.schedule.get_last_lr()[0]:.2e}  {speed}")
 
     def means(self) -> dict[str, float]:
-        """Mean of each loss over the batches of the epoch so far.
+        """Mean of each loss over the batches of the epoch so far, of all processes.
 
         Raises:
             UserError: one is not finite. Asked here, where the losses have come to the host, not in every step.
         """
-        means = {name: total.item() / max(1, self.batch) for name, total in self.sums.items()}
+        batches = max(1, self.batch) * distributed.world_size()
+        sums = {name: distributed.all_reduce_sum(total) for name, total in self.sums.items()}
+        means = {name: total.item() / batches for name, total in sums.items()}
         if not all(math.isfinite(mean) for mean in means.values()):
             values = ", ".join(f"{name} {mean:g}" for name, mean in means.items())
             raise UserError(
@@ -140,13 +148,22 @@ class Trainer:
 
     def log(self, epoch: int, values: dict[str, float]) -> None:
         """Write scalars to TensorBoard at the end of an epoch."""
-        for name, value in values.items():
+        for name, value in values.items() if self.writer else ():
             self.writer.add_scalar(name, value, epoch + 1)
 
     # -- one step -------------------------------------------------------------------------------------------------
     def autocast(self) -> contextlib.AbstractContextManager:
         """Automatic mixed precision for the forward passes."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+    def losses(self, step: Callable[..., dict[str, torch.Tensor]], *args: Any) -> dict[str, torch.Tensor]:
+        """What `step(*args)` gives in mixed precision: the losses of a batch, or of this process's share of one."""
+        with self.autocast():
+            return self.replica(step, *args, average=self._updates_after(self.batch + 1))
+
+    def _updates_after(self, batch: int) -> bool:
+        """Whether the weights change after this batch of the epoch (counted from 1)."""
+        return batch % self.args.accumulate_steps == 0 or batch == self.steps_per_epoch
 
     def record(self, losses: dict[str, torch.Tensor]) -> None:
         """Add the losses of a batch to the means that the end of the epoch reports."""
@@ -162,7 +179,7 @@ class Trainer:
         self.record(losses)
         self.batch += 1
         self.scaler.scale(losses["loss"] / self.args.accumulate_steps).backward()
-        if self.batch % self.args.accumulate_steps and self.batch != self.steps_per_epoch:
+        if not self._updates_after(self.batch):
             return False
         if self.args.grad_max_norm:
             self.scaler.unscale_(self.optimizer)
@@ -223,12 +240,17 @@ class Trainer:
                 )
 
 
-def seed_everything(seed: int, epochs_begun: int = 0) -> None:
-    """Seed Python, NumPy and PyTorch (all devices): from the run's seed before the network is built, then per epoch."""
+def seed_everything(seed: int, epochs_begun: int = 0, rank: int = 0) -> None:
+    """Seed Python, NumPy and PyTorch (all devices): from the run's seed before the network is built, then per epoch.
+
+    Python and NumPy are seeded alike in all processes: they decide what concerns a whole step, as whether it mixes.
+    PyTorch, which draws what concerns single images, pixels and neurons, is seeded with the process's rank too.
+    """
     value = int(np.random.SeedSequence([seed, epochs_begun]).generate_state(1)[0])
     random.seed(value)
     np.random.seed(value)
-    torch.manual_seed(value)
+    own = [seed, epochs_begun, rank] if rank else [seed, epochs_begun]
+    torch.manual_seed(int(np.random.SeedSequence(own).generate_state(1)[0]))
 
 
 def _plain(value: object) -> object:

@@ -12,7 +12,7 @@ from torch import nn
 
 from datasets import DataSource
 from datasets.transforms import normalize
-from tools import cli
+from tools import cli, distributed
 from tools.cam import PSEUDO_MASK_THRESHOLD, multi_scale_cams, scaled_views
 from tools.losses import resize_maps
 from tools.metrics import ConfusionMatrix, ThresholdSweep, classification_scores, scores, threshold_range
@@ -39,28 +39,36 @@ def validate(
     CAMs are restricted to the image's labels, as pseudo masks are; their mean IoU is reported at the best background
     threshold (and which that is) and at the fixed one of pseudo masks. The segmentation branch is not told the labels,
     as a segmentation model is not. Of class logits: mean average precision, precision and recall over the classes.
+    Several processes share the images; each returns the report on all.
     """
     model.eval()
-    classes = source.info.num_classes
+    ids, classes = source.ids(domain), source.info.num_classes
     sweep, matrix = ThresholdSweep(classes, THRESHOLDS), ConfusionMatrix(classes)
-    logits, labels = [], []
-    for image_id in cli.progress(source.ids(domain), desc=f"validating on {domain}", unit="image"):
+    logits = torch.zeros(len(ids), classes - 1)
+    seen = torch.zeros(2)  # images with CAMs, with segmentation logits
+    for index in cli.progress(distributed.share(range(len(ids))), desc=f"validating on {domain}", unit="image"):
+        image_id = ids[index]
         image = normalize(source.photograph(image_id).to(device))
         (view,) = scaled_views(image, [1], long_side)
         outputs = model(view)
         truth = source.mask(image_id)
         if "cams" in outputs:
-            labels.append(source.image_label(image_id))
-            logits.append(outputs["class_logits"][0].float().cpu().numpy())
-            maps, label = outputs["cams"], torch.from_numpy(labels[-1])
+            seen[0] += 1
+            logits[index] = outputs["class_logits"][0].float()
+            maps, label = outputs["cams"], torch.from_numpy(source.image_label(image_id))
             keys, _, cams = multi_scale_cams(lambda _, maps=maps: maps, image, label, scales=[1], hflip=False)
             sweep.update(truth, keys, cams)
         if "seg_logits" in outputs:
             prediction = resize_maps(outputs["seg_logits"], truth.shape)[0].argmax(dim=0)
+            seen[1] += 1
             matrix.update(torch.tensor(truth), prediction.cpu())
-    report = _cam_report(sweep, np.stack(logits), np.stack(labels)) if logits else {}
-    if "seg_logits" in outputs:
-        report["valid/miou_seg"] = scores(matrix.counts).miou
+    counts, sweep.histogram, logits, seen = (
+        distributed.all_reduce_sum(torch.as_tensor(part).to(device)).cpu().numpy()
+        for part in (matrix.counts, sweep.histogram, logits, seen)
+    )
+    report = _cam_report(sweep, logits, source.image_labels(ids)) if seen[0] else {}
+    if seen[1]:
+        report["valid/miou_seg"] = scores(counts).miou
     print("  ".join(f"{name} {value:.2f}" for name, value in report.items()))
     return report
 

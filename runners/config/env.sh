@@ -6,6 +6,7 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/../..}"
 
 : "${DATASET:=voc12}"       # voc12, coco14, folder, shapes or deepglobe: picks a block in dataset.sh
 : "${DEVICE:=auto}"         # auto, cpu, cuda or cuda:N
+: "${GPUS:=1}"              # of this machine; above 1, training and prediction are shared by as many processes
 : "${WORKERS:=$(nproc)}"    # loader and helper processes
 : "${SEED:=0}"
 : "${PRIOR:=vanilla}"       # CAM prior that CSRM starts from: vanilla, puzzle, poc or pnoc, or a file of weights
@@ -18,9 +19,14 @@ TAG_PRIOR=$NAME-prior TAG_CSRM=$NAME-csrm TAG_SEG=$NAME-deeplab  # checkpoints a
 PYTHON=python3
 if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; fi
 
-# run SCRIPT FLAGS...: show the command, then run it on the dataset.
+# run SCRIPT FLAGS...: show the command, then run it on the dataset; on several GPUs if the script can.
 run() {
-  local command=("$PYTHON" "$@" --dataset "$DATASET" --data_dir "$DATA_DIR")
+  local launcher=("$PYTHON")
+  case "$GPUS $1" in
+  "1 "*) ;;
+  *" train_"*.py | *" inference.py") launcher+=(-m torch.distributed.run --standalone --nproc_per_node "$GPUS") ;;
+  esac
+  local command=("${launcher[@]}" "$@" --dataset "$DATASET" --data_dir "$DATA_DIR")
   printf '\n$'; printf ' %q' "${command[@]}"; printf '\n'
   "${command[@]}"
 }
