@@ -1,0 +1,86 @@
+"""Images per second that the loader alone delivers, by number of workers.
+
+    python -m benchmarks.data_loading                                             # random photographs of VOC's size
+    python -m benchmarks.data_loading --dataset voc12 --data_dir data/voc12 --num_images 2000 --workers 4,8,16
+    python -m benchmarks.data_loading --script segmentation                       # with masks
+
+Reading, decoding, scaling, cropping and collating, as train_SCRIPT.py has it (of CSRM: the labeled half). Training on a
+GPU needs at least as many images per second as benchmarks.train_step reports without loading.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.photographs import write_photographs
+from datasets import DATASETS, DataSource, ImageDataset, Loader, build_loader, build_source
+from datasets.transforms import segmentation_geometry, train_geometry
+from tools import cli
+
+
+def make_parser() -> cli.Parser:
+    """The command line of this benchmark."""
+    parser = cli.Parser(__doc__)
+    group = parser.add_argument_group("benchmark")
+    group.add_argument(
+        "--script", choices=["classifier", "csrm", "segmentation"], default="csrm", help="train_SCRIPT.py"
+    )
+    workers = ",".join(map(str, sorted({0, 1, os.cpu_count() or 1})))
+    group.add_argument("--workers", type=counts, default=workers, metavar="LIST", help="numbers of workers to try")
+    group.add_argument("--batch_size", type=cli.positive_int, default=16, help="images per batch")
+    group.add_argument(
+        "--num_images", type=cli.positive_int, default=128, help="images to time, after as many to warm up"
+    )
+    group.add_argument("--dataset", choices=DATASETS, help="kind of dataset (default: random photographs)")
+    group.add_argument("--data_dir", type=Path, help="its folder (default: data/DATASET)")
+    group.add_argument("--domain", default="train", help="its split")
+    cli.add_images(parser)
+    return parser
+
+
+def counts(text: str) -> list[int]:
+    """A comma-separated list of whole numbers."""
+    return [cli.count(part) for part in text.split(",")]
+
+
+def loader_of(source: DataSource, args: argparse.Namespace, num_workers: int) -> Loader:
+    """The loader of `--script`."""
+    sizes = cli.image_sizes(args)
+    if args.script == "segmentation":
+        geometry = segmentation_geometry(*sizes)
+    else:
+        geometry = train_geometry(*sizes, randaugment=args.script == "classifier")
+    dataset = ImageDataset(source, source.ids(args.domain), geometry, with_masks=args.script == "segmentation")
+    options = {"shuffle": True, "drop_last": True, "num_workers": num_workers, "seed": 0}
+    return build_loader(dataset, args.batch_size, **options, steps_per_epoch=-(-args.num_images // args.batch_size))
+
+
+def images_per_second(loader: Loader, batch_size: int) -> float:
+    """Speed of the second epoch: in the first, workers start and files come into the system's memory."""
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        start = time.perf_counter()
+        batches = sum(1 for _ in loader)
+    return batches * batch_size / (time.perf_counter() - start)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        if args.dataset:
+            source = build_source(args.dataset, cli.data_dir(args))
+        else:
+            source = build_source("folder", write_photographs(Path(folder) / "data", args.num_images))
+        print(f"{args.script}, {args.image_size} pixels, batches of {args.batch_size}, {os.cpu_count()} cores")
+        print("workers  images/s")
+        for number in args.workers:
+            loader = loader_of(source, args, number)
+            print(f"{number:7} {images_per_second(loader, args.batch_size):9.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser())

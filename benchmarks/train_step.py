@@ -1,0 +1,228 @@
+"""Where the time of a training step goes, and how near it comes to what the processor can do.
+
+    python -m benchmarks.train_step                                     # CSRM; network and sizes that suit the device
+    python -m benchmarks.train_step --script segmentation --architecture resnest269e --batch_size 16
+    python -m benchmarks.train_step --script classifier -- --method puzzle --mode fix      # flags of the script
+
+Runs the training script itself on random photographs, three times: to count floating-point operations in one step; with
+a clock around each phase, for which a GPU must wait; and untouched, for the speed. docs/performance.md explains the
+rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib
+import io
+import resource
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import models
+from benchmarks.photographs import write_photographs
+from datasets.loaders import Loader
+from datasets.transforms import PhotometricAugmentation
+from tools import cli
+from tools.ema import Teacher
+from tools.priors import PriorCriterion
+from tools.training import Trainer
+
+SCRIPTS = {"classifier": models.Classifier, "csrm": models.CSRM, "segmentation": models.DeepLabV3Plus}
+DEFAULTS = {  # on a CPU, the network of `make demo`
+    "cpu": {"architecture": "test_resnet", "decoder_channels": 64, "batch_size": 4, "image_size": 97},
+    "cuda": {"architecture": "resnest101e", "decoder_channels": 256, "batch_size": 16, "image_size": 512},
+}
+PHASES = ("loading", "augmentation", "teacher", "CAM labels", "student", "losses", "backward", "optimiser", "EMA")
+
+
+def make_parser() -> cli.Parser:
+    """The command line of this benchmark."""
+    parser = cli.Parser(__doc__)
+    group = parser.add_argument_group("benchmark")
+    group.add_argument("--script", choices=SCRIPTS, default="csrm", help="train_SCRIPT.py")
+    group.add_argument("--device", default="auto", help="auto (the GPU if there is one), cpu, cuda or cuda:N")
+    group.add_argument("--architecture", help="a timm network (default: test_resnet on a CPU, resnest101e on a GPU)")
+    group.add_argument("--batch_size", type=cli.positive_int, help="images per loader (default: 4 or 16)")
+    group.add_argument("--image_size", type=cli.positive_int, help="side of the crop (default: 97 or 512)")
+    group.add_argument("--decoder_channels", type=cli.positive_int, help="width of the decoder (default: 64 or 256)")
+    group.add_argument("--steps", type=cli.positive_int, default=3, help="steps to time, after as many to warm up")
+    cli.add_workers(group)
+    group.add_argument("flags", nargs="*", metavar="-- FLAGS", help="further flags of the script")
+    return parser
+
+
+class Clock:
+    """Seconds by phase of what happens inside `with clock`. A phase within another is not counted to that."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds = device, defaultdict(float)
+        self._phase, self._since = "other", 0.0
+
+    def __enter__(self) -> Clock:
+        self._switch("other")
+        self.seconds.clear()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._switch("other")
+
+    def _switch(self, phase: str) -> str:
+        """Count the time since the last call to the phase that was on; returns which that was."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now, last = time.perf_counter(), self._phase
+        self.seconds[last] += now - self._since
+        self._phase, self._since = phase, now
+        return last
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the block to a phase."""
+        outer = self._switch(name)
+        try:
+            yield
+        finally:
+            self._switch(outer)
+
+    def watch(self, owner: Any, attribute: str, name: Callable[[], str]) -> Any:
+        """A patch under which calls of `owner.attribute` are counted to phase `name()`."""
+        function = getattr(owner, attribute)
+
+        @functools.wraps(function)
+        def timed(*args, **kwargs):
+            with self.phase(name()):
+                return function(*args, **kwargs)
+
+        return mock.patch.object(owner, attribute, timed)
+
+
+def clocked(script: str, clock: Clock) -> contextlib.ExitStack:
+    """Put the clock into the script's phases, for as long as the result is entered."""
+    module, stack = importlib.import_module(f"train_{script}"), contextlib.ExitStack()
+    iterate = Loader.__iter__
+
+    def timed_batches(loader: Loader) -> Iterator:
+        batches = iterate(loader)
+        while True:
+            with clock.phase("loading"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    patches = [
+        mock.patch.object(Loader, "__iter__", timed_batches),
+        # The teacher is the network that takes no gradient.
+        clock.watch(SCRIPTS[script], "forward", lambda: "student" if torch.is_grad_enabled() else "teacher"),
+        clock.watch(PhotometricAugmentation, "forward", lambda: "augmentation"),
+        clock.watch(torch.Tensor, "backward", lambda: "backward"),
+        clock.watch(Trainer, "update", lambda: "optimiser"),
+        clock.watch(Teacher, "update", lambda: "EMA"),
+        clock.watch(PriorCriterion, "__call__", lambda: "losses"),
+    ]
+    if script == "csrm":
+        patches.append(clock.watch(module, "pixel_labels", lambda: "CAM labels"))
+        patches.append(clock.watch(module.Criterion, "forward", lambda: "losses"))
+    if script == "segmentation":
+        patches.append(clock.watch(module, "cross_entropy", lambda: "losses"))
+    for patch in patches:
+        stack.enter_context(patch)
+    return stack
+
+
+def train(args: argparse.Namespace, folder: Path, last: contextlib.AbstractContextManager, *, epochs: int = 1) -> None:
+    """Run the script for some epochs of `--steps` steps (or one of a single step), the last of them within `last`."""
+    module, steps = importlib.import_module(f"train_{args.script}"), args.steps if epochs > 1 else 1
+    flags = ["--tag", f"run{id(last)}", "--dataset", "folder", "--data_dir", folder / "data", "--domain_train", "train"]
+    flags += ["--device", args.device, "--num_workers", args.num_workers, "--max_steps", steps, "--max_epoch", epochs]
+    flags += ["--architecture", args.architecture, "--backbone_weights", "none", "--batch_size", args.batch_size]
+    for size in ("image_size", "min_image_size", "max_image_size"):
+        flags += [f"--{size}", args.image_size]
+    if args.script == "csrm":
+        flags += ["--warmup_epochs", 0]
+    if args.script != "classifier":
+        flags += ["--decoder_channels", args.decoder_channels]
+    progress = Trainer.progress
+
+    def measured(self, epoch, batches):
+        with last if epoch == epochs - 1 else contextlib.nullcontext():
+            yield from progress(self, epoch, batches)
+
+    with (
+        mock.patch.object(cli, "EXPERIMENTS", folder),
+        mock.patch.object(Trainer, "progress", measured),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        module.main(module.make_parser().parse_args([*map(str, flags), *args.flags]))
+
+
+def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a product of large square matrices: what the processor can do at best."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(5):
+        with Clock(device) as clock:
+            a @ b
+        seconds.append(sum(clock.seconds.values()))
+    return 2 * side**3 / min(seconds)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Bytes: on a GPU those of tensors at the peak; else those of this process, PyTorch included."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def print_report(
+    args: argparse.Namespace, device: torch.device, phases: dict[str, float], seconds: float, flops: int
+) -> None:
+    """Print phases (seconds in an epoch), and speeds from the seconds of an untouched epoch and the FLOPs of a step."""
+    images = args.batch_size * (2 if args.script == "csrm" else 1)
+    speed = images * args.steps / seconds
+    total = sum(phases.values())
+    print(f"{args.script}, {args.architecture}, {args.image_size} pixels, {images} images per step, {device}")
+    print(f"{'phase':<13} {'ms/step':>9} {'share':>7}")
+    for name in (*PHASES, "other"):
+        if name in phases:
+            print(f"{name:<13} {1000 * phases[name] / args.steps:9.1f} {phases[name] / total:7.1%}")
+    print(f"{'all':<13} {1000 * total / args.steps:9.1f}")
+    computing = images * args.steps / (total - phases["loading"])
+    print(f"images/s      {speed:.1f} with loading, {computing:.1f} without")
+    dtype = cli.autocast_dtype("auto", device) or torch.float32
+    achieved, peak = flops / images * speed / 1e12, matrix_peak(device, dtype) / 1e12
+    print(f"TFLOP         {flops / 1e12:.4f} per step in convolutions and products")
+    print(f"TFLOP/s       {achieved:.4f}, {achieved / peak:.1%} of the {peak:.4f} of a product of matrices ({dtype})")
+    print(f"peak memory   {peak_memory(device) / 1e9:.2f} GB")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure, and print the report."""
+    device = cli.select_device(args.device)
+    for name, value in DEFAULTS[device.type].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    with tempfile.TemporaryDirectory() as folder:
+        write_photographs(Path(folder) / "data", 2 * args.batch_size)
+        counter, clock, stopwatch = FlopCounterMode(display=False), Clock(device), Clock(device)
+        train(args, Path(folder), counter)
+        with clocked(args.script, clock):
+            train(args, Path(folder), clock, epochs=2)
+        train(args, Path(folder), stopwatch, epochs=2)
+    print_report(args, device, clock.seconds, sum(stopwatch.seconds.values()), counter.get_total_flops())
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser())

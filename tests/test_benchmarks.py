@@ -1,0 +1,45 @@
+"""Benchmarks: the clock counts every second once; both run and print what docs/performance.md says they do."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+import torch
+
+from benchmarks import data_loading, train_step
+from tools import cli
+
+
+def output_of(module, capsys: pytest.CaptureFixture, *flags: object) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["benchmark", *map(str, flags)])
+        cli.run(module.main, module.make_parser())
+    return capsys.readouterr().out
+
+
+def test_the_clock_counts_a_phase_within_another_to_itself(monkeypatch):
+    seconds = iter([100, 101, 103, 107, 115, 131])
+    monkeypatch.setattr(train_step.time, "perf_counter", lambda: next(seconds))
+    with train_step.Clock(torch.device("cpu")) as clock, clock.phase("outer"), clock.phase("inner"):
+        pass
+    assert clock.seconds == {"other": 1 + 16, "outer": 2 + 8, "inner": 4}
+
+
+@pytest.mark.parametrize("script, flags", [("segmentation", []), ("csrm", ["--", "--crf-t", 1])])
+def test_a_step_in_phases(capsys, script, flags):
+    sizes = ["--batch_size", 2, "--image_size", 33, "--steps", 1, "--num_workers", 0, "--device", "cpu"]
+    text = output_of(train_step, capsys, "--script", script, *sizes, "--decoder_channels", 8, *flags)
+    rows = dict(re.findall(r"^(.+?) {2,}(.+)$", text, re.MULTILINE))
+    expected = {"loading", "student", "losses", "backward", "optimiser", "other", "all"}
+    expected |= {"augmentation", "teacher", "CAM labels", "EMA"} if script == "csrm" else set()
+    assert rows.keys() - {"phase", "images/s", "TFLOP", "TFLOP/s", "peak memory"} == expected
+    milliseconds = {name: float(row.split()[0]) for name, row in rows.items() if name in expected}
+    assert sum(milliseconds.values()) == pytest.approx(2 * milliseconds["all"], abs=1)
+    assert float(rows["TFLOP"].split()[0]) > 0
+
+
+def test_the_speed_of_the_loader(capsys):
+    text = output_of(data_loading, capsys, "--num_images", 4, "--batch_size", 2, "--image_size", 32, "--workers", "0,1")
+    assert [line.split()[0] for line in text.splitlines()[2:]] == ["0", "1"]
