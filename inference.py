@@ -176,10 +176,9 @@ def main(args: argparse.Namespace) -> None:
     predict.claim(fingerprint(weights))
     pending = predict.pending(ids)
     print(f"{len(ids)} images of '{args.domain}', {len(ids) - len(pending)} done already; writing to {folder}")
-    mine = set(distributed.share(ids))
-    for image_id in cli.progress(
-        [image_id for image_id in pending if image_id in mine], desc="inference", unit="image"
-    ):
+    todo = set(pending)
+    mine = [image_id for image_id in distributed.share(ids) if image_id in todo]  # not of `pending`: it shrinks
+    for image_id in cli.progress(mine, desc="inference", unit="image"):
         predict(image_id)
     for kind in predict.wanted():
         print(f"{kind}: {predict.folders[kind]}")

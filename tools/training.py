@@ -148,8 +148,9 @@ class Trainer:
 
     def log(self, epoch: int, values: dict[str, float]) -> None:
         """Write scalars to TensorBoard at the end of an epoch."""
-        for name, value in values.items() if self.writer else ():
-            self.writer.add_scalar(name, value, epoch + 1)
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, epoch + 1)
 
     # -- one step -------------------------------------------------------------------------------------------------
     def autocast(self) -> contextlib.AbstractContextManager:
