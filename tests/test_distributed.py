@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from command import DECODER, TRAINING, data_flags, run
+from command import DECODER, TRAINING, data_flags, refusal, run
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
@@ -376,6 +376,30 @@ def test_generators_differ_by_rank_where_they_should():
 
     first, second = draws(0), draws(1)
     assert first[:2] == second[:2] and first[2] != second[2]
+
+
+def test_another_process_than_the_first_says_only_what_stopped_it(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def main(args):
+        print("Model: m.pth")
+        raise UserError("b.png: broken.")
+
+    for flags, expected in ((["x"], "\nx.py (process 1): error: b.png: broken.\n"), ([], "")):
+        monkeypatch.setattr(sys, "argv", ["x.py", *flags])
+        parser = cli.Parser("Reads a file.")
+        parser.add_argument("file")
+        with pytest.raises(SystemExit) as stop:
+            cli.run(main, parser)
+        assert stop.value.code == 2 and capsys.readouterr() == ("", expected)
+
+
+def test_processes_that_do_not_see_one_checkpoint(folder_root, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(distributed, "all_reduce_sum", lambda tensor: tensor + 1)  # another one is an epoch ahead
+    line = refusal(capsys, "train_segmentation", *data_flags(folder_root), "--tag", "t", *TRAINING, *DECODER)
+    assert "experiments/models/t.pth: not the same file in all processes." in line
 
 
 @pytest.mark.parametrize("device, message", [("cuda:0", "gives each of its processes a GPU"), ("cuda", "sees 1 GPUs")])

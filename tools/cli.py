@@ -91,8 +91,10 @@ def run(main: Callable[[argparse.Namespace], None], parser: Parser) -> None:
             raise
         status, message = 1, "error: another process has ended or hangs. Its own error says why; run again to continue."
     # Out here the exception is gone, and with it the frames that kept a progress bar's line open.
-    where = f" (process {distributed.rank()})" if distributed.world_size() > 1 else ""
-    parser.exit(status, f"{parser.prog}{where}: {message}\n")
+    # Another process does not know whether the first has one open.
+    start = "" if distributed.is_main() else "\n"
+    name = f"{parser.prog} (process {distributed.rank()})" if distributed.world_size() > 1 else parser.prog
+    parser.exit(status, f"{start}{name}: {message}\n")
 
 
 def boolean(text: str) -> bool:

@@ -89,6 +89,8 @@ class Trainer:
         """Yield the index of each epoch still to do, with all generators seeded; save after each."""
         check_writable(self.path.parent)
         first = self._resume()
+        if distributed.all_reduce_sum(torch.tensor(first, device=self.device)) != first * distributed.world_size():
+            raise UserError(f"{self.path}: not the same file in all processes. Run them in one shared folder.")
         if first == self.args.max_epoch:
             print(f"{self.path}: already trained; nothing to do. Choose another --tag, or delete it to train again.")
             return
