@@ -30,7 +30,8 @@ folder)
   : "${DOMAIN_TRAIN:=train}" "${DOMAIN_EVAL=}" "${DOMAIN_TEST:=val}" "${DOMAIN_SCORE=}"
   : "${IMAGE_FLAGS:=--image_size 321 --min_image_size 240 --max_image_size 480}"
   : "${BACKBONE:=--architecture resnet50}" "${BACKBONE_SEG:=--architecture resnet50}"
-  : "${PRIOR_FLAGS:=--lr 0.01}" "${CSRM_FLAGS:=}" "${SEG_FLAGS:=}"
+  # 46 steps per epoch as for VOC, however many images there are: the segmentation branch needs its warm-up.
+  : "${PRIOR_FLAGS:=--lr 0.01}" "${CSRM_FLAGS:=--max_steps 46}" "${SEG_FLAGS:=}"
   ;;
 shapes)
   # A tiny network without pretrained weights, and schedules for two CPU cores and ten minutes.
@@ -50,7 +51,8 @@ deepglobe)
   : "${DOMAIN_TRAIN:=train}" "${DOMAIN_EVAL=train}" "${DOMAIN_TEST:=val}" "${DOMAIN_SCORE=val}"
   : "${IMAGE_FLAGS:=--image_size 512 --min_image_size 448 --max_image_size 640}"
   : "${BACKBONE:=--architecture resnet50}" "${BACKBONE_SEG:=--architecture resnet50}"
-  : "${PRIOR_FLAGS:=--lr 0.01}" "${CSRM_FLAGS:=}" "${SEG_FLAGS:=}"
+  # 46 steps per epoch as for VOC, however many images there are: the segmentation branch needs its warm-up.
+  : "${PRIOR_FLAGS:=--lr 0.01}" "${CSRM_FLAGS:=--max_steps 46}" "${SEG_FLAGS:=}"
   ;;
 *)
   echo "DATASET=$DATASET: choose voc12, coco14, folder, shapes or deepglobe" >&2
