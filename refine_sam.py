@@ -6,34 +6,46 @@
 Two steps, together (--stage all) or apart. `propose` needs only the images; `merge` takes seconds, so several modes can
 be tried on the same proposals. Both write to experiments/predictions/TAG@DOMAIN/
 
-    proposals-{sam,regions}/ID.json   the masks of one image as COCO RLE (the layout of SA-1B; read with pycocotools)
-    sam-{sam,regions}-MODE/ID.png     refined pseudo masks: class indices, 0 background
+    proposals-{sam,regions,files}/ID.json   the masks of an image as COCO RLE (SA-1B's layout; pycocotools reads it)
+    sam-{sam,regions,files}-MODE/ID.png     refined pseudo masks: class indices, 0 background
 
 A settings.json in each folder records what made it. Started again, the script continues with the images that are
-missing; several machines or GPUs share the work with --shard 0/4, 1/4, ...
+missing. Several processes may work at one folder: each image is made by the one that comes first. To divide the images
+beforehand, launch with torchrun (a GPU for each process) or give machines --shard 0/4, 1/4, ...
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import contextlib
 import functools
+import itertools
 import multiprocessing
+import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
+import torch
 
 from datasets import DataSource, build_source
 from datasets.base import DatasetInfo
-from tools import cli
+from tools import cli, distributed
+from tools.claims import claim, share_folder
 from tools.errors import UserError
-from tools.files import claim_folder, load_image, load_mask, save_mask
+from tools.files import load_image, load_mask, save_mask
+from tools.mask_files import MaskFiles
 from tools.merging import MODES, ORDERS, merge_masks
 from tools.proposals import SAM_TYPES, ProposalGenerator, SamGenerator, load_proposals, load_sam, save_proposals
 from tools.regions import RegionGenerator
 
-SAM_OPTIONS = ("points_per_side", "points_per_batch", "pred_iou_thresh", "stability_score_thresh", "box_nms_thresh")
+SAM_OPTIONS = ("points_per_side", "pred_iou_thresh", "stability_score_thresh", "box_nms_thresh")
 SAM_OPTIONS += ("crop_n_layers", "min_mask_region_area")
 MERGE_OPTIONS = ("mode", "order", "inside_threshold", "recall_threshold", "keep_ignore")
 
@@ -48,15 +60,23 @@ def make_parser() -> cli.Parser:
         "--device", default="auto", help="where SAM runs: auto (the GPU if there is one), cpu, cuda or cuda:N"
     )
     group.add_argument(
-        "--shard", type=shard, default="0/1", metavar="I/N", help="do every N-th image, from the I-th on (I from 0)"
+        "--shard",
+        type=shard,
+        metavar="I/N",
+        help="do every N-th image, from the I-th on (I from 0); default: torchrun's rank, else all",
     )
     cli.add_workers(group)
     data = cli.add_dataset(parser, domain=("train_aug", "split to refine"))
     data.add_argument("--pseudo_dir", type=Path, help="folder of the ID.png pseudo masks (needed to merge)")
     group = parser.add_argument_group("proposals")
     group.add_argument(
-        "--proposals", choices=["sam", "regions"], default="sam", help="Segment Anything, or weight-free regions"
+        "--proposals",
+        choices=["sam", "regions", "files"],
+        default="sam",
+        help="Segment Anything, weight-free regions, or masks that another program made",
     )
+    group.add_argument("--proposals_dir", type=Path, help="where they are kept, to share them (default: see above)")
+    group.add_argument("--mask_files", type=Path, help="files: folder of ID/metadata.csv and ID/*.png, or of ID.json")
     group.add_argument(
         "--region_max_size", type=cli.fraction, default=0.15, help="regions: largest, as a fraction of the image's area"
     )
@@ -100,8 +120,18 @@ def add_sam(parser: cli.Parser) -> None:
         "--points_per_side", type=cli.positive_int, default=32, help="prompts along each side of the image"
     )
     group.add_argument(
-        "--points_per_batch", type=cli.positive_int, default=64, help="prompts at a time; bounds the memory"
+        "--points_per_batch", type=cli.positive_int, default=128, help="prompts at a time; bounds the memory"
     )
+    group.add_argument(
+        "--images_per_batch", type=cli.positive_int, default=2, help="images the encoder sees at a time; likewise"
+    )
+    group.add_argument(
+        "--mixed_precision",
+        choices=["auto", "bf16", "fp16", "off"],
+        default="auto",
+        help="auto: bf16 on GPUs, off on CPUs",
+    )
+    cli.add_switch(group, "--compile", False, "compile the image encoder: slower to start, then faster")
     group.add_argument("--pred_iou_thresh", type=cli.fraction, default=0.88, help="least predicted IoU of a mask")
     group.add_argument("--stability_score_thresh", type=cli.fraction, default=0.95, help="least stability of a mask")
     group.add_argument(
@@ -124,10 +154,11 @@ def shard(text: str) -> tuple[int, int]:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run the steps asked for on this shard's images."""
+    """Run the steps asked for on this process's share of the images."""
     check_flags(args)
     source = build_source(args.dataset, cli.data_dir(args))
-    ids = source.ids(args.domain)[args.shard[0] :: args.shard[1]]
+    index, number = args.shard or (distributed.rank(), distributed.world_size())
+    ids = source.ids(args.domain)[index::number]
     if args.stage != "propose":
         check_present(args.pseudo_dir, ids, ".png", "the pseudo masks of inference.py with --pseudo_dir")
     if args.stage != "merge":
@@ -146,6 +177,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--pseudo_dir: missing. Pass the folder of pseudo masks, or --stage propose.")
     if args.stage != "merge" and args.proposals == "sam" and args.checkpoint is None:
         raise UserError("--checkpoint: missing. Pass SAM's weights, or --proposals regions to do without.")
+    if args.stage != "merge" and args.proposals == "files" and args.mask_files is None:
+        raise UserError("--mask_files: missing. Pass the folder that holds the masks of --proposals files.")
 
 
 def check_present(folder: Path, ids: Sequence[str], suffix: str, remedy: str) -> None:
@@ -157,7 +190,7 @@ def check_present(folder: Path, ids: Sequence[str], suffix: str, remedy: str) ->
 
 def proposals_dir(args: argparse.Namespace) -> Path:
     """Where the proposals lie."""
-    return cli.predictions_dir(args.tag, args.domain) / f"proposals-{args.proposals}"
+    return args.proposals_dir or cli.predictions_dir(args.tag, args.domain) / f"proposals-{args.proposals}"
 
 
 def refined_dir(args: argparse.Namespace) -> Path:
@@ -166,17 +199,41 @@ def refined_dir(args: argparse.Namespace) -> Path:
     return cli.predictions_dir(args.tag, args.domain) / f"sam-{args.proposals}-{args.mode}{order}"
 
 
+class ImageJob(NamedTuple):
+    """An image that needs proposals."""
+
+    image_id: str
+    image: Path
+    proposals: Path
+
+
+class MaskJob(NamedTuple):
+    """A pseudo mask that is to be refined."""
+
+    pseudo_mask: Path
+    proposals: Path
+    refined: Path
+
+
 def propose(args: argparse.Namespace, source: DataSource, ids: Sequence[str]) -> None:
     """Write the proposals of the images that have none yet."""
-    folder = claim_folder(proposals_dir(args), proposal_settings(args))
-    pending = [image_id for image_id in ids if not (folder / f"{image_id}.json").exists()]
+    folder = proposals_dir(args)
+    jobs = [ImageJob(image_id, source.image_path(image_id), folder / f"{image_id}.json") for image_id in ids]
+    share_folder(folder, proposal_settings(args), [job.proposals for job in jobs])
+    pending = [job for job in jobs if not job.proposals.exists()]
     print(f"Proposals: {len(ids)} images, {len(ids) - len(pending)} done already; writing to {folder}")
     if pending:
-        # Regions use the processor's cores; SAM has its device to itself.
-        workers = args.num_workers if args.proposals == "regions" else 0
-        jobs = [(source.image_path(image_id), folder / f"{image_id}.json") for image_id in pending]
-        for _ in run_jobs(functools.partial(propose_file, build_generator(args)), jobs, workers, "proposals"):
-            pass
+        generator = build_generator(args)
+        done = work_through(
+            functools.partial(propose_batch, generator, folder),
+            pending,
+            name="proposals",
+            batch_size=generator.images_per_call,
+            processes=args.num_workers,
+            # SAM has one device: while a thread uses it, another reads and writes files.
+            threads=2 if args.proposals == "sam" and args.num_workers else 0,
+        )
+        collections.deque(done, maxlen=0)
     print(f"Proposals are in {folder}")
     if args.stage == "propose":
         print("Next: the same command with --stage merge --pseudo_dir FOLDER")
@@ -186,7 +243,10 @@ def proposal_settings(args: argparse.Namespace) -> dict[str, object]:
     """What the proposals depend on."""
     if args.proposals == "regions":
         return {"proposals": "regions"} | vars(build_generator(args))
-    options = {name: getattr(args, name) for name in SAM_OPTIONS if name != "points_per_batch"}
+    if args.proposals == "files":
+        return {"proposals": "files", "mask_files": str(args.mask_files)}
+    options = {name: getattr(args, name) for name in SAM_OPTIONS}
+    options["precision"] = str(cli.autocast_dtype(args.mixed_precision, cli.select_device(args.device)))
     return {"proposals": "sam", "checkpoint": args.checkpoint.name, "model_type": args.model_type} | options
 
 
@@ -194,55 +254,85 @@ def build_generator(args: argparse.Namespace) -> ProposalGenerator:
     """The backend that --proposals names."""
     if args.proposals == "regions":
         return RegionGenerator(max_size=args.region_max_size, min_contrast=args.region_min_contrast)
-    model = load_sam(args.checkpoint, args.model_type, cli.select_device(args.device))
-    return SamGenerator(model, **{name: getattr(args, name) for name in SAM_OPTIONS})
+    if args.proposals == "files":
+        return MaskFiles(args.mask_files)
+    device = cli.select_device(args.device)
+    return SamGenerator(
+        load_sam(args.checkpoint, args.model_type, device),
+        dtype=cli.autocast_dtype(args.mixed_precision, device),
+        compile=args.compile,
+        images_per_call=args.images_per_batch,
+        points_per_batch=args.points_per_batch,
+        **{name: getattr(args, name) for name in SAM_OPTIONS},
+    )
 
 
-def propose_file(generator: ProposalGenerator, job: tuple[Path, Path]) -> None:
-    """Write the proposals of one image; `job` is (image, proposals)."""
-    image_path, path = job
-    save_proposals(path, generator(load_image(image_path)))
+def propose_batch(generator: ProposalGenerator, folder: Path, jobs: Sequence[ImageJob]) -> list[bool | None]:
+    """Write the proposals of some images below `folder`; for each True, or None if another process is at it."""
+    with contextlib.ExitStack() as claims:
+        mine = [claims.enter_context(claim(folder, job.proposals)) for job in jobs]
+        todo = [job for job, is_mine in zip(jobs, mine, strict=True) if is_mine and not job.proposals.exists()]
+        if todo:
+            images = [load_image(job.image) for job in todo]
+            try:
+                found = generator([job.image_id for job in todo], images)
+            except torch.OutOfMemoryError as error:
+                raise UserError("the GPU's memory is full. Lower --points_per_batch or --images_per_batch.") from error
+            for job, image, masks in zip(todo, images, found, strict=True):
+                save_proposals(job.proposals, masks, image.shape[:2])
+    return [True if is_mine or job.proposals.exists() else None for job, is_mine in zip(jobs, mine, strict=True)]
 
 
 def merge(args: argparse.Namespace, info: DatasetInfo, ids: Sequence[str]) -> None:
     """Write the refined masks that are not there yet, and report what changed over all of them."""
-    check_present(proposals_dir(args), ids, ".json", "the same flags with --stage propose first")
+    proposals, folder = proposals_dir(args), refined_dir(args)
+    check_present(proposals, ids, ".json", "the same flags with --stage propose first")
     options = {name: getattr(args, name) for name in MERGE_OPTIONS}
-    settings = options | {"proposals": args.proposals, "pseudo_dir": str(args.pseudo_dir)}
-    folder = claim_folder(refined_dir(args), settings)
-    done = sum((folder / f"{image_id}.png").exists() for image_id in ids)
-    print(f"Merging: {len(ids)} images, {done} done already; writing to {folder}")
+    settings = {"proposals": str(args.proposals_dir or args.proposals), "pseudo_dir": str(args.pseudo_dir)}
     jobs = [
-        (args.pseudo_dir / f"{image_id}.png", proposals_dir(args) / f"{image_id}.json", folder / f"{image_id}.png")
+        MaskJob(args.pseudo_dir / f"{image_id}.png", proposals / f"{image_id}.json", folder / f"{image_id}.png")
         for image_id in ids
     ]
-    changes = sum(run_jobs(functools.partial(merge_file, info, options), jobs, args.num_workers, "merging"))
+    share_folder(folder, options | settings, [job.refined for job in jobs])
+    done = sum(job.refined.exists() for job in jobs)
+    print(f"Merging: {len(ids)} images, {done} done already; writing to {folder}")
+    work = functools.partial(merge_batch, info, options, folder)
+    changes = sum(work_through(work, jobs, name="merging", batch_size=4, processes=args.num_workers))
     print_changes(info, changes)
     print(f"Refined masks are in {folder}")
     print(f"Next: python train_segmentation.py --tag TAG --masks_dir {folder}   (plus the data flags)")
 
 
-def merge_file(info: DatasetInfo, options: dict[str, object], job: tuple[Path, Path, Path]) -> np.ndarray:
-    """Refine one pseudo mask unless that is done; `job` is (pseudo mask, proposals, refined mask).
+def merge_batch(info: DatasetInfo, options: dict, folder: Path, jobs: Sequence[MaskJob]) -> list[np.ndarray | None]:
+    """`merge_file` for several."""
+    return [merge_file(info, options, folder, job) for job in jobs]
+
+
+def merge_file(info: DatasetInfo, options: dict[str, object], folder: Path, job: MaskJob) -> np.ndarray | None:
+    """Refine one pseudo mask, into `folder`, unless that is done.
 
     Returns:
-        int64 [C+1, C+1], pixels by class before (rows) and after (columns); the last of both is ignore.
+        int64 [C+1, C+1], pixels by class before (rows) and after (columns); the last of both is ignore. None if another
+        process is at this mask.
 
     Raises:
         UserError: mask and proposals differ in size, or the mask has a class that the dataset has not.
     """
-    pseudo_path, proposals_path, path = job
-    pseudo_mask = load_mask(pseudo_path)
-    before = with_ignore_last(info, pseudo_mask, pseudo_path)
-    if not path.exists():
-        masks = load_proposals(proposals_path)
-        if masks.shape[1:] != pseudo_mask.shape:
-            raise UserError(
-                f"{pseudo_path}: {pseudo_mask.shape[1]}x{pseudo_mask.shape[0]} pixels, but its proposals have "
-                f"{masks.shape[2]}x{masks.shape[1]}. Make both from the same images."
-            )
-        save_mask(path, merge_masks(pseudo_mask, masks, **options), info.palette)
-    after = with_ignore_last(info, load_mask(path), path)
+    pseudo_mask = load_mask(job.pseudo_mask)
+    before = with_ignore_last(info, pseudo_mask, job.pseudo_mask)
+    if not job.refined.exists():
+        with claim(folder, job.refined) as mine:
+            if mine and not job.refined.exists():
+                masks = load_proposals(job.proposals)
+                if masks.size != pseudo_mask.shape:
+                    raise UserError(
+                        f"{job.pseudo_mask}: {pseudo_mask.shape[1]}x{pseudo_mask.shape[0]} pixels, but its proposals "
+                        f"have {masks.size[1]}x{masks.size[0]}. Make both from the same images."
+                    )
+                save_mask(job.refined, merge_masks(pseudo_mask, masks, **options), info.palette)
+            elif not mine:
+                return None
+    after = with_ignore_last(info, load_mask(job.refined), job.refined)
     side = info.num_classes + 1
     return np.bincount((before * side + after).ravel(), minlength=side**2).reshape(side, side)
 
@@ -255,15 +345,59 @@ def with_ignore_last(info: DatasetInfo, mask: np.ndarray, path: Path) -> np.ndar
     return mask
 
 
-def run_jobs(work: Callable, jobs: Sequence[tuple], workers: int, name: str) -> Iterator:
-    """Yield work(job) for every job, in any order, in `workers` processes (0: in this one), with a progress bar."""
-    progress = functools.partial(cli.progress, total=len(jobs), desc=name, unit="image")
-    if workers == 0:
-        yield from progress(map(work, jobs))
-        return
-    # A worker keeps to its core: the workers already use them all.
-    with multiprocessing.Pool(min(workers, len(jobs)), initializer=cv2.setNumThreads, initargs=(1,)) as pool:
-        yield from progress(pool.imap_unordered(work, jobs, chunksize=4))
+@contextlib.contextmanager
+def mapper(processes: int, threads: int) -> Iterator[Callable]:
+    """Yield a function like `map` that uses `threads` if there are any, else `processes`, else only this thread."""
+    if threads:
+        with ThreadPool(threads) as pool:
+            yield pool.imap
+    elif processes:
+        with multiprocessing.Pool(processes, initializer=start_worker) as pool:
+            yield pool.imap
+    else:
+        yield map
+
+
+def start_worker() -> None:
+    """A worker keeps to its core, as the workers already use them all, and ends when the script is killed."""
+    cv2.setNumThreads(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def work_through(
+    work: Callable, jobs: Sequence, *, name: str, batch_size: int, processes: int, threads: int = 0
+) -> Iterator:
+    """Yield a result for every job, with a progress bar called `name`.
+
+    Args:
+        work: takes up to `batch_size` jobs and returns as many results; None for a job that another process is at. Such
+            a job comes up again until that process has finished it, or has died.
+    """
+    batches = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
+    postponed = []
+    with mapper(min(processes, len(batches)), threads) as map_batches:
+        results = itertools.chain.from_iterable(map_batches(work, batches))
+        for job, result in zip(jobs, cli.progress(results, total=len(jobs), desc=name, unit="image"), strict=True):
+            if result is None:
+                postponed.append(job)
+            else:
+                yield result
+    while postponed:
+        waiting = []
+        for job in postponed:
+            (result,) = work([job])
+            if result is None:
+                waiting.append(job)
+            else:
+                yield result
+        if len(waiting) == len(postponed):
+            time.sleep(0.5)
+        postponed = waiting
 
 
 def print_changes(info: DatasetInfo, changes: np.ndarray) -> None:

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tools.merging import MODES, ORDERS, merge_masks
+from tools.proposals import encode
+from tools.runs import Runs
 
 GOLDEN = Path(__file__).parent / "golden" / "sam_merge.npz"
 
@@ -44,6 +46,12 @@ def literal_rule(pseudo, masks, mode, order, inside_threshold=0.5, recall_thresh
     return refined
 
 
+def rle_runs(masks):
+    """The masks as they come from a proposal file."""
+    rles = [{"counts": rle["counts"].decode()} for rle in encode(masks)]
+    return Runs.from_rle(rles, masks.shape[1:])
+
+
 @st.composite
 def cases(draw):
     height, width, count = draw(st.integers(1, 7)), draw(st.integers(1, 7)), draw(st.integers(0, 8))
@@ -70,9 +78,9 @@ def test_golden_vectors(mode):
 @given(cases(), st.sampled_from(MODES), st.sampled_from(ORDERS))
 def test_equals_the_literal_rule(case, mode, order):
     pseudo, masks = case
-    np.testing.assert_array_equal(
-        merge_masks(pseudo, masks, mode, order=order), literal_rule(pseudo, masks, mode, order)
-    )
+    expected = literal_rule(pseudo, masks, mode, order)
+    np.testing.assert_array_equal(merge_masks(pseudo, masks, mode, order=order), expected)
+    np.testing.assert_array_equal(merge_masks(pseudo, rle_runs(masks), mode, order=order), expected)
 
 
 @settings(max_examples=60, deadline=None)
@@ -153,7 +161,7 @@ def test_any_memory_layout(axes, shape):
 
 def test_wrong_sizes_and_names_are_named():
     pseudo = np.zeros((3, 4), np.uint8)
-    with pytest.raises(AssertionError, match="masks on"):
+    with pytest.raises(AssertionError, match="masks of"):
         merge_masks(pseudo, np.zeros((1, 4, 3), bool))
     with pytest.raises(AssertionError, match="best"):
         merge_masks(pseudo, np.zeros((1, 3, 4), bool), "best")

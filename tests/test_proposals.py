@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 
 import numpy as np
 import pytest
@@ -12,29 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_rle
 
+from benchmarks.sam import build_tiny_sam
+from tests.test_runs import paint
 from tools.errors import UserError
 from tools.proposals import SamGenerator, encode, load_proposals, load_sam, save_proposals
 from tools.regions import RegionGenerator, merge_regions
-
-
-def build_tiny_sam(checkpoint=None):
-    """SAM's own architecture, too small to be of use: 64-pixel input, one block."""
-    from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
-
-    torch.manual_seed(0)
-    encoder = ImageEncoderViT(
-        img_size=64,
-        patch_size=16,
-        embed_dim=16,
-        depth=1,
-        num_heads=2,
-        out_chans=16,
-        norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
-    )
-    prompts = PromptEncoder(embed_dim=16, image_embedding_size=(4, 4), input_image_size=(64, 64), mask_in_chans=4)
-    transformer = TwoWayTransformer(depth=1, embedding_dim=16, num_heads=2, mlp_dim=16)
-    decoder = MaskDecoder(transformer_dim=16, transformer=transformer, iou_head_depth=2, iou_head_hidden_dim=16)
-    return Sam(encoder, prompts, decoder)
 
 
 @pytest.fixture
@@ -57,9 +38,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path_factory, count, height, width,
     masks = np.random.default_rng(seed).random((count, height, width)) < 0.5
     path = tmp_path_factory.mktemp("proposals") / "image.json"
     save_proposals(path, masks)
-    loaded = load_proposals(path)
-    assert loaded.dtype == bool
-    np.testing.assert_array_equal(loaded, masks)
+    np.testing.assert_array_equal(paint(load_proposals(path)), masks)
 
 
 def test_pycocotools_reads_the_file(tmp_path):
@@ -78,7 +57,7 @@ def test_rle_and_arrays_make_the_same_file(tmp_path):
     save_proposals(tmp_path / "b.json", encode(masks), size=(6, 7))
     save_proposals(tmp_path / "none.json", [], size=(6, 7))
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
-    assert load_proposals(tmp_path / "none.json").shape == (0, 6, 7)
+    assert paint(load_proposals(tmp_path / "none.json")).shape == (0, 6, 7)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"image": {"height": 2, "width": 2}}'])
@@ -99,21 +78,11 @@ def test_masks_of_another_size_and_missing_files_are_named(tmp_path):
         load_proposals(tmp_path / "b.json")
 
 
-def test_sam_proposes_the_masks_of_its_own_generator(checkpoint):
-    from segment_anything import SamAutomaticMaskGenerator
-
-    options = {"points_per_side": 3, "pred_iou_thresh": -10.0, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0}
-    image = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
-    masks = SamGenerator(load_sam(checkpoint, "vit_b", torch.device("cpu")), **options)(image)
-    expected = SamAutomaticMaskGenerator(build_tiny_sam().eval(), **options).generate(image)
-    assert masks.dtype == bool and masks.shape == (len(expected), 40, 56) and len(masks) > 0
-    np.testing.assert_array_equal(masks, np.stack([record["segmentation"] for record in expected]))
-
-
-def test_sam_may_find_nothing(checkpoint):
-    model = load_sam(checkpoint, "vit_b", torch.device("cpu"))
-    masks = SamGenerator(model, points_per_side=2, pred_iou_thresh=1e9)(np.zeros((20, 30, 3), np.uint8))
-    assert masks.shape == (0, 20, 30) and masks.dtype == bool
+def test_sam_takes_a_batch_of_images(checkpoint):
+    images = [np.full((height, 30, 3), 99, np.uint8) for height in (20, 40, 25)]
+    generator = SamGenerator(load_sam(checkpoint, "vit_b", torch.device("cpu")), images_per_call=2, points_per_side=2)
+    assert generator.images_per_call == 2 and generator.generator.images_per_batch == 2
+    assert [isinstance(masks, list) for masks in generator(["a", "b", "c"], images)] == [True] * 3
 
 
 class Trap:
@@ -148,7 +117,7 @@ def disc_image(size=96):
 
 def test_a_plain_object_is_one_of_the_regions():
     image, disc = disc_image()
-    masks = RegionGenerator()(image)
+    masks = RegionGenerator().propose(image)
     iou = (masks & disc).sum(axis=(1, 2)) / (masks | disc).sum(axis=(1, 2))
     assert iou.max() > 0.9
 
@@ -156,16 +125,16 @@ def test_a_plain_object_is_one_of_the_regions():
 def test_regions_keep_their_limits_and_are_repeatable():
     image = np.random.default_rng(3).integers(0, 256, (50, 71, 3), dtype=np.uint8)
     generator = RegionGenerator(min_size=0.01, max_size=0.3, max_masks=20)
-    masks = generator(image)
+    masks = generator.propose(image)
     sizes = masks.mean(axis=(1, 2))
     assert masks.dtype == bool and masks.shape[1:] == (50, 71) and len(masks) <= 20
     assert (sizes >= 0.01).all() and (sizes <= 0.3).all() and (np.diff(sizes) <= 0).all()
-    np.testing.assert_array_equal(generator(image), masks)
+    np.testing.assert_array_equal(generator.propose(image), masks)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (7, 1), (2, 2), (33, 17)])
 def test_flat_and_tiny_images_have_no_regions_worth_proposing(shape):
-    assert RegionGenerator()(np.full((*shape, 3), 128, np.uint8)).shape == (0, *shape)
+    assert RegionGenerator().propose(np.full((*shape, 3), 128, np.uint8)).shape == (0, *shape)
 
 
 def test_the_tree_joins_the_leaves_to_the_whole_image():

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +18,9 @@ import torch
 from PIL import Image
 
 import refine_sam
+from benchmarks.sam import build_tiny_sam
 from datasets.base import voc_palette
-from tests.test_proposals import build_tiny_sam, disc_image
+from tests.test_proposals import disc_image
 from tools import cli
 from tools.errors import UserError
 from tools.files import load_mask, save_mask
@@ -39,14 +48,16 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
+COMMON = ["--tag", "t", "--dataset", "folder", "--data_dir", "data", "--domain", "train", "--proposals", "regions"]
+
+
 def run(*flags):
-    common = ["--tag", "t", "--dataset", "folder", "--data_dir", "data", "--domain", "train", "--num_workers", "0"]
     parser = refine_sam.make_parser()
-    refine_sam.main(parser.parse_args([*common, "--proposals", "regions", "--pseudo_dir", "pseudos", *flags]))
+    refine_sam.main(parser.parse_args([*COMMON, "--num_workers", "0", "--pseudo_dir", "pseudos", *flags]))
 
 
 def outputs(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != ".claims"}
 
 
 def test_both_stages_make_the_masks_that_the_rule_gives(project, capsys):
@@ -85,8 +96,7 @@ def test_a_second_run_makes_only_what_is_missing(project, capsys):
 def test_stages_shards_and_processes_give_the_same_bytes(project):
     run()
     expected = outputs(proposals_folder()), outputs(refined_folder())
-    for path in (*proposals_folder().iterdir(), *refined_folder().iterdir()):
-        path.unlink()
+    shutil.rmtree("experiments")
     run("--stage", "propose", "--shard", "1/2")
     assert {p.stem for p in proposals_folder().glob("?.json")} == {"b"}
     run("--stage", "propose", "--shard", "0/2", "--num_workers", "2")
@@ -159,3 +169,157 @@ def proposals_folder(backend="regions"):
 
 def refined_folder(name="regions-max_iou_imp2"):
     return cli.predictions_dir("t", "train") / f"sam-{name}"
+
+
+def test_killed_at_any_write_the_next_run_ends_with_the_same_bytes(project):
+    run()
+    expected = outputs(proposals_folder()), outputs(refined_folder())
+    writes = sum(map(len, expected))
+    assert writes == 8
+    for number in range(1, writes + 1):
+        shutil.rmtree("experiments")
+        killed = in_a_fork(die_at_write, number)
+        killed.join()
+        assert killed.exitcode == -signal.SIGKILL
+        for folder, before in zip((proposals_folder(), refined_folder()), expected, strict=True):
+            visible = {path.name: path.read_bytes() for path in folder.glob("[!.]*")}
+            assert visible.items() <= before.items()  # complete, or not there
+        run()
+        assert (outputs(proposals_folder()), outputs(refined_folder())) == expected
+
+
+@pytest.mark.parametrize("victim", [None, "first"])
+def test_processes_divide_a_folder_and_finish_the_work_of_the_dead(project, victim):
+    copies = [f"copy{index}" for index in range(12)]
+    for copy in copies:
+        shutil.copy("data/images/a.png", f"data/images/{copy}.png")
+        shutil.copy("pseudos/a.png", f"pseudos/{copy}.png")
+    Path("data/splits/train.txt").write_text("\n".join([*IDS, *copies]))
+    processes = {name: in_a_fork(log_writes, name) for name in ("first", "second", "third")}
+    if victim:
+        wait_for(lambda: len(made(victim)) >= 3)
+        processes[victim].kill()
+    for name, process in processes.items():
+        process.join()
+        assert process.exitcode == (-signal.SIGKILL if name == victim else 0)
+    logs = {name: made(name) for name in processes}
+    written = sorted(itertools.chain.from_iterable(logs.values()))
+    if victim is None:
+        assert len(written) == len(set(written)) == 2 * 15 and all(logs.values())
+    assert len(set(written)) == 2 * 15 and len(written) <= 2 * 15 + 1  # the victim may have begun one
+    content = outputs(proposals_folder())
+    assert all(content[f"{copy}.json"] == content["a.json"] for copy in copies)
+    assert not list(proposals_folder().glob(".*.json")) + list(refined_folder().glob(".*.png"))
+
+
+def test_images_in_folders(project):
+    run()
+    expected = (refined_folder() / "a.png").read_bytes()
+    shutil.rmtree("experiments")
+    for folder in ("data/images", "pseudos"):
+        Path(folder, "balls").mkdir()
+        Path(folder, "a.png").rename(Path(folder, "balls", "a.png"))
+    Path("data/splits/train.txt").write_text("balls/a\nb\n")
+    Path("data/labels.csv").write_text("id,labels\nballs/a,ball\nb,ball\n")
+    run("--num_workers", "2")
+    assert (refined_folder() / "balls" / "a.png").read_bytes() == expected
+    assert [path.name for path in (refined_folder() / "balls").iterdir()] == ["a.png"]
+
+
+def test_torchrun_ranks_share_the_images(project, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    run("--stage", "propose")
+    assert {path.stem for path in proposals_folder().glob("?.json")} == {"b"}
+    run("--stage", "propose", "--shard", "2/3")  # the flag counts for more
+    assert {path.stem for path in proposals_folder().glob("?.json")} == {"b", "c"}
+
+
+def test_workers_end_with_a_killed_script(project):
+    copies = [f"copy{index}" for index in range(60)]
+    for copy in copies:
+        shutil.copy("data/images/a.png", f"data/images/{copy}.png")
+    Path("data/splits/train.txt").write_text("\n".join(copies))
+    script = in_a_fork(run, "--stage", "propose", "--num_workers", "2")
+    wait_for(lambda: list(proposals_folder().glob("copy*.json")))
+    workers = Path(f"/proc/{script.pid}/task/{script.pid}/children").read_text().split()
+    script.kill()
+    script.join()
+    assert len(workers) == 2
+    wait_for(lambda: not any(is_running(worker) for worker in workers))
+    run("--stage", "propose", "--num_workers", "2")
+    content = outputs(proposals_folder())
+    assert content.keys() == {"settings.json", *(f"{copy}.json" for copy in copies)}
+    assert len(set(content.values())) == 2
+
+
+def test_masks_from_files_and_shared_proposals(project):
+    run("--stage", "propose", "--proposals_dir", "shared")
+    flags = ["--proposals", "files", "--mask_files", "shared", "--proposals_dir", "copied"]
+    run(*flags)
+    assert Path("shared/a.json").read_bytes() == Path("copied/a.json").read_bytes()
+    run("--stage", "merge", "--proposals_dir", "shared")
+    (ours, copied) = (load_mask(refined_folder(f"{name}-max_iou_imp2") / "a.png") for name in ("regions", "files"))
+    np.testing.assert_array_equal(ours, copied)
+
+
+def test_a_full_gpu_is_answered_in_one_line(project):
+    def full(image_ids, images):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    job = refine_sam.ImageJob("a", Path("data/images/a.png"), Path("a.json"))
+    with pytest.raises(UserError, match="Lower --points_per_batch or --images_per_batch"):
+        refine_sam.propose_batch(full, Path(), [job])
+
+
+def in_a_fork(work, *args):
+    process = multiprocessing.get_context("fork").Process(target=work, args=args)
+    process.start()
+    return process
+
+
+def die_at_write(number):
+    """Run the script, and be killed when its `number`-th file is complete but does not have its name yet."""
+    replace, calls = os.replace, itertools.count(1)
+
+    def deadly(*args):
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*args)
+
+    os.replace = deadly
+    run()
+
+
+def log_writes(name):
+    """Run the script, slowly, and write down what it makes."""
+
+    def logged(write, path, *args):
+        time.sleep(0.02)
+        with open(f"{name}.log", "a") as log:
+            log.write(f"{path}\n")
+        write(path, *args)
+
+    refine_sam.save_proposals = functools.partial(logged, refine_sam.save_proposals)
+    refine_sam.save_mask = functools.partial(logged, refine_sam.save_mask)
+    run()
+
+
+def made(name):
+    log = Path(f"{name}.log")
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def wait_for(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_running(pid):
+    """Whether a process lives; one that has ended and that nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

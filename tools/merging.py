@@ -12,6 +12,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from tools.runs import Runs, Stretches
+
 Mode = Literal["max_iou", "max_iou_imp", "max_iou_imp2"]
 Order = Literal["class", "largest_overlap"]
 MODES: tuple[str, ...] = get_args(Mode)
@@ -21,7 +23,7 @@ IGNORE = 255
 
 def merge_masks(
     pseudo_mask: np.ndarray,
-    masks: np.ndarray,
+    masks: np.ndarray | Runs,
     mode: Mode = "max_iou_imp2",
     *,
     order: Order = "class",
@@ -38,7 +40,7 @@ def merge_masks(
 
     Args:
         pseudo_mask: uint8 HxW, class indices: 0 background, 255 ignore.
-        masks: bool NxHxW, in any order; they may overlap, be empty, or be none at all.
+        masks: bool NxHxW, or as `load_proposals` reads them; in any order, overlapping or empty, or none at all.
         mode: which of SEPL's three rules.
         order: "class" offers each mask to every class (SEPL's released rule); "largest_overlap" offers it only to the
             foreground class that it shares most pixels with, the lowest index at a tie (SEPL's text).
@@ -51,58 +53,31 @@ def merge_masks(
     """
     assert mode in MODES, f"mode is {mode!r}, not one of {MODES}"
     assert order in ORDERS, f"order is {order!r}, not one of {ORDERS}"
-    assert masks.ndim == 3 and masks.shape[1:] == pseudo_mask.shape, f"{masks.shape} masks on {pseudo_mask.shape}"
-    classes = np.setdiff1d(np.unique(pseudo_mask), (0, IGNORE))
-    bits = _pack(masks, pseudo_mask.size)
-    regions = _pack(pseudo_mask == classes[:, None, None], pseudo_mask.size)
-    overlaps = _overlaps(bits, regions)
-    inside = overlaps / np.maximum(_count(bits), 1)[:, None]
-    recall = overlaps / _count(regions)
-    wanted = inside > inside_threshold
+    size = masks.size if isinstance(masks, Runs) else masks.shape[1:]
+    assert size == pseudo_mask.shape, f"masks of {size} on a pseudo mask of {pseudo_mask.shape}"
+    runs = masks if isinstance(masks, Runs) else Runs.from_masks(masks)
+    pixels = runs.flatten(pseudo_mask)
+    labels = Stretches.of(pixels)
+    areas = labels.areas()
+    areas[[0, IGNORE]] = 0
+    classes = np.flatnonzero(areas).astype(np.uint8)
+    overlaps = runs.overlaps(labels, classes)
+    wanted = overlaps / np.maximum(runs.areas(), 1)[:, None] > inside_threshold
     if mode == "max_iou_imp2":
-        wanted |= recall >= recall_threshold
+        wanted |= overlaps / areas[classes] >= recall_threshold
     if order == "largest_overlap" and len(classes):
         wanted &= np.arange(len(classes)) == overlaps.argmax(axis=1, keepdims=True)
 
-    refined = np.full_like(pseudo_mask, 0)
-    if keep_ignore:
-        refined[pseudo_mask == IGNORE] = IGNORE
-    free = np.ones(len(masks), dtype=bool)
-    for column, class_index in enumerate(classes):
-        taken = free & wanted[:, column]
-        claim = _union(bits[taken])
+    # Class k takes the masks that no class before it wanted; the last group is of those that nobody wants.
+    taker = np.column_stack((wanted, np.ones(len(wanted), dtype=bool))).argmax(axis=1)
+    *claims, covered = runs.unions(np.where(overlaps.any(axis=1), taker, -1), len(classes) + 1)
+    refined = np.zeros_like(pixels)
+    for class_index, claim in zip(reversed(classes), reversed(claims), strict=True):
+        covered |= claim  # by the masks that are free when it is this class's turn
         if mode != "max_iou":
-            claim |= regions[column] & ~_union(bits[free])
-        refined[_unpack(claim, pseudo_mask.shape)] = class_index
-        free &= ~taken
-    return refined
-
-
-def _pack(masks: np.ndarray, pixels: int) -> np.ndarray:
-    """Masks as rows of bits, uint64 [N, words]: an eighth of the memory, and 64 pixels to an operation."""
-    packed = np.packbits(masks.reshape(len(masks), pixels).astype(bool, copy=False), axis=1)
-    padded = np.pad(packed, ((0, 0), (0, -packed.shape[1] % 8)))
-    return np.ascontiguousarray(padded).view(np.uint64)  # numpy keeps the caller's memory layout until here
-
-
-def _unpack(bits: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """One row of `_pack` as a mask, bool HxW."""
-    return np.unpackbits(bits.view(np.uint8), count=shape[0] * shape[1]).reshape(shape).view(bool)
-
-
-def _count(bits: np.ndarray) -> np.ndarray:
-    """Pixels of each packed mask, int64 [N]."""
-    return np.bitwise_count(bits).sum(axis=-1, dtype=np.int64)
-
-
-def _overlaps(bits: np.ndarray, regions: np.ndarray) -> np.ndarray:
-    """Pixels that each of N masks shares with each of n regions, int64 [N, n]: a matrix product over bits."""
-    overlaps = np.zeros((len(bits), len(regions)), dtype=np.int64)
-    for column, region in enumerate(regions):  # not broadcast: the product of all pairs would not fit the cache
-        overlaps[:, column] = _count(bits & region)
-    return overlaps
-
-
-def _union(bits: np.ndarray) -> np.ndarray:
-    """The pixels that any of the packed masks covers; none if there are no masks."""
-    return np.bitwise_or.reduce(bits, axis=0)
+            claim |= (pixels == class_index) & ~covered
+        # Of classes that overlap the later one stays, and it has the larger index.
+        np.maximum(refined, claim * class_index, out=refined)
+    if keep_ignore:
+        refined[(refined == 0) & (pixels == IGNORE)] = IGNORE
+    return runs.unflatten(refined)

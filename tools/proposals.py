@@ -1,8 +1,9 @@
-"""Mask proposals: the generators that make them, and the files that keep them, one per image.
+"""Mask proposals: the backends that make them, and the files that keep them, one per image.
 
-    generator = SamGenerator(load_sam("sam_vit_h_4b8939.pth", "vit_h", device), points_per_side=32)
-    save_proposals("proposals-sam/ID.json", generator(image))
-    masks = load_proposals("proposals-sam/ID.json")  # bool [N, H, W]
+    generator = SamGenerator(load_sam("sam_vit_h_4b8939.pth", "vit_h", device), dtype=torch.bfloat16)
+    for image_id, masks in zip(ids, generator(ids, images)):
+        save_proposals(f"proposals-sam/{image_id}.json", masks, size)
+    runs = load_proposals("proposals-sam/ID.json")  # what tools.merging takes
 
 A file is JSON in the layout of the SA-1B dataset, with masks as compressed COCO RLE:
 
@@ -26,6 +27,8 @@ from pycocotools import mask as coco_rle
 
 from tools.errors import UserError
 from tools.files import atomic_write
+from tools.mask_generator import MaskGenerator
+from tools.runs import Runs
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
@@ -34,29 +37,34 @@ SAM_TYPES = ("vit_h", "vit_l", "vit_b")
 
 
 class ProposalGenerator(Protocol):
-    """Anything that turns an image into class-agnostic masks. A new backend is one such class."""
+    """A backend: anything that turns images into class-agnostic masks. A new one is one such class.
 
-    def __call__(self, image: np.ndarray) -> np.ndarray:
-        """bool [N, H, W] masks of a uint8 RGB HxWx3 image; they may overlap, and N may be 0."""
+    Attributes:
+        images_per_call: how many images it takes at a time; fewer at the end.
+    """
+
+    images_per_call: int
+
+    def __call__(self, image_ids: Sequence[str], images: Sequence[np.ndarray]) -> Sequence[np.ndarray | list[dict]]:
+        """The masks of each image, uint8 RGB HxWx3: bool [N, H, W] or COCO RLE dicts; they may overlap, N may be 0."""
 
 
 class SamGenerator:
-    """Segment Anything (ICCV 2023) prompted with a grid of points: its own automatic mask generator."""
+    """Segment Anything (ICCV 2023) prompted with a grid of points."""
 
-    def __init__(self, model: Sam, **options: Any) -> None:
+    def __init__(self, model: Sam, *, images_per_call: int = 1, **options: Any) -> None:
         """
         Args:
             model: from `load_sam`, already on its device.
-            options: of `segment_anything.SamAutomaticMaskGenerator`, such as points_per_side or pred_iou_thresh.
+            images_per_call: images that the encoder sees at a time.
+            options: of `tools.mask_generator.MaskGenerator`, such as points_per_side or pred_iou_thresh.
         """
-        from segment_anything import SamAutomaticMaskGenerator
+        self.images_per_call = images_per_call
+        self.generator = MaskGenerator(model, images_per_batch=images_per_call, **options)
 
-        self.generator = SamAutomaticMaskGenerator(model, output_mode="binary_mask", **options)
-
-    def __call__(self, image: np.ndarray) -> np.ndarray:
-        """Masks bool [N, H, W] of an image, uint8 RGB HxWx3."""
-        masks = [record["segmentation"] for record in self.generator.generate(image)]
-        return np.stack(masks) if masks else np.zeros((0, *image.shape[:2]), dtype=bool)
+    def __call__(self, image_ids: Sequence[str], images: Sequence[np.ndarray]) -> list[list[dict]]:
+        """The masks of each image, uint8 RGB HxWx3, as COCO RLE."""
+        return self.generator(images)
 
 
 def load_sam(checkpoint: str | os.PathLike, model_type: str, device: torch.device) -> Sam:
@@ -123,21 +131,19 @@ def encode(masks: np.ndarray) -> list[dict]:
     return coco_rle.encode(np.ascontiguousarray(masks.transpose(0, 2, 1)).view(np.uint8).transpose(2, 1, 0))
 
 
-def load_proposals(path: str | os.PathLike) -> np.ndarray:
-    """Read the masks of one image: bool [N, H, W].
+def load_proposals(path: str | os.PathLike) -> Runs:
+    """Read the masks of one image.
 
     Raises:
         UserError: the file is missing, is not a proposal file, or holds masks of different sizes.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        size = (content["image"]["height"], content["image"]["width"])
+        content = json.loads(Path(path).read_bytes())
+        size = [content["image"]["height"], content["image"]["width"]]
         masks = [annotation["segmentation"] for annotation in content["annotations"]]
-        if any(tuple(mask["size"]) != size for mask in masks):
+        if any(mask["size"] != size for mask in masks):
             raise ValueError("masks of another size than the image")
-        if not masks:
-            return np.zeros((0, *size), dtype=bool)
-        return np.ascontiguousarray(coco_rle.decode(masks).transpose(2, 0, 1)).view(bool)
+        return Runs.from_rle(masks, tuple(size))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such proposals. Run refine_sam.py --stage propose first.") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -1,6 +1,6 @@
 """Mask proposals without weights: small regions of even colour, merged step by step into a hierarchy.
 
-    masks = RegionGenerator()(load_image("photo.jpg"))  # bool [N, H, W]
+    masks = RegionGenerator().propose(load_image("photo.jpg"))  # bool [N, H, W]
 
 The leaves are the regions of Felzenszwalb and Huttenlocher (IJCV 2004). As in selective search (Uijlings et al., IJCV
 2013), the two most alike neighbours are merged until one region is left; every region on the way is a candidate. A
@@ -10,6 +10,7 @@ stand-in for Segment Anything on machines without its weights: its edges are goo
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -43,6 +44,8 @@ class RegionTree:
 class RegionGenerator:
     """Regions of a merge hierarchy as mask proposals. Satisfies `tools.proposals.ProposalGenerator`."""
 
+    images_per_call = 1
+
     def __init__(
         self,
         *,
@@ -75,7 +78,11 @@ class RegionGenerator:
         self.duplicate_iou = duplicate_iou
         self.max_masks = max_masks
 
-    def __call__(self, image: np.ndarray) -> np.ndarray:
+    def __call__(self, image_ids: Sequence[str], images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """`propose` for each image."""
+        return [self.propose(image) for image in images]
+
+    def propose(self, image: np.ndarray) -> np.ndarray:
         """Propose masks for an image, uint8 RGB HxWx3; bool [N, H, W], large to small, N may be 0."""
         min_pixels = max(1, round(self.min_size * image.shape[0] * image.shape[1]))
         labels = felzenszwalb(image, scale=self.scale, sigma=self.sigma, min_size=min_pixels, channel_axis=-1)

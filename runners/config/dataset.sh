@@ -30,7 +30,8 @@ folder)
   : "${DOMAIN_TRAIN:=train}" "${DOMAIN_EVAL=}" "${DOMAIN_TEST:=val}" "${DOMAIN_SCORE=}"
   : "${IMAGE_FLAGS:=--image_size 321 --min_image_size 240 --max_image_size 480}"
   : "${BACKBONE:=--architecture resnet50}" "${BACKBONE_SEG:=--architecture resnet50}"
-  : "${PRIOR_FLAGS:=--lr 0.01}" "${CSRM_FLAGS:=}" "${SEG_FLAGS:=}"
+  # 46 steps per epoch as for VOC, however many images there are: the segmentation branch needs its warm-up.
+  : "${PRIOR_FLAGS:=--lr 0.01}" "${CSRM_FLAGS:=--max_steps 46}" "${SEG_FLAGS:=}"
   ;;
 shapes)
   # A tiny network without pretrained weights, and schedules for two CPU cores and ten minutes.
@@ -40,7 +41,7 @@ shapes)
   : "${BACKBONE:=--architecture test_resnet --backbone_weights none --trainable_stem}"
   : "${BACKBONE_SEG:=$BACKBONE --decoder_channels 64 --dilated --restore experiments/models/$TAG_CSRM.pth}"
   : "${PRIOR_FLAGS:=--batch_size 32 --max_epoch 20 --lr 0.003 --lr_alpha_scratch 1 --lr_alpha_bias 1 --augment none}"
-  : "${CSRM_FLAGS:=--decoder_channels 64 --dilated --batch_size 16 --max_epoch 6 --max_steps 25 --c2s_fg 0.25 --lr 0.001 --lr_alpha_scratch 3}"
+  : "${CSRM_FLAGS:=--decoder_channels 64 --dilated --batch_size 16 --max_epoch 12 --max_steps 25 --c2s_fg 0.25 --lr 0.001 --lr_alpha_scratch 3}"
   : "${REFINE_FLAGS:=--region_max_size 0.3 --region_min_contrast 35 --inside_threshold 0.4}"
   : "${SEG_FLAGS:=--batch_size 16 --max_epoch 8 --lr 0.003 --lr_alpha_scratch 1 --min_image_size 80 --max_image_size 160}"
   : "${VIEW_FLAGS:=--scales 1}" "${PSEUDOS_FROM:=masks}" "${THRESHOLD:=0.25}"
@@ -50,7 +51,8 @@ deepglobe)
   : "${DOMAIN_TRAIN:=train}" "${DOMAIN_EVAL=train}" "${DOMAIN_TEST:=val}" "${DOMAIN_SCORE=val}"
   : "${IMAGE_FLAGS:=--image_size 512 --min_image_size 448 --max_image_size 640}"
   : "${BACKBONE:=--architecture resnet50}" "${BACKBONE_SEG:=--architecture resnet50}"
-  : "${PRIOR_FLAGS:=--lr 0.01}" "${CSRM_FLAGS:=}" "${SEG_FLAGS:=}"
+  # 46 steps per epoch as for VOC, however many images there are: the segmentation branch needs its warm-up.
+  : "${PRIOR_FLAGS:=--lr 0.01}" "${CSRM_FLAGS:=--max_steps 46}" "${SEG_FLAGS:=}"
   ;;
 *)
   echo "DATASET=$DATASET: choose voc12, coco14, folder, shapes or deepglobe" >&2

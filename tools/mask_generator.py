@@ -1,0 +1,290 @@
+"""Segment Anything's automatic mask generator, made for throughput.
+
+    generator = MaskGenerator(load_sam("sam_vit_h_4b8939.pth", "vit_h", device), dtype=torch.bfloat16)
+    masks = generator(images)  # for each image its masks, as COCO RLE
+
+Rules and defaults are those of `segment_anything.SamAutomaticMaskGenerator`: a grid of point prompts with three masks
+each, filtered by predicted IoU, by stability and by the NMS of their boxes, on the image and on crops of it. That one
+enlarges all masks before it filters them, and encodes them one by one before NMS. Here
+    * images and crops are encoded several at a time, with `dtype` in half precision;
+    * the decoder gets one image embedding rather than one per prompt, so its first layer does the image's part once;
+    * masks are filtered by predicted IoU at low resolution; those left are enlarged by two small matrices, measured and
+      dropped again, so that memory is bounded by `points_per_batch` and not by the number of masks;
+    * only the masks that survive NMS are drawn, and the RLEs of many are cut from one list of the places where they
+      change. The host waits for the device a few times per batch of prompts, never per mask.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import nms
+
+if TYPE_CHECKING:
+    from segment_anything.modeling import Sam
+
+
+@dataclass(frozen=True)
+class View:
+    """What the network looks at: a whole image or a crop.
+
+    Attributes:
+        image: its index among the images.
+        size: (H, W) of the image.
+        box: (x0, y0, x1, y1), the part of the image.
+        layer: 0 for the whole image, i for one of the 4^i crops of layer i.
+    """
+
+    image: int
+    size: tuple[int, int]
+    box: tuple[int, int, int, int]
+    layer: int
+
+    @property
+    def crop_size(self) -> tuple[int, int]:
+        """(H, W) of the part."""
+        x0, y0, x1, y1 = self.box
+        return y1 - y0, x1 - x0
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Masks of one view that were not drawn yet.
+
+    Attributes:
+        view: what they were found in.
+        logits: [N, h, w], at the decoder's resolution.
+        boxes: int64 [N, 4], XYXY in the image.
+        scores: float32 [N], predicted IoU.
+    """
+
+    view: View
+    logits: Tensor
+    boxes: Tensor
+    scores: Tensor
+
+    def select(self, kept: Tensor) -> Candidates:
+        """Those that `kept`, a mask or indices, names."""
+        return Candidates(self.view, self.logits[kept], self.boxes[kept], self.scores[kept])
+
+    @classmethod
+    def join(cls, parts: list[Candidates]) -> Candidates:
+        """All of one view; there is at least one part."""
+        logits, boxes, scores = zip(*((part.logits, part.boxes, part.scores) for part in parts), strict=True)
+        return cls(parts[0].view, torch.cat(logits), torch.cat(boxes), torch.cat(scores))
+
+
+class MaskGenerator:
+    """All objects of an image as masks. Threads may share one: they prepare images while another uses the device."""
+
+    def __init__(
+        self,
+        model: Sam,
+        *,
+        dtype: torch.dtype | None = None,
+        compile: bool = False,
+        images_per_batch: int = 1,
+        points_per_batch: int = 64,
+        points_per_side: int = 32,
+        pred_iou_thresh: float = 0.88,
+        stability_score_thresh: float = 0.95,
+        stability_score_offset: float = 1.0,
+        box_nms_thresh: float = 0.7,
+        crop_n_layers: int = 0,
+        crop_nms_thresh: float = 0.7,
+        crop_overlap_ratio: float = 512 / 1500,
+        crop_n_points_downscale_factor: int = 1,
+        min_mask_region_area: int = 0,
+    ) -> None:
+        """
+        Args:
+            model: on its device, in evaluation mode.
+            dtype: of the encoder and the decoder under autocast; None: float32. Scores and enlarging are float32.
+            compile: let torch.compile have the image encoder: minutes at the start, faster afterwards.
+            images_per_batch: images or crops that the encoder sees at a time.
+            points_per_batch: prompts that are decoded, and full-size masks that exist, at a time.
+            others: as in `segment_anything.SamAutomaticMaskGenerator`.
+        """
+        from segment_anything.utils.amg import build_all_layer_point_grids
+        from segment_anything.utils.transforms import ResizeLongestSide
+
+        self.model = model
+        self.dtype = dtype
+        self.encoder = torch.compile(model.image_encoder) if compile else model.image_encoder
+        self.images_per_batch = images_per_batch
+        self.points_per_batch = points_per_batch
+        self.point_grids = build_all_layer_point_grids(points_per_side, crop_n_layers, crop_n_points_downscale_factor)
+        self.pred_iou_thresh = pred_iou_thresh if pred_iou_thresh > 0 else -math.inf  # as there: 0 is no filter
+        self.stability_score_thresh = stability_score_thresh
+        self.stability_score_offset = stability_score_offset
+        self.box_nms_thresh = box_nms_thresh
+        self.crop_n_layers = crop_n_layers
+        self.crop_nms_thresh = crop_nms_thresh
+        self.crop_overlap_ratio = crop_overlap_ratio
+        self.min_mask_region_area = min_mask_region_area
+        self._transform = ResizeLongestSide(model.image_encoder.img_size)
+        self._device_lock = threading.Lock()
+
+    @torch.inference_mode()
+    def __call__(self, images: Sequence[np.ndarray]) -> list[list[dict]]:
+        """The masks of each image: compressed COCO RLE dicts, those of a view by falling score.
+
+        Args:
+            images: uint8 RGB HxWx3 in [0, 255], of any sizes.
+        """
+        views = [view for index, image in enumerate(images) for view in self._views(index, image.shape[:2])]
+        inputs = [self._resize(images[view.image], view) for view in views]
+        found: list[list[Candidates]] = [[] for _ in images]
+        with self._device_lock:
+            for view, embedding in zip(views, self._embeddings(inputs), strict=True):
+                found[view.image].append(self._candidates(view, embedding))
+            drawn = [self._draw(self._without_duplicates(candidates)) for candidates in found]
+        return [self._finish(rles, boxes) for rles, boxes in drawn]
+
+    def _views(self, index: int, size: tuple[int, int]) -> list[View]:
+        from segment_anything.utils.amg import generate_crop_boxes
+
+        boxes, layers = generate_crop_boxes(size, self.crop_n_layers, self.crop_overlap_ratio)
+        return [View(index, size, tuple(box), layer) for box, layer in zip(boxes, layers, strict=True)]
+
+    def _resize(self, image: np.ndarray, view: View) -> np.ndarray:
+        """The view with its long side as the encoder wants it, uint8 hxwx3."""
+        x0, y0, x1, y1 = view.box
+        return self._transform.apply_image(image[y0:y1, x0:x1])
+
+    def _embeddings(self, inputs: Sequence[np.ndarray]) -> Iterator[Tensor]:
+        """The image embedding [1, C, h, w] of each input, computed `images_per_batch` at a time."""
+        for start in range(0, len(inputs), self.images_per_batch):
+            batch = [
+                self.model.preprocess(torch.from_numpy(image).to(self.model.device).permute(2, 0, 1))
+                for image in inputs[start : start + self.images_per_batch]
+            ]
+            with self._autocast():
+                embeddings = self.encoder(torch.stack(batch))
+            yield from embeddings.split(1)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.model.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+    def _candidates(self, view: View, embedding: Tensor) -> Candidates:
+        """The masks of a view that pass the filters, without duplicates, by falling score."""
+        grid = self._transform.apply_coords(self.point_grids[view.layer] * view.crop_size[::-1], view.crop_size)
+        parts = []
+        for points in torch.from_numpy(grid).to(self.model.device).split(self.points_per_batch):
+            logits, scores = self._decode(embedding, points)
+            likely = torch.nonzero(scores > self.pred_iou_thresh).flatten()
+            parts += [self._stable(view, logits[part], scores[part]) for part in likely.split(self.points_per_batch)]
+        candidates = Candidates.join(parts)
+        return candidates.select(nms(candidates.boxes.float(), candidates.scores, self.box_nms_thresh))
+
+    def _decode(self, embedding: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Masks at low resolution, logits [3P, h, w], and their predicted IoU, float32 [3P], for prompts [P, 2]."""
+        prompts, decoder = self.model.prompt_encoder, self.model.mask_decoder
+        labels = torch.ones(len(points), 1, dtype=torch.int, device=points.device)
+        prompt_tokens, _ = prompts(points=(points[:, None], labels), boxes=None, masks=None)
+        output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+        with self._autocast():
+            # A batch of one: the transformer broadcasts it to the prompts where they first meet.
+            image = embedding + prompts.no_mask_embed.weight.reshape(1, -1, 1, 1)
+            tokens = torch.cat([output_tokens.expand(len(points), -1, -1), prompt_tokens], dim=1)
+            tokens, pixels = decoder.transformer(image, prompts.get_dense_pe(), tokens)
+            pixels = decoder.output_upscaling(pixels.transpose(1, 2).unflatten(2, image.shape[-2:]))
+            # Token 0 predicts the IoUs; of the mask tokens, the first is for prompts that are not ambiguous.
+            heads = list(enumerate(decoder.output_hypernetworks_mlps, start=1))[1:]
+            weights = torch.stack([head(tokens[:, index]) for index, head in heads], dim=1)
+            logits = (weights @ pixels.flatten(2)).unflatten(2, pixels.shape[-2:])
+        scores = decoder.iou_prediction_head(tokens[:, 0].float())[:, 1:]
+        return logits.flatten(0, 1), scores.flatten()
+
+    def _stable(self, view: View, logits: Tensor, scores: Tensor) -> Candidates:
+        """Those of the masks that are stable and do not end where only the crop ends."""
+        from segment_anything.utils.amg import (
+            batched_mask_to_box,
+            calculate_stability_score,
+            is_box_near_crop_edge,
+            uncrop_boxes_xyxy,
+        )
+
+        threshold, (height, width) = self.model.mask_threshold, view.size
+        full = self._enlarge(view, logits)
+        stability = calculate_stability_score(full, threshold, self.stability_score_offset).nan_to_num(0)
+        boxes = batched_mask_to_box(full > threshold)
+        kept = stability >= self.stability_score_thresh
+        kept &= ~is_box_near_crop_edge(boxes, view.box, [0, 0, width, height])
+        return Candidates(view, logits, uncrop_boxes_xyxy(boxes, view.box), scores).select(kept)
+
+    def _enlarge(self, view: View, logits: Tensor) -> Tensor:
+        """Masks at the size of the view, float32 [N, H, W]: `Sam.postprocess_masks`, a matrix for each side."""
+        encoder_size = self.model.image_encoder.img_size
+        used = self._transform.get_preprocess_shape(*view.crop_size, encoder_size)
+        rows, columns = (
+            interpolation_matrix(low, encoder_size, inside, high, logits.device)
+            for low, inside, high in zip(logits.shape[-2:], used, view.crop_size, strict=True)
+        )
+        return rows @ logits.float() @ columns.T
+
+    def _without_duplicates(self, found: list[Candidates]) -> list[Candidates]:
+        """NMS between the views of an image, in favour of smaller crops."""
+        if len(found) == 1:
+            return found
+        scores = [1 / (candidates.view.crop_size[0] * candidates.view.crop_size[1]) for candidates in found]
+        sizes = [len(candidates.scores) for candidates in found]
+        boxes = torch.cat([candidates.boxes for candidates in found]).float()
+        weights = torch.tensor(scores, device=boxes.device).repeat_interleave(torch.tensor(sizes, device=boxes.device))
+        kept = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
+        kept[nms(boxes, weights, self.crop_nms_thresh)] = True
+        return [candidates.select(part) for candidates, part in zip(found, kept.split(sizes), strict=True)]
+
+    def _draw(self, found: list[Candidates]) -> tuple[list[dict], Tensor]:
+        """Uncompressed RLEs of the candidates, and their boxes [N, 4]."""
+        rles = []
+        for candidates in found:
+            (height, width), (x0, y0, x1, y1) = candidates.view.size, candidates.view.box
+            for logits in candidates.logits.split(self.points_per_batch):
+                masks = self._enlarge(candidates.view, logits) > self.model.mask_threshold
+                rles += uncompressed_rle(F.pad(masks, (x0, width - x1, y0, height - y1)))
+        return rles, torch.cat([candidates.boxes for candidates in found])
+
+    def _finish(self, rles: list[dict], boxes: Tensor) -> list[dict]:
+        """Clear small holes and islands, if that is asked for, and compress."""
+        from segment_anything import SamAutomaticMaskGenerator
+        from segment_anything.utils.amg import MaskData, coco_encode_rle
+
+        masks = MaskData(rles=rles, boxes=boxes.cpu())
+        if self.min_mask_region_area > 0:
+            threshold = max(self.box_nms_thresh, self.crop_nms_thresh)
+            SamAutomaticMaskGenerator.postprocess_small_regions(masks, self.min_mask_region_area, threshold)
+        return [coco_encode_rle(rle) for rle in masks["rles"]]
+
+
+@functools.lru_cache(maxsize=64)
+def interpolation_matrix(low: int, padded: int, used: int, high: int, device: torch.device) -> Tensor:
+    """Linear interpolation from `low` samples to `padded`, of these the first `used` to `high`: float32 [high, low].
+
+    Interpolation is linear in its input, so the images of the unit vectors tell all about it.
+    """
+    units = F.interpolate(torch.eye(low, device=device)[None], padded, mode="linear")[..., :used]
+    return F.interpolate(units, high, mode="linear")[0].T.contiguous()
+
+
+def uncompressed_rle(masks: Tensor) -> list[dict]:
+    """COCO's RLE of masks bool [N, H, W], as lists of counts."""
+    number, height, width = masks.shape
+    columns = masks.transpose(1, 2).flatten(1)
+    changes = columns.clone()  # a mask that begins with its first pixel has a first count of 0
+    changes[:, 1:] ^= columns[:, :-1]
+    owners, places = changes.nonzero().cpu().numpy().T
+    parts = np.split(places, np.searchsorted(owners, np.arange(1, number)))
+    pixels = height * width
+    return [
+        {"size": [height, width], "counts": np.diff(part, prepend=0, append=pixels).tolist()} for part in parts[:number]
+    ]
