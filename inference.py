@@ -10,7 +10,8 @@ Writes to experiments/predictions/TAG@DOMAIN/
     masks/ID.npz        the same arrays from CSRM's segmentation branch: softmax over background and the image's classes
     pseudos-.../ID.png  pseudo masks: argmax of [threshold; CAMs], refined by a dense CRF; class indices
 
-The network's shape is read from the checkpoint. Started again, it continues with the images that are missing.
+The network's shape is read from the checkpoint. Started again, it continues with the images that are missing. Under
+torchrun (SETUP.md) several GPUs share the images.
 """
 
 from __future__ import annotations

@@ -6,7 +6,9 @@
 Training reads photographs and the masks in --masks_dir (ID.png, 255 ignored; without the flag the dataset's own masks:
 fully supervised) and writes experiments/models/TAG.pth. Prediction sees each image at several scales and mirrored,
 averages the logits, refines with a dense CRF and writes experiments/predictions/TAG@DOMAIN/masks/ID.png. It never reads
-labels. Both continue where they stopped.
+labels. Both continue where they stopped, and can be shared by several GPUs (SETUP.md):
+
+    torchrun --standalone --nproc_per_node 4 train_segmentation.py --tag deeplab ...
 """
 
 from __future__ import annotations

@@ -48,11 +48,10 @@ SCRIPTS = {
         "train_classifier",
         [*RUN, "--augment", "none", "--method", "pnoc", "--oc_weights", MODELS / "vanilla.pth"],
     ),
-    "accumulated": (
+    "segmentation": (
         "train_segmentation",
-        [*RUN, *DECODER, "--mode", "fix", "--accumulate_steps", 2, "--max_steps", 3, "--max_epoch", 1],
+        [*RUN, *DECODER, "--mode", "fix", "--accumulate_steps", 2, "--max_steps", 3],
     ),
-    "segmentation": ("train_segmentation", [*RUN, *DECODER, "--mode", "fix"]),
 }
 VIEWS = ["--scales", 1, "--crf_t", 1, "--device", "cpu"]
 
@@ -169,7 +168,7 @@ def work(root: Path, ports: list[int]) -> None:
     meet_again()
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
         SCRIPTS["resumed"] = SCRIPTS["segmentation"]
-        call_at(patch, 2, kill)
+        call_at(patch, 5, kill)
         train("resumed", root)
     torch.distributed.destroy_process_group()
     torch.save(results, f"rank{rank}.pt")
