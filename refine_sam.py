@@ -30,7 +30,6 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
 
@@ -42,6 +41,7 @@ from tools.errors import UserError
 from tools.files import load_image, load_mask, save_mask
 from tools.mask_files import MaskFiles
 from tools.merging import MODES, ORDERS, merge_masks
+from tools.parallel import process_pool
 from tools.proposals import SAM_TYPES, ProposalGenerator, SamGenerator, load_proposals, load_sam, save_proposals
 from tools.regions import RegionGenerator
 
@@ -352,15 +352,14 @@ def mapper(processes: int, threads: int) -> Iterator[Callable]:
         with ThreadPool(threads) as pool:
             yield pool.imap
     elif processes:
-        with multiprocessing.Pool(processes, initializer=start_worker) as pool:
+        with process_pool(processes, start_worker) as pool:
             yield pool.imap
     else:
         yield map
 
 
 def start_worker() -> None:
-    """A worker keeps to its core, as the workers already use them all, and ends when the script is killed."""
-    cv2.setNumThreads(1)
+    """A worker ends when the script is killed."""
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 

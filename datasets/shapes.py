@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import multiprocessing
 import os
 import tempfile
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from datasets.shapes_motifs import KINDS, SCENES, occlude
 from datasets.shapes_painting import Brush, Canvas, ellipse
 from tools.errors import UserError
 from tools.files import check_writable, save_json, save_mask
+from tools.parallel import process_pool
 
 CLASSES = ("background", *KINDS)
 IGNORE_INDEX = 255
@@ -306,7 +306,7 @@ def _write_set(root: Path, parameters: dict[str, int], workers: int) -> None:
         jobs += [(image_id, (parameters["seed"], number, index)) for index, image_id in enumerate(ids)]
     write = functools.partial(_write_sample, root, parameters["size"])
     if workers > 1:
-        with multiprocessing.Pool(workers, initializer=cv2.setNumThreads, initargs=(0,)) as pool:
+        with process_pool(workers) as pool:
             pool.map(write, jobs, chunksize=16)
     else:
         for job in jobs:

@@ -6,8 +6,10 @@ for result in run_jobs(functools.partial(convert, palette), paths, workers=8, na
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
+import multiprocessing.pool
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -28,14 +30,31 @@ def run_jobs(work: Callable[[Any], Any], jobs: Sequence, workers: int, name: str
     if workers == 0:
         yield from progress(map(work, jobs))
         return
-    with multiprocessing.Pool(workers, initializer=_start, initargs=(work,)) as pool:
+    with process_pool(workers, _start, work) as pool:
         yield from progress(pool.imap(_call, jobs, chunksize=max(1, min(CHUNK, len(jobs) // (4 * workers)))))
+
+
+@contextlib.contextmanager
+def process_pool(
+    workers: int, initializer: Callable[..., None] | None = None, *arguments: Any
+) -> Iterator[multiprocessing.pool.Pool]:
+    """A pool of `workers` processes, each of which keeps to its core: together they already use them all.
+
+    OpenCV's threads are stopped here, before the fork. A process that inherits their pool, but not the threads, would
+    wait for them for ever once it resizes the pool.
+    """
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        with multiprocessing.Pool(workers, initializer, arguments) as pool:
+            yield pool
+    finally:
+        cv2.setNumThreads(threads)
 
 
 def _start(work: Callable[[Any], Any]) -> None:
     global _work
     _work = work
-    cv2.setNumThreads(1)  # a worker keeps to its core: the workers already use them all
 
 
 def _call(job: Any) -> Any:
