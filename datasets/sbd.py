@@ -6,8 +6,7 @@
     VOC2012/ImageSets/Segmentation/train_aug.txt                  SBD train + SBD val + VOC train, minus VOC val
     VOC2012/SegmentationClassAug/ID.png                           VOC's own mask where there is one, else SBD's
 
-Learning from image labels needs the list only. The
-masks are for scores on `train_aug` and for fully supervised training.
+Learning from image labels needs the list only; the masks are for scores on `train_aug` and for supervised training.
 """
 
 from __future__ import annotations
