@@ -177,9 +177,7 @@ def main(args: argparse.Namespace) -> None:
     predict.claim(fingerprint(weights))
     pending = predict.pending(ids)
     print(f"{len(ids)} images of '{args.domain}', {len(ids) - len(pending)} done already; writing to {folder}")
-    todo = set(pending)
-    mine = [image_id for image_id in distributed.share(ids) if image_id in todo]  # not of `pending`: it shrinks
-    for image_id in cli.progress(mine, desc="inference", unit="image"):
+    for image_id in cli.progress(distributed.share(ids, pending), desc="inference", unit="image"):
         predict(image_id)
     for kind in predict.wanted():
         print(f"{kind}: {predict.folders[kind]}")

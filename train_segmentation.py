@@ -113,9 +113,7 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
     ids = source.ids(args.domain)[: args.max_images]
     pending = [image_id for image_id in ids if not (folder / f"{image_id}.png").exists()]
     print(f"{len(ids)} images of '{args.domain}', {len(ids) - len(pending)} done already; writing to {folder}")
-    todo = set(pending)
-    mine = [image_id for image_id in distributed.share(ids) if image_id in todo]  # not of `pending`: it shrinks
-    for image_id in cli.progress(mine, desc="predicting", unit="image"):
+    for image_id in cli.progress(distributed.share(ids, pending), desc="predicting", unit="image"):
         photograph = source.photograph(image_id).to(device)
         mask = segment(model, photograph, checkpoint["args"]["image_size"], args)
         save_mask(folder / f"{image_id}.png", mask.cpu().numpy(), source.info.palette)

@@ -8,6 +8,7 @@ They hold the same four images (`SIZES`) with the objects of `OBJECTS`: coloured
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -95,3 +96,14 @@ def folder_copy(folder_root: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def voc_copy(voc_root: Path, tmp_path: Path) -> Path:
     return shutil.copytree(voc_root / "VOCdevkit" / "VOC2012", tmp_path / "voc")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Change into a new folder, so that runs of one tag do not see each other."""
+
+    def change(name: str) -> None:
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+
+    return change

@@ -256,15 +256,6 @@ def method_flags(method: str, ordinary: Path) -> list:
     return ["--method", method, *(["--oc_weights", ordinary] if method in ("poc", "pnoc") else [])]
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    def change(name: str) -> None:
-        (tmp_path / name).mkdir()
-        monkeypatch.chdir(tmp_path / name)
-
-    return change
-
-
 MANY = ["--augment", "colorjitter,cutmix,mixup", "--cutmix_prob", 0.7, "--sampler", "balanced", "--ema", 0.9]
 
 

@@ -20,17 +20,6 @@ class Killed(BaseException):
     """Nothing catches it, as nothing catches SIGKILL."""
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """Change into a new folder, so that runs of one tag do not see each other."""
-
-    def change(name: str) -> None:
-        (tmp_path / name).mkdir()
-        monkeypatch.chdir(tmp_path / name)
-
-    return change
-
-
 def change_steps(monkeypatch, script: str, change) -> None:
     """Put `change(losses, number of the step)` behind the script's training step."""
     module, steps = importlib.import_module(script), []

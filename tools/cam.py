@@ -46,10 +46,10 @@ def stride4_size(height: int, width: int) -> tuple[int, int]:
 def scaled_views(image: torch.Tensor, scales: Sequence[float], long_side: float = math.inf) -> list[torch.Tensor]:
     """The normalised image f32[1,3,H,W] at each scale, its sides rounded to the nearest 16n + 1 pixels.
 
-    Scales are relative to the image as in training: reduced to the long side `long_side`, pixels, where it is longer.
-
     At these sizes the n + 1 cells of a map at stride 16 sit on a grid from corner to corner, so corner-aligned
     upsampling puts them back where they came from. At other sizes the far edge is off by up to 15 pixels.
+
+    Scales are relative to the image as in training: reduced to the long side `long_side`, pixels, where it is longer.
     """
     height, width = image.shape[-2:]
     factors = [scale * fit(height, width, long_side) for scale in scales]

@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -62,9 +62,16 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def share(items: Sequence[Item]) -> Sequence[Item]:
-    """This process's part of a job: every `world_size()`-th item. Needs no `start`."""
-    return items[rank() :: world_size()]
+def share(items: Sequence[Item], pending: Iterable[Item] | None = None) -> Sequence[Item]:
+    """This process's part of a job: every `world_size()`-th item; of these only the `pending` ones, if they are given.
+
+    What is pending shrinks while processes start, so it is `items` that are dealt out. Needs no `start`.
+    """
+    mine = items[rank() :: world_size()]
+    if pending is None:
+        return mine
+    todo = set(pending)
+    return [item for item in mine if item in todo]
 
 
 def start(device: torch.device) -> None:
