@@ -182,7 +182,7 @@ class Criterion(nn.Module):
         _, labels = targets.teacher_labels.chunk(2)
         _, student_logits = student["seg_logits"].chunk(2)
         _, teacher_logits = teacher["seg_logits"].chunk(2)
-        uncertainty = entropy(resize_maps(teacher_logits, labels.shape[-2:]))
+        uncertainty = entropy(teacher_logits, labels.shape[-2:])
         return unsupervised_loss(student_logits, labels, uncertainty, 100 - self.alpha(epoch))
 
     def contrast(self, student: dict, teacher: dict, targets: Targets, epoch: int) -> Tensor:
@@ -236,7 +236,7 @@ def train_step(
         images, cam_labels, seg_logits, image_labels = mix(images, cam_labels, seg_logits, image_labels)
 
     # 4. The teacher's labels, among the classes the image has.
-    hard_labels, confidence = teacher_labels(resize_maps(seg_logits, images.shape[-2:]), image_labels)
+    hard_labels, confidence = teacher_labels(seg_logits, image_labels, images.shape[-2:])
 
     # 5. Student and teacher look at the mixed images.
     inputs = normalize(images)

@@ -84,8 +84,36 @@ def test_unsupervised_loss_is_zero_where_nothing_is_kept(labels):
 
 
 def test_cross_entropy_of_half_precision_logits_is_float32():
-    loss = losses.cross_entropy(torch.randn(1, 3, 2, 2).half(), torch.zeros(1, 4, 4, dtype=torch.long))
-    assert loss.dtype == torch.float32 and loss.isfinite()
+    logits = torch.randn(1, 3, 2, 2).half().requires_grad_()
+    loss = losses.cross_entropy(logits, torch.zeros(1, 4, 4, dtype=torch.long))
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.isfinite() and logits.grad.dtype == torch.half
+
+
+@pytest.mark.parametrize("images_at_once", [1, 2, 5])
+def test_cross_entropy_in_chunks_is_torchs_with_its_gradients(monkeypatch, images_at_once):
+    """Maps of different sizes, each of some classes, are all enlarged to 9 x 8."""
+    monkeypatch.setattr(losses, "CHUNK_VALUES", images_at_once * 5 * 9 * 8)
+    maps = [torch.randn(5, 2, 3, 3, requires_grad=True), torch.randn(5, 3, 9, 8, requires_grad=True)]
+    labels = torch.randint(0, 5, (5, 9, 8))
+    labels[0], labels[3, :4] = 255, 255
+    theirs = [m.detach().clone().requires_grad_() for m in maps]
+    enlarged = [F.interpolate(m, (9, 8), mode="bilinear", align_corners=True) for m in theirs]
+    expected = F.cross_entropy(torch.cat(enlarged, 1), labels, ignore_index=255, label_smoothing=0.1)
+    loss = losses.cross_entropy(maps, labels, 0.1)
+    torch.testing.assert_close(loss, expected)
+    torch.autograd.backward([3 * loss, 3 * expected])
+    for ours, other in zip(maps, theirs, strict=True):
+        torch.testing.assert_close(ours.grad, other.grad)
+    torch.testing.assert_close(losses.entropy(maps[1]), losses.entropy(maps[1].repeat(2, 1, 1, 1))[5:])
+
+
+def test_cross_entropy_keeps_nothing_of_full_size():
+    """What the backward pass needs has the size of the maps, not of the labels; frozen maps keep nothing."""
+    maps, labels = torch.randn(4, 3, 2, 2, requires_grad=True), torch.zeros(4, 64, 64, dtype=torch.long)
+    total = losses._FullSizeCrossEntropy.apply(labels, 0.1, maps, torch.randn(4, 1, 3, 3))
+    assert [t if t is None else t.shape for t in total.grad_fn.saved_tensors] == [maps.shape, None]
+    assert not losses.cross_entropy(maps.detach(), labels).requires_grad
 
 
 @settings(max_examples=40, deadline=None)

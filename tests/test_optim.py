@@ -83,6 +83,23 @@ def test_a_schedule_restored_from_its_state_goes_on_as_if_never_stopped():
     assert other.param_groups[0]["lr"] == pytest.approx(0.1 * 0.3**0.9)
 
 
+@pytest.mark.parametrize("name", ["sgd", "momentum"])
+def test_weights_whose_first_gradient_comes_late_have_velocity_like_all(name):
+    """v <- .9 v + g; the step is lr (g + .9 v) with Nesterov momentum, else lr v."""
+    model = Network()
+    optimizer = build_optimizer(model, name, lr=0.1, weight_decay=0, alpha_scratch=1)
+    late, early = model.head.weight, model.stage[0].weight
+    start, velocity = late.detach().clone(), torch.zeros_like(late)
+    for step in range(4):
+        early.grad = torch.ones_like(early)
+        late.grad = torch.full_like(late, step) if step >= 2 else None
+        optimizer.step()
+        if step >= 2:
+            velocity = 0.9 * velocity + step
+            start -= 0.1 * (step + 0.9 * velocity if name == "sgd" else velocity)
+        torch.testing.assert_close(late.detach(), start)
+
+
 def test_nesterov_without_momentum_is_a_clear_error():
     with pytest.raises(UserError, match="--momentum above 0"):
         build_optimizer(Network(), "sgd", lr=0.1, weight_decay=0, momentum=0.0)

@@ -96,7 +96,7 @@ def test_teacher_labels_are_the_renormalised_softmax_over_present_classes():
     logits, image_labels = 3 * torch.randn(3, 5, 4, 6), torch.tensor([[1, 0, 0.4, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
     masked = logits.softmax(1) * (F.pad(image_labels, (1, 0), value=1) > 0)[:, :, None, None]
     expected_confidence, expected_labels = (masked / masked.sum(1, keepdim=True)).max(1)
-    labels, confidence = teacher_labels(logits, image_labels)
+    labels, confidence = teacher_labels(logits, image_labels, logits.shape[-2:])
     assert torch.equal(labels, expected_labels)
     torch.testing.assert_close(confidence, expected_confidence)
     assert labels[1].eq(0).all() and confidence[1].eq(1).all()

@@ -13,7 +13,7 @@ import train_csrm
 from models import build_model
 from tools import training
 from tools.ema import Teacher
-from tools.losses import resize_maps, s2c_weight
+from tools.losses import s2c_weight
 from tools.memory_bank import MemoryBank
 from tools.pseudo_labels import reliable_cam_labels, teacher_labels
 from train_csrm import Batch, Criterion, Targets, batches, teacher_decay, train_step
@@ -36,7 +36,6 @@ def golden_inputs(golden):
     """What the networks gave, and the targets made of it as `train_step` makes them."""
     images = golden["images_u8"].permute(0, 3, 1, 2).contiguous()
     image_labels = golden["image_labels"]
-    logits = resize_maps(golden["teacher_seg_logits_for_labels"], images.shape[-2:])
     cam_labels = reliable_cam_labels(images[:2], golden["teacher_cam_logits"][:2], image_labels[:2])
     student = {
         "class_logits": golden["student_class_logits"],
@@ -45,7 +44,8 @@ def golden_inputs(golden):
         "representations": golden["student_rep"],
     }
     teacher = {"seg_logits": golden["teacher_seg_logits_for_uncertainty"], "representations": golden["teacher_rep"]}
-    return student, teacher, Targets(image_labels, cam_labels, *teacher_labels(logits, image_labels))
+    logits = golden["teacher_seg_logits_for_labels"]
+    return student, teacher, Targets(image_labels, cam_labels, *teacher_labels(logits, image_labels, images.shape[-2:]))
 
 
 def golden_criterion(golden, *flags) -> Criterion:

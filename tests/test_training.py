@@ -118,3 +118,22 @@ def test_mixed_precision_trains(folder_root, folder, precision):
     run("train_csrm", *data_flags(folder_root), *CSRM, "--mixed_precision", precision)
     state = torch.load(CHECKPOINT, weights_only=True)["teacher"]
     assert all(value.isfinite().all() for value in state.values())
+
+
+@pytest.mark.parametrize("script, flags", RUNS, ids=[script for script, _ in RUNS])
+def test_compiled_networks_train_alike(folder_root, folder, monkeypatch, script, flags):
+    """Each network is a single graph; without its code generator, the compiler leaves the numbers as they are."""
+    compile_module, names = torch.nn.Module.compile, []
+
+    def trace_only(module):
+        names.append(type(module).__name__)
+        compile_module(module, backend="eager", fullgraph=True)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", trace_only)
+    runs = []
+    for switch in ("false", "true"):
+        folder(switch)
+        run(script, *data_flags(folder_root), *flags, "--max_epoch", 1, "--compile", switch)
+        runs.append(torch.load(CHECKPOINT, weights_only=True)["model"])
+    assert len(names) == (3 if script == "train_csrm" else 1)
+    torch.testing.assert_close(*runs)

@@ -245,6 +245,7 @@ def add_optimization(
         default="auto",
         help="auto: bf16 on GPUs, off on CPUs",
     )
+    add_switch(group, "--compile", False, "have torch.compile fuse the networks: slow first steps, faster later ones")
     group.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="momentum: without Nesterov")
     group.add_argument("--lr", type=positive, default=lr, help="learning rate of pretrained weights")
     group.add_argument("--wd", type=non_negative, default=wd, help="weight decay (never on biases)")

@@ -1,7 +1,8 @@
 """The losses of CSRM on logits, and the schedules that go with them.
 
 Every function returns a float32 scalar with its graph intact, also when no pixel counts (then 0, never NaN), and reads
-nothing back to the host. Segmentation maps may be smaller than the labels: they are upsampled here.
+nothing back to the host. Segmentation maps may be smaller than the labels: they are upsampled here, a few images at a
+time, because one full-size map of 64 VOC images, [64, 21, 512, 512], takes 1.4 GB.
 
     loss_c = multilabel_loss(student["class_logits"], image_labels, label_smoothing=0.1)
     loss_c2s = c2s_loss(student["seg_logits"], cam_labels, label_smoothing=0.1)
@@ -12,13 +13,19 @@ gives a process its share: the mean over the processes is the loss of the whole 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from tools.distributed import all_reduce_sum, gather_batch, world_size
 
 IGNORE_INDEX = 255
+
+CHUNK_VALUES = 2**25
+"""Most values of a full-size map that is held at once (128 MB in float32), unless a single image has more."""
 
 
 def multilabel_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -62,10 +69,8 @@ def s2c_loss(
         labels: int64 [B, H, W], the teacher's labels where it is confident, else 255.
         saliency: float [B, 1, h, w] logits, or None.
     """
-    size = labels.shape[-2:]
     background = seg_logits[:, :1].detach() if saliency is None else saliency
-    logits = torch.cat([resize_maps(background, size), resize_maps(cams, size)], dim=1)
-    return cross_entropy(logits, labels, label_smoothing)
+    return cross_entropy([background, cams], labels, label_smoothing)
 
 
 def unsupervised_loss(logits: Tensor, labels: Tensor, teacher_entropy: Tensor, percentile: float) -> Tensor:
@@ -86,21 +91,62 @@ def unsupervised_loss(logits: Tensor, labels: Tensor, teacher_entropy: Tensor, p
     return weight * cross_entropy(logits, labels.where(kept, IGNORE_INDEX))
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def cross_entropy(logits: Tensor | Sequence[Tensor], labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Mean cross entropy over the pixels that are not 255; 0, where torch's own mean is NaN, if there is none.
 
     Args:
-        logits: float [B, C, h, w], upsampled to the size of the labels.
+        logits: float [B, C, h, w], upsampled to the size of the labels; or several such maps, of any sizes, whose
+            channels together are the classes.
         labels: int64 [B, H, W].
     """
-    per_pixel = F.cross_entropy(
-        resize_maps(logits, labels.shape[-2:]),
-        labels,
-        ignore_index=IGNORE_INDEX,
-        label_smoothing=label_smoothing,
-        reduction="none",
-    )
-    return per_pixel.sum() * world_size() / all_reduce_sum((labels != IGNORE_INDEX).sum()).clamp(min=1)
+    maps = [logits] if isinstance(logits, Tensor) else logits
+    total = _FullSizeCrossEntropy.apply(labels, label_smoothing, *maps)
+    return total * world_size() / all_reduce_sum((labels != IGNORE_INDEX).sum()).clamp(min=1)
+
+
+class _FullSizeCrossEntropy(torch.autograd.Function):
+    """Sum of the cross entropy over pixels, for maps smaller than their labels.
+
+    Full-size maps exist for a chunk of images only, because what is kept for the backward pass is the gradient at the
+    size of the maps. It is known at once: nothing but a factor can come between the loss and this sum.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, labels: Tensor, label_smoothing: float, *maps: Tensor) -> Tensor:
+        size = labels.shape[-2:]
+        total = labels.new_zeros((), dtype=torch.float32)
+        learns = ctx.needs_input_grad[2:]
+        gradients = [torch.empty_like(m, dtype=torch.float32) if learn else None for m, learn in zip(maps, learns)]
+        for part in chunks(len(labels), sum(m.shape[1] for m in maps), size):
+            with torch.enable_grad():
+                inputs = [m[part].detach().float().requires_grad_(learn) for m, learn in zip(maps, learns)]
+                loss = F.cross_entropy(
+                    torch.cat([resize_maps(m, size) for m in inputs], dim=1),
+                    labels[part],
+                    ignore_index=IGNORE_INDEX,
+                    label_smoothing=label_smoothing,
+                    reduction="sum",
+                )
+            total += loss.detach()
+            if any(learns):
+                loss.backward()
+                for gradient, value in zip(gradients, inputs):
+                    if gradient is not None:
+                        gradient[part] = value.grad
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = [m.dtype for m in maps]
+        return total
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, factor: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return None, None, *(None if g is None else (g * factor).to(dtype) for g, dtype in gradients)
+
+
+def chunks(images: int, channels: int, size: tuple[int, int]) -> Iterator[slice]:
+    """Slices of a batch of `images`, such that maps of `size` stay within `CHUNK_VALUES`."""
+    step = max(1, CHUNK_VALUES // (channels * size[0] * size[1]))
+    return (slice(start, start + step) for start in range(0, images, step))
 
 
 def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -111,10 +157,22 @@ def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=True)
 
 
-def entropy(logits: Tensor) -> Tensor:
-    """Entropy in nats of the softmax over classes: float [B, C, H, W] -> float32 [B, H, W] in [0, log C]."""
-    log_probs = logits.float().log_softmax(dim=1)
-    return -(log_probs.exp() * log_probs).sum(dim=1)
+def entropy(logits: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    """Entropy in nats of the softmax over classes.
+
+    Args:
+        logits: float [B, C, h, w]; without gradient here.
+        size: (H, W) to upsample them to first; None: none.
+
+    Returns:
+        float32 [B, H, W] in [0, log C].
+    """
+    size = size or logits.shape[-2:]
+    parts = []
+    for part in chunks(*logits.shape[:2], size):
+        log_probs = resize_maps(logits[part].detach(), size).log_softmax(dim=1)
+        parts.append(-(log_probs.exp() * log_probs).sum(dim=1))
+    return torch.cat(parts)
 
 
 def masked_percentile(values: Tensor, mask: Tensor, percentile: float) -> Tensor:

@@ -1,7 +1,7 @@
 """Pixel labels made from image labels: from CAMs for the segmentation branch, from the teacher for the CAMs.
 
     cam_labels = reliable_cam_labels(images, teacher["cams"], image_labels)                  # 0..K, 255 where in doubt
-    labels, confidence = teacher_labels(resize_maps(seg_logits, images.shape[-2:]), image_labels)
+    labels, confidence = teacher_labels(seg_logits, image_labels, images.shape[-2:])
     labels_of_confident_pixels = labels.where(confidence > 0.5, 255)
 
 An image is only ever given classes of its image label: everything here works on the present classes alone, which also
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tools.crf import CAM_SETTINGS, mean_field, unary_from_labels
-from tools.losses import IGNORE_INDEX, resize_maps
+from tools.losses import IGNORE_INDEX, chunks, resize_maps
 
 
 @torch.no_grad()
@@ -81,21 +81,26 @@ def mutual_promotion_labels(
 
 
 @torch.no_grad()
-def teacher_labels(seg_logits: Tensor, image_labels: Tensor) -> tuple[Tensor, Tensor]:
+def teacher_labels(seg_logits: Tensor, image_labels: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """The teacher's most probable class among the background and the image's classes, and its probability among these.
 
     Args:
-        seg_logits: float [B, K+1, H, W].
+        seg_logits: float [B, K+1, h, w].
         image_labels: float [B, K]; classes above 0 are in the image.
+        size: (H, W), to which the logits are upsampled.
 
     Returns:
         int64 [B, H, W] in [0, K], and float32 [B, H, W] in (0, 1].
     """
     absent = F.pad(image_labels, (1, 0), value=1.0) <= 0
     # A softmax without the absent classes is the full one with them masked out and the rest renormalised.
-    logits = seg_logits.float().masked_fill(absent[:, :, None, None], -torch.inf)
-    score, labels = logits.max(dim=1)
-    return labels, (score - logits.logsumexp(dim=1)).exp()
+    labels, confidence = [], []
+    for part in chunks(*seg_logits.shape[:2], size):
+        logits = resize_maps(seg_logits[part], size).masked_fill(absent[part, :, None, None], -torch.inf)
+        score, best = logits.max(dim=1)
+        labels.append(best)
+        confidence.append((score - logits.logsumexp(dim=1)).exp())
+    return torch.cat(labels), torch.cat(confidence)
 
 
 def _present_maps(cams: Tensor, image_labels: Tensor) -> tuple[Tensor, Tensor]:

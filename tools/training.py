@@ -74,6 +74,10 @@ class Trainer:
         self.model, self.args, self.info, self.device = model, args, info, device
         self.steps_per_epoch, self.images_per_step = steps_per_epoch, loaders * args.batch_size
         self.companions = companions or {}
+        if args.compile:  # the teacher too
+            for module in (model, *self.companions.values()):
+                if isinstance(module, nn.Module):
+                    module.compile()
         self.replica = distributed.Replica(model, partial=partial)
         self.optimizer = build_optimizer(model, **cli.optimizer_arguments(args))
         self.updates_per_epoch = -(-steps_per_epoch // args.accumulate_steps)
