@@ -116,12 +116,16 @@ class _FullSizeCrossEntropy(torch.autograd.Function):
         size = labels.shape[-2:]
         total = labels.new_zeros((), dtype=torch.float32)
         learns = ctx.needs_input_grad[2:]
-        gradients = [torch.empty_like(m, dtype=torch.float32) if learn else None for m, learn in zip(maps, learns)]
+        gradients = [
+            torch.empty_like(m, dtype=torch.float32) if learn else None for m, learn in zip(maps, learns, strict=True)
+        ]
         for part in chunks(len(labels), sum(m.shape[1] for m in maps), size):
             with torch.enable_grad():
-                inputs = [m[part].detach().float().requires_grad_(learn) for m, learn in zip(maps, learns)]
+                inputs = [m[part].detach().float() for m in maps]
+                for x, learn in zip(inputs, learns, strict=True):
+                    x.requires_grad_(learn)
                 loss = F.cross_entropy(
-                    torch.cat([resize_maps(m, size) for m in inputs], dim=1),
+                    torch.cat([resize_maps(x, size) for x in inputs], dim=1),
                     labels[part],
                     ignore_index=IGNORE_INDEX,
                     label_smoothing=label_smoothing,
@@ -130,9 +134,9 @@ class _FullSizeCrossEntropy(torch.autograd.Function):
             total += loss.detach()
             if any(learns):
                 loss.backward()
-                for gradient, value in zip(gradients, inputs):
+                for gradient, x in zip(gradients, inputs, strict=True):
                     if gradient is not None:
-                        gradient[part] = value.grad
+                        gradient[part] = x.grad
         ctx.save_for_backward(*gradients)
         ctx.dtypes = [m.dtype for m in maps]
         return total
