@@ -194,6 +194,22 @@ def test_repeats_bit_by_bit():
     assert torch.equal(mean_field(images, unary), mean_field(images, unary))
 
 
+def test_threads_solve_images_alike():
+    """Each thread takes whole images, so that no sum changes its order; afterwards the caller has its threads back."""
+    images, unary = random_problem(160, 130, labels=3, batch=5)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = mean_field(images, unary)
+        torch.set_num_threads(3)
+        with torch.inference_mode():
+            assert torch.equal(mean_field(images, unary), expected)
+        assert torch.equal(mean_field(images, unary, sizes=[(160, 130)] * 5), expected)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_no_gradient_is_recorded():
     images, unary = random_problem(6, 6, labels=2)
     assert not mean_field(images, unary.requires_grad_()).requires_grad

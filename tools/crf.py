@@ -41,8 +41,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import EllipsisType
 
 import numpy as np
 import torch
@@ -69,6 +71,9 @@ CAM_SETTINGS = CRFSettings(3, 3, 50, 5, 10)
 SEGMENTATION_SETTINGS = CRFSettings(1, 3, 67, 3, 4)
 
 BACKENDS = ("torch", "pydensecrf")
+
+Part = tuple[slice | EllipsisType, ...]
+"""Index of some images, and of the valid pixels in them."""
 
 
 def unary_from_labels(labels: Tensor, num_labels: int | Tensor, gt_prob: float = 0.7) -> Tensor:
@@ -141,9 +146,25 @@ def mean_field(
         parts = [(slice(start, start + step),) for start in range(0, len(images), step)]
     else:
         parts = [(slice(i, i + 1), ..., slice(height), slice(width)) for i, (height, width) in enumerate(sizes)]
-    for part in parts:
-        q[part] = infer(images[part], energy[part], settings, iterations)
+    solve = lambda part: infer(images[part], energy[part], settings, iterations)  # noqa: E731
+    for part, result in zip(parts, _map(solve, parts, images.device), strict=True):
+        q[part] = result
     return q.reshape(unary.shape)
+
+
+def _map(function: Callable[[Part], Tensor], parts: list[Part], device: torch.device) -> Iterator[Tensor]:
+    """`map`; on a CPU with a thread per part, because operations on so few pixels gain nothing from several threads."""
+    threads = min(torch.get_num_threads(), len(parts))
+    if device.type != "cpu" or threads <= 1:
+        yield from map(function, parts)
+        return
+    within = torch.inference_mode()(function)  # what a thread is told about gradients holds for no other
+    allowed = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield from pool.map(within, parts)
+    finally:
+        torch.set_num_threads(allowed)  # some libraries took the threads' 1 for everybody's
 
 
 def _check(images: Tensor, unary: Tensor, backend: str) -> None:
