@@ -4,9 +4,9 @@
     python -m benchmarks.train_step --script segmentation --architecture resnest269e --batch_size 16
     python -m benchmarks.train_step --script classifier -- --method puzzle --mode fix      # flags of the script
 
-Runs the training script itself on random photographs, three times: to count floating-point operations in one step; with
-a clock around each phase, for which a GPU must wait; and untouched, for the speed. docs/performance.md explains the
-rows.
+Runs the training script itself on random photographs, three times: to count operations and bytes in one step; with a
+clock around each phase, for which a GPU must wait; and untouched, for the speed. On a GPU once more, under PyTorch's
+profiler, to see how long no kernel ran. docs/performance.md explains the rows.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.autograd import DeviceType
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
@@ -106,6 +109,36 @@ class Clock:
         return mock.patch.object(owner, attribute, timed)
 
 
+class ByteCounter(TorchDispatchMode):
+    """Bytes that operations read and write in memory, if none of them is fused with the next and caches are no help."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if not is_view:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+            self.total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return result
+
+
+@contextlib.contextmanager
+def both(first: contextlib.AbstractContextManager, second: contextlib.AbstractContextManager) -> Iterator[None]:
+    """Two context managers as one."""
+    with first, second:
+        yield
+
+
+def idle_share(kernels: list[tuple[float, float]]) -> float:
+    """The part of the time from the first kernel's start to the last one's end in which none of [(start, end)] ran."""
+    busy, (first, until) = 0.0, min(kernels)[:1] * 2
+    for start, end in sorted(kernels):
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return 1 - busy / (until - first)
+
+
 def clocked(script: str, clock: Clock) -> contextlib.ExitStack:
     """Put the clock into the script's phases, for as long as the result is entered."""
     module, stack = importlib.import_module(f"train_{script}"), contextlib.ExitStack()
@@ -179,6 +212,17 @@ def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / min(seconds)
 
 
+def bandwidth(device: torch.device) -> float:
+    """Bytes per second of a copy of a large tensor, read and written."""
+    source = torch.zeros(2**28 if device.type == "cuda" else 2**26, device=device)
+    target, seconds = torch.zeros_like(source), []
+    for _ in range(5):
+        with Clock(device) as clock:
+            target.copy_(source)
+        seconds.append(sum(clock.seconds.values()))
+    return 2 * source.nbytes / min(seconds)
+
+
 def peak_memory(device: torch.device) -> float:
     """Bytes: on a GPU those of tensors at the peak; else those of this process, PyTorch included."""
     if device.type == "cuda":
@@ -187,9 +231,9 @@ def peak_memory(device: torch.device) -> float:
 
 
 def print_report(
-    args: argparse.Namespace, device: torch.device, phases: dict[str, float], seconds: float, flops: int
+    args: argparse.Namespace, device: torch.device, phases: dict[str, float], seconds: float, flops: int, size: int
 ) -> None:
-    """Print phases (seconds in an epoch), and speeds from the seconds of an untouched epoch and the FLOPs of a step."""
+    """Print phases (seconds in an epoch); speeds, from the seconds of an untouched epoch; FLOPs and bytes of a step."""
     images = args.batch_size * (2 if args.script == "csrm" else 1)
     speed = images * args.steps / seconds
     total = sum(phases.values())
@@ -205,6 +249,12 @@ def print_report(
     achieved, peak = flops / images * speed / 1e12, matrix_peak(device, dtype) / 1e12
     print(f"TFLOP         {flops / 1e12:.4f} per step in convolutions and products")
     print(f"TFLOP/s       {achieved:.4f}, {achieved / peak:.1%} of the {peak:.4f} of a product of matrices ({dtype})")
+    copied = bandwidth(device)
+    print(
+        f"GB            {size / 1e9:.2f} per step read and written by operations; a copy does {copied / 1e9:.1f} GB/s"
+    )
+    by_flops, by_bytes, step = (1000 * t for t in (flops / peak / 1e12, size / copied, seconds / args.steps))
+    print(f"floor         {by_flops:.0f} ms by TFLOP, {by_bytes:.0f} ms by GB; a step takes {step:.0f} ms")
     print(f"peak memory   {peak_memory(device) / 1e9:.2f} GB")
 
 
@@ -216,12 +266,18 @@ def main(args: argparse.Namespace) -> None:
             setattr(args, name, value)
     with tempfile.TemporaryDirectory() as folder:
         write_photographs(Path(folder) / "data", 2 * args.batch_size)
-        counter, clock, stopwatch = FlopCounterMode(display=False), Clock(device), Clock(device)
-        train(args, Path(folder), counter)
+        counter, sizes, clock, stopwatch = FlopCounterMode(display=False), ByteCounter(), Clock(device), Clock(device)
+        train(args, Path(folder), both(counter, sizes))
         with clocked(args.script, clock):
             train(args, Path(folder), clock, epochs=2)
         train(args, Path(folder), stopwatch, epochs=2)
-    print_report(args, device, clock.seconds, sum(stopwatch.seconds.values()), counter.get_total_flops())
+        seconds = sum(stopwatch.seconds.values())
+        print_report(args, device, clock.seconds, seconds, counter.get_total_flops(), sizes.total)
+        if device.type == "cuda":
+            profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+            train(args, Path(folder), profile, epochs=2)
+            ranges = (event.time_range for event in profile.events() if event.device_type == DeviceType.CUDA)
+            print(f"GPU idle      {idle_share([(time.start, time.end) for time in ranges]):.1%}")
 
 
 if __name__ == "__main__":

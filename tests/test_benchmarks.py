@@ -34,10 +34,23 @@ def test_a_step_in_phases(capsys, script, flags):
     rows = dict(re.findall(r"^(.+?) {2,}(.+)$", text, re.MULTILINE))
     expected = {"loading", "student", "losses", "backward", "optimiser", "other", "all"}
     expected |= {"augmentation", "teacher", "CAM labels", "EMA"} if script == "csrm" else set()
-    assert rows.keys() - {"phase", "images/s", "TFLOP", "TFLOP/s", "peak memory"} == expected
+    assert rows.keys() - {"phase", "images/s", "TFLOP", "TFLOP/s", "GB", "floor", "peak memory"} == expected
     milliseconds = {name: float(row.split()[0]) for name, row in rows.items() if name in expected}
     assert sum(milliseconds.values()) == pytest.approx(2 * milliseconds["all"], abs=1)
-    assert float(rows["TFLOP"].split()[0]) > 0
+    assert float(rows["TFLOP"].split()[0]) > 0 and float(rows["GB"].split()[0]) > 0
+
+
+def test_bytes_of_operations():
+    """Views move nothing; an operation in place reads and writes; a sum reads its input and writes one number."""
+    x = torch.zeros(10, 20)
+    with train_step.ByteCounter() as sizes:
+        x.t()[3:].view(17, 10).add_(x.t()[3:]).sum()
+    assert sizes.total == 4 * (3 * 170 + 170 + 1)
+
+
+def test_idle_is_where_no_kernel_runs():
+    kernels = [(12.0, 13.0), (0.0, 4.0), (1.0, 2.0), (3.0, 6.0), (9.0, 10.0)]
+    assert train_step.idle_share(kernels) == pytest.approx((3 + 2) / 13)
 
 
 def test_the_speed_of_the_loader(capsys):
