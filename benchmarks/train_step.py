@@ -3,10 +3,12 @@
     python -m benchmarks.train_step                                     # CSRM; network and sizes that suit the device
     python -m benchmarks.train_step --script segmentation --architecture resnest269e --batch_size 16
     python -m benchmarks.train_step --script classifier -- --method puzzle --mode fix      # flags of the script
+    python -m benchmarks.train_step --architecture resnest101e --batch_size 32 --image_size 512 --count
 
 Runs the training script itself on random photographs, three times: to count operations and bytes in one step; with a
 clock around each phase, for which a GPU must wait; and untouched, for the speed. On a GPU once more, under PyTorch's
-profiler, to see how long no kernel ran. docs/performance.md explains the rows.
+profiler, to see how long no kernel ran. docs/performance.md explains the rows. With --count nothing is run: what the
+networks would compute and move is counted, on any machine.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
+import train_classifier
 from benchmarks.photographs import write_photographs
 from datasets.loaders import Loader
 from datasets.transforms import PhotometricAugmentation
@@ -60,6 +63,7 @@ def make_parser() -> cli.Parser:
     group.add_argument("--decoder_channels", type=cli.positive_int, help="width of the decoder (default: 64 or 256)")
     group.add_argument("--steps", type=cli.positive_int, default=3, help="steps to time, after as many to warm up")
     cli.add_workers(group)
+    cli.add_switch(group, "--count", False, "only count operations and bytes of the networks in a step, for 20 classes")
     group.add_argument("flags", nargs="*", metavar="-- FLAGS", help="further flags of the script")
     return parser
 
@@ -175,16 +179,8 @@ def clocked(script: str, clock: Clock) -> contextlib.ExitStack:
 
 def train(args: argparse.Namespace, folder: Path, last: contextlib.AbstractContextManager, *, epochs: int = 1) -> None:
     """Run the script for some epochs of `--steps` steps (or one of a single step), the last of them within `last`."""
-    module, steps = importlib.import_module(f"train_{args.script}"), args.steps if epochs > 1 else 1
-    flags = ["--tag", f"run{id(last)}", "--dataset", "folder", "--data_dir", folder / "data", "--domain_train", "train"]
-    flags += ["--device", args.device, "--num_workers", args.num_workers, "--max_steps", steps, "--max_epoch", epochs]
-    flags += ["--architecture", args.architecture, "--backbone_weights", "none", "--batch_size", args.batch_size]
-    for size in ("image_size", "min_image_size", "max_image_size"):
-        flags += [f"--{size}", args.image_size]
-    if args.script == "csrm":
-        flags += ["--warmup_epochs", 0]
-    if args.script != "classifier":
-        flags += ["--decoder_channels", args.decoder_channels]
+    steps = args.steps if epochs > 1 else 1
+    flags = ["--tag", f"run{id(last)}", "--data_dir", folder / "data", "--max_steps", steps, "--max_epoch", epochs]
     progress = Trainer.progress
 
     def measured(self, epoch, batches):
@@ -197,7 +193,43 @@ def train(args: argparse.Namespace, folder: Path, last: contextlib.AbstractConte
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
     ):
-        module.main(module.make_parser().parse_args([*map(str, flags), *args.flags]))
+        importlib.import_module(f"train_{args.script}").main(script_arguments(args, *flags))
+
+
+def script_arguments(args: argparse.Namespace, *flags: object) -> argparse.Namespace:
+    """The arguments of the script for `flags` and what this benchmark's own flags say of it."""
+    flags += ("--dataset", "folder", "--domain_train", "train")
+    flags += ("--device", args.device, "--num_workers", args.num_workers, "--batch_size", args.batch_size)
+    flags += ("--architecture", args.architecture, "--backbone_weights", "none")
+    for size in ("image_size", "min_image_size", "max_image_size"):
+        flags += (f"--{size}", args.image_size)
+    if args.script == "csrm":
+        flags += ("--warmup_epochs", 0)
+    if args.script != "classifier":
+        flags += ("--decoder_channels", args.decoder_channels)
+    parser = importlib.import_module(f"train_{args.script}").make_parser()
+    return parser.parse_args([*map(str, flags), *args.flags])
+
+
+def print_count(args: argparse.Namespace) -> None:
+    """Print what the networks of a step compute and move, counted on tensors without memory."""
+    counter, sizes = FlopCounterMode(display=False), ByteCounter()
+    images = args.batch_size * (2 if args.script == "csrm" else 1)
+    arguments = script_arguments(args, "--tag", "count")
+    if args.script == "classifier":
+        train_classifier.complete(arguments)
+    with torch.device("meta"):
+        network = models.build_model(args.script, num_classes=21, **cli.network_arguments(arguments))
+        views = torch.empty(images, 3, args.image_size, args.image_size)
+    with counter, sizes:
+        if args.script == "csrm":  # the teacher, before and after mixing
+            with torch.no_grad():
+                network.eval()(views, representations=False)
+                network(views)
+        sum(output.float().sum() for output in network.train()(views).values()).backward()
+    print(f"{args.script}, {args.architecture}, {args.image_size} pixels, {images} images per step")
+    print(f"TFLOP         {counter.get_total_flops() / 1e12:.2f} per step in convolutions and products")
+    print(f"GB            {sizes.total / 1e9:.0f} per step read and written by operations in float32; half in bf16")
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -264,6 +296,9 @@ def main(args: argparse.Namespace) -> None:
     for name, value in DEFAULTS[device.type].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.count:
+        print_count(args)
+        return
     with tempfile.TemporaryDirectory() as folder:
         write_photographs(Path(folder) / "data", 2 * args.batch_size)
         counter, sizes, clock, stopwatch = FlopCounterMode(display=False), ByteCounter(), Clock(device), Clock(device)

@@ -40,6 +40,26 @@ def test_a_step_in_phases(capsys, script, flags):
     assert float(rows["TFLOP"].split()[0]) > 0 and float(rows["GB"].split()[0]) > 0
 
 
+@pytest.mark.parametrize("script", ["classifier", "csrm", "segmentation"])
+def test_operations_are_counted_without_running_them(capsys, script):
+    flops = []
+    for batch_size in (2, 4):
+        flags = [
+            "--script",
+            script,
+            "--count",
+            "--image_size",
+            65,
+            "--decoder_channels",
+            64,
+            "--batch_size",
+            batch_size,
+        ]
+        text = output_of(train_step, capsys, *flags, "--architecture", "resnet50")
+        flops.append(float(re.search(r"TFLOP +(\S+)", text)[1]))
+    assert 0 < flops[1] == pytest.approx(2 * flops[0], abs=0.02)
+
+
 def test_bytes_of_operations():
     """Views move nothing; an operation in place reads and writes; a sum reads its input and writes one number."""
     x = torch.zeros(10, 20)
