@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tools import cli
 from tools.crf import BACKENDS, mean_field, unary_from_labels
 from tools.files import load_image
 
@@ -69,6 +70,7 @@ def solve_on_core(task: tuple[Case, str]) -> tuple[float, int]:
     """Seconds on one thread of this process, and bytes by which the peak of its memory grew."""
     case, backend = task
     torch.set_num_threads(1)
+    cli.select_device("cpu")  # as the scripts do
     image, unary = case.load()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
