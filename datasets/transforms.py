@@ -162,12 +162,6 @@ def normalize(images: Tensor) -> Tensor:
     return (images.float() - mean) / std
 
 
-def denormalize(images: Tensor) -> Tensor:
-    """Inverse of `normalize`: float [B, 3, H, W] -> uint8 [B, 3, H, W], rounded and clipped to [0, 255]."""
-    mean, std = _imagenet_statistics(images.device)
-    return (images.float() * std + mean).round().clamp(0, 255).to(torch.uint8)
-
-
 @functools.cache
 def _imagenet_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and deviation in grey levels, float32 [3, 1, 1]. Kept: a copy to the device in every step would stall it."""

@@ -163,11 +163,10 @@ def test_photometric_strengths_stay_in_range():
     assert 75 <= y.min() < 80 and 120 < y.max() <= 125
 
 
-def test_normalize_matches_torchvision_and_denormalize_undoes_it():
+def test_normalize_matches_torchvision():
     x = images(5)
     reference = v2.Normalize(T.IMAGENET_MEAN, T.IMAGENET_STD)(x.float() / 255)
     torch.testing.assert_close(T.normalize(x), reference, atol=1e-5, rtol=1e-5)
-    assert torch.equal(T.denormalize(T.normalize(x)), x)
 
 
 def test_only_uint8_batches_are_accepted():
@@ -184,6 +183,6 @@ def test_colours_on_a_gpu_match_the_cpu_and_never_wait():
     torch.testing.assert_close(T.normalize(on_gpu).cpu(), T.normalize(x))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        T.denormalize(T.normalize(augment(on_gpu)))
+        T.normalize(augment(on_gpu))
     finally:
         torch.cuda.set_sync_debug_mode("default")
