@@ -138,7 +138,7 @@ class Criterion(nn.Module):
         self.weights = {name: getattr(args, f"w_{name}") for name in ("c", "c2s", "s2c", "u", "contra")}
         if not args.use_rep_head:
             self.weights["contra"] = 0.0
-        self.bank = MemoryBank(num_classes=num_classes, dim=args.decoder_channels)
+        self.bank = MemoryBank(num_classes=num_classes, dim=args.decoder_channels) if self.weights["contra"] else None
 
     def needs_teacher(self, epoch: int) -> bool:
         """Whether this epoch's losses look at the teacher's uncertainty and representations."""
@@ -321,7 +321,9 @@ def main(args: argparse.Namespace) -> None:
     teacher = Teacher(student)
     criterion = Criterion(args, source.info.num_classes).to(device)
     augment = PhotometricAugmentation()
-    companions = {"teacher": teacher.module, "memory_bank": criterion.bank}
+    companions = {"teacher": teacher.module}
+    if criterion.bank is not None:
+        companions["memory_bank"] = criterion.bank
     trainer = Trainer(
         student,
         args,

@@ -94,6 +94,12 @@ def test_without_the_losses_that_ask_it_the_teacher_is_not_needed(golden, golden
     assert criterion(student, {}, targets, 3).keys() == {"loss", "c", "c2s", "s2c"}
 
 
+def test_a_memory_bank_is_kept_only_for_its_loss():
+    flags = "train_csrm", "--tag", "t", "--decoder_channels", 4
+    banks = [Criterion(parse(*flags, *more), 5).bank for more in ([], ["--w_contra", 0], ["--use_rep_head", "false"])]
+    assert [bank is None for bank in banks] == [False, True, True]
+
+
 # -- one step ------------------------------------------------------------------------------------------------------
 
 
