@@ -113,6 +113,7 @@ class Batch:
 
     images: Tensor  # uint8 [2B,3,H,W]: what the dense CRF looks at; networks get normalize(images)
     image_labels: Tensor  # float32 [2B,K]
+    max_classes: int  # most classes of an image
     masks: Tensor | None  # int64 [2B,H,W], only for --c2s_mode gt
 
 
@@ -256,11 +257,12 @@ def pixel_labels(batch: Batch, views: dict[str, Tensor], images: slice, args: ar
     if args.c2s_mode == "mp":
         logits = resize_maps(views["seg_logits"][images], batch.images.shape[-2:])
         background = logits.softmax(dim=1)[:, 0]
-        return mutual_promotion_labels(background, cams, labels, args.c2s_sigma)
+        return mutual_promotion_labels(background, cams, labels, args.c2s_sigma, max_classes=batch.max_classes)
     return reliable_cam_labels(
         batch.images[images],
         cams,
         labels,
+        max_classes=batch.max_classes,
         background_threshold=args.c2s_bg,
         foreground_threshold=args.c2s_fg,
         gt_prob=args.crf_gt_prob,
@@ -289,10 +291,13 @@ def build_loaders(source: DataSource, args: argparse.Namespace) -> tuple[Loader,
 def batches(labeled: Loader, unlabeled: Loader, augment: nn.Module, device: torch.device) -> Iterator[Batch]:
     """Join the two halves on the device; the labeled half gets colour jitter and blur there."""
     for pair in zip(labeled, unlabeled, strict=True):
+        # Looked up before the labels are on the device, which would have to be waited for.
+        max_classes = max(int(half["label"].count_nonzero(dim=1).max()) for half in pair)
         first, second = ({k: v.to(device, non_blocking=True) for k, v in half.items() if k != "id"} for half in pair)
         yield Batch(
             images=torch.cat([augment(first["image"]), second["image"]]),
             image_labels=torch.cat([first["label"], second["label"]]),
+            max_classes=max_classes,
             masks=torch.cat([first["mask"], second["mask"]]) if "mask" in first else None,
         )
 

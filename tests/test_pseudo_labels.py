@@ -34,6 +34,11 @@ def test_mutual_promotion_labels_golden(golden):
     assert (ours.numpy() == data["masks_mutual_promotion_mode"]).mean() >= 0.999
 
 
+def test_more_maps_than_classes_change_nothing(golden):
+    _, *inputs = golden
+    assert torch.equal(reliable_cam_labels(*inputs, max_classes=4), reliable_cam_labels(*inputs))
+
+
 def test_an_image_gets_the_same_labels_alone_and_in_a_batch_with_more_classes():
     torch.manual_seed(0)
     images = torch.randint(0, 256, (3, 3, 17, 23), dtype=torch.uint8)

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from command import DECODER, TRAINING, data_flags, parse, run
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import train_csrm
 from models import build_model
-from tools import training
+from tools import pseudo_labels, training
 from tools.ema import Teacher
 from tools.losses import s2c_weight
 from tools.memory_bank import MemoryBank
@@ -117,7 +119,7 @@ class Step:
         labels = torch.zeros(2 * half, NUM_CLASSES - 1)
         labels[torch.arange(2 * half), torch.arange(2 * half) % (NUM_CLASSES - 1)] = 1
         images = torch.randint(0, 256, (2 * half, 3, 48, 48), dtype=torch.uint8)
-        self.batch = Batch(images, labels, torch.randint(0, NUM_CLASSES, (2 * half, 48, 48)))
+        self.batch = Batch(images, labels, 1, torch.randint(0, NUM_CLASSES, (2 * half, 48, 48)))
 
     def __call__(self, epoch: int = 1) -> dict[str, torch.Tensor]:
         losses = train_step(self.batch, self.student, self.teacher, self.criterion, self.args, epoch)
@@ -133,6 +135,30 @@ def test_every_source_of_labels_and_every_mix(mode, augment):
     assert losses.keys() == ALL and all(loss.isfinite() and loss.ndim == 0 for loss in losses.values())
     assert all(p.grad.isfinite().all() for p in step.student.parameters() if p.grad is not None)
     assert all(p.grad is None for p in step.teacher.parameters())
+
+
+class NoReadBack(TorchDispatchMode):
+    """Refuses operations whose result, or its shape, the host must know: on a GPU it would wait for them."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "_unique2")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, leaves = func.overloadpacket.__name__, tree_leaves((args, kwargs))
+        by_mask = name == "index" and any(isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in leaves[1:])
+        assert not by_mask and name not in self.WAITING, name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", ["cam", "mp", "gt"])
+@pytest.mark.parametrize("augment", ["classmix", "cutmix", "none"])
+def test_a_step_reads_nothing_back(monkeypatch, mode, augment):
+    """From images to gradients, but for the dense CRF, whose lattices have as many vertices as the images give them."""
+    monkeypatch.setattr(pseudo_labels, "mean_field", lambda images, unary, *args, **kwargs: (-unary).softmax(dim=2))
+    step = Step("--c2s_mode", mode, "--augment", augment, "--cutmix_prob", 1, "--use_sal_head")
+    with NoReadBack():
+        step()
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            step.batch.image_labels.sum().item()
 
 
 @pytest.mark.parametrize("flags, names", [
@@ -201,6 +227,7 @@ def test_batches_put_the_augmented_half_first():
     (batch,) = batches([half(100)], [half(50)], lambda images: images + 1, torch.device("cpu"))
     assert batch.images[:, 0, 0, 0].tolist() == [101, 101, 50, 50] and batch.images.dtype == torch.uint8
     assert batch.image_labels[:, 0].tolist() == [1, 1, 0.5, 0.5] and batch.masks is None
+    assert batch.max_classes == 3
 
 
 def test_the_teacher_copies_through_the_epoch_after_warm_up_then_averages():

@@ -76,20 +76,22 @@ Part = tuple[slice | EllipsisType, ...]
 """Index of some images, and of the valid pixels in them."""
 
 
-def unary_from_labels(labels: Tensor, num_labels: int | Tensor, gt_prob: float = 0.7) -> Tensor:
+def unary_from_labels(
+    labels: Tensor, num_labels: int | Tensor, gt_prob: float = 0.7, *, channels: int | None = None
+) -> Tensor:
     """Energies of hard labels that are right with probability `gt_prob`, the rest shared by the other labels.
 
     Args:
         labels: int64 [B,H,W] in [0, n); any other value, such as 255, makes all labels of the pixel equally likely.
-        num_labels: n; or int64 [B], one n per image (on the CPU, to spare a wait for the GPU). C is the largest n, and
-            labels n..C-1 get energy +inf: impossible.
+        num_labels: n; or int64 [B], one n per image. Labels n..C-1 get energy +inf: impossible.
         gt_prob: in (0, 1).
+        channels: C, at least the largest n; None: just that, for which a GPU must wait.
 
     Returns:
         float32 [B,C,H,W]. Where n = 1 the only label has energy -log(gt_prob), that is, it is certain.
     """
     assert 0 < gt_prob < 1, f"gt_prob must lie strictly between 0 and 1, got {gt_prob}"
-    channels = int(torch.as_tensor(num_labels).max())
+    channels = channels or int(torch.as_tensor(num_labels).max())
     counts = torch.as_tensor(num_labels, device=labels.device).expand(len(labels))
     index = torch.arange(channels, device=labels.device)
     others = -torch.log((1 - gt_prob) / (counts - 1).clamp(min=1).float())

@@ -26,6 +26,7 @@ def reliable_cam_labels(
     background_threshold: float = 0.05,
     foreground_threshold: float = 0.30,
     *,
+    max_classes: int | None = None,
     crf_iterations: int = 10,
     gt_prob: float = 0.7,
     backend: str = "torch",
@@ -40,6 +41,8 @@ def reliable_cam_labels(
         cams: float [B, K, h, w], raw CAM logits.
         image_labels: float [B, K]; classes above 0 are in the image. An image without classes becomes all background.
         background_threshold, foreground_threshold: in (0, 1), of CAMs divided by their maximum.
+        max_classes: at least as many as any of the images has; None: it is looked up, for which a GPU must wait. Fewer
+            maps are less work.
         crf_iterations: mean-field updates; 0 leaves the CRF out.
         gt_prob: confidence of the CRF in the thresholded CAMs.
         backend: of the CRF (`tools.crf.BACKENDS`).
@@ -47,13 +50,15 @@ def reliable_cam_labels(
     Returns:
         int64 [B, H, W]: 0 background, 1..K classes, 255 ignore.
     """
-    present, classes = _present_maps(cams, image_labels)
+    present, classes = _present_maps(cams, image_labels, max_classes)
     score, index = resize_maps(present, images.shape[-2:]).max(dim=1)
     readings = [(index + 1) * (score > t) for t in (foreground_threshold, background_threshold)]
     if crf_iterations:
         num_labels = 1 + (image_labels > 0).sum(dim=1)
-        unary = torch.stack([unary_from_labels(reading, num_labels, gt_prob) for reading in readings], dim=1)
-        readings = mean_field(images, unary, CAM_SETTINGS, crf_iterations, backend=backend).argmax(dim=2).unbind(dim=1)
+        channels = classes.shape[1]
+        unaries = [unary_from_labels(reading, num_labels, gt_prob, channels=channels) for reading in readings]
+        q = mean_field(images, torch.stack(unaries, dim=1), CAM_SETTINGS, crf_iterations, backend=backend)
+        readings = q.argmax(dim=2).unbind(dim=1)
     foreground, background = readings
     doubtful = (foreground == 0) & (background != 0)
     return _look_up(classes, foreground).masked_fill(doubtful, IGNORE_INDEX)
@@ -61,7 +66,12 @@ def reliable_cam_labels(
 
 @torch.no_grad()
 def mutual_promotion_labels(
-    background_probs: Tensor, cams: Tensor, image_labels: Tensor, sigma: float = 0.75
+    background_probs: Tensor,
+    cams: Tensor,
+    image_labels: Tensor,
+    sigma: float = 0.75,
+    *,
+    max_classes: int | None = None,
 ) -> Tensor:
     """Labels from the CAMs and a background probability of another branch; pixels below `sigma` are ignored.
 
@@ -70,11 +80,12 @@ def mutual_promotion_labels(
         cams: float [B, K, h, w], raw CAM logits.
         image_labels: float [B, K]; classes above 0 are in the image.
         sigma: in [0, 1], the least value of the winning map.
+        max_classes: as of `reliable_cam_labels`.
 
     Returns:
         int64 [B, H, W]: 0 background, 1..K classes, 255 ignore.
     """
-    present, classes = _present_maps(cams, image_labels)
+    present, classes = _present_maps(cams, image_labels, max_classes)
     maps = torch.cat([background_probs.float()[:, None], resize_maps(present, background_probs.shape[-2:])], dim=1)
     score, index = maps.max(dim=1)
     return _look_up(classes, index).masked_fill(score < sigma, IGNORE_INDEX)
@@ -103,16 +114,15 @@ def teacher_labels(seg_logits: Tensor, image_labels: Tensor, size: tuple[int, in
     return torch.cat(labels), torch.cat(confidence)
 
 
-def _present_maps(cams: Tensor, image_labels: Tensor) -> tuple[Tensor, Tensor]:
+def _present_maps(cams: Tensor, image_labels: Tensor, max_classes: int | None = None) -> tuple[Tensor, Tensor]:
     """CAMs of the present classes, rectified and divided by their maximum, first in the channels; the rest is zero.
 
     Returns:
-        float32 [B, n, h, w], where n (at least 1) is the most classes that an image of the batch has, and int64
-        [B, n+1], the label of each channel, with the background in front.
+        float32 [B, n, h, w], where n (at least 1) is `max_classes`, by default the most that an image of the batch has,
+        and int64 [B, n+1], the label of each channel, with the background in front.
     """
     present = image_labels > 0
-    # The one value read back per step: the dense CRF waits for the device anyway, and is several times slower on K.
-    most = max(1, int(present.sum(dim=1).max()))
+    most = max(1, int(present.sum(dim=1).max()) if max_classes is None else max_classes)
     order = present.int().argsort(dim=1, descending=True, stable=True)[:, :most]
     maps = (cams.float() * present[:, :, None, None]).relu()
     maps = maps.gather(1, order[:, :, None, None].expand(-1, -1, *cams.shape[-2:]))
