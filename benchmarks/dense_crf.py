@@ -55,8 +55,13 @@ class Case:
     def _image(self, generator: np.random.Generator) -> np.ndarray:
         if self.photograph:
             return cv2.resize(load_image(self.photograph), self.size[::-1], interpolation=cv2.INTER_AREA)
-        layers = [smooth_noise(generator, self.size, 3, cell) * cell**0.5 for cell in (3, 12, 60, 200)]
-        return (128 + 9 * sum(layers)).clip(0, 255).astype(np.uint8)
+        return random_photograph(generator, self.size)
+
+
+def random_photograph(generator: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
+    """uint8 [H,W,3]: smooth noise of several grains."""
+    layers = [smooth_noise(generator, size, 3, cell) * cell**0.5 for cell in (3, 12, 60, 200)]
+    return (128 + 9 * sum(layers)).clip(0, 255).astype(np.uint8)
 
 
 def smooth_noise(generator: np.random.Generator, size: tuple[int, int], channels: int, cell: int) -> np.ndarray:

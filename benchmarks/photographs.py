@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.dense_crf import smooth_noise
+from benchmarks.dense_crf import random_photograph, smooth_noise
 from datasets.base import voc_palette
 from tools.files import save_mask
 
@@ -18,15 +18,13 @@ CLASSES = 20
 
 
 def write_photographs(root: Path, count: int) -> Path:
-    """Write `count` JPEG files of smooth noise of several grains, each with two classes and a mask."""
+    """Write `count` JPEG files of random photographs, each with two classes and a mask."""
     for name in ("images", "masks"):
         (root / name).mkdir(parents=True)
     rows = []
     for index in range(count):
         generator = np.random.default_rng(index)
-        layers = [smooth_noise(generator, SIZE, 3, cell) * cell**0.5 for cell in (3, 12, 60, 200)]
-        pixels = (128 + 9 * sum(layers)).clip(0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(root / "images" / f"{index:04}.jpg", quality=90)
+        Image.fromarray(random_photograph(generator, SIZE)).save(root / "images" / f"{index:04}.jpg", quality=90)
         classes = np.append(0, 1 + generator.choice(CLASSES, 2, replace=False))
         save_mask(
             root / "masks" / f"{index:04}.png",

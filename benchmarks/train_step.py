@@ -136,7 +136,8 @@ def both(first: contextlib.AbstractContextManager, second: contextlib.AbstractCo
 
 def idle_share(kernels: list[tuple[float, float]]) -> float:
     """The part of the time from the first kernel's start to the last one's end in which none of [(start, end)] ran."""
-    busy, (first, until) = 0.0, min(kernels)[:1] * 2
+    first, _ = min(kernels)
+    busy, until = 0.0, first
     for start, end in sorted(kernels):
         busy += max(0.0, end - max(start, until))
         until = max(until, end)
@@ -211,10 +212,15 @@ def script_arguments(args: argparse.Namespace, *flags: object) -> argparse.Names
     return parser.parse_args([*map(str, flags), *args.flags])
 
 
+def images_per_step(args: argparse.Namespace) -> int:
+    """Of both halves, in CSRM."""
+    return args.batch_size * (2 if args.script == "csrm" else 1)
+
+
 def print_count(args: argparse.Namespace) -> None:
     """Print what the networks of a step compute and move, counted on tensors without memory."""
     counter, sizes = FlopCounterMode(display=False), ByteCounter()
-    images = args.batch_size * (2 if args.script == "csrm" else 1)
+    images = images_per_step(args)
     arguments = script_arguments(args, "--tag", "count")
     if args.script == "classifier":
         train_classifier.complete(arguments)
@@ -266,7 +272,7 @@ def print_report(
     args: argparse.Namespace, device: torch.device, phases: dict[str, float], seconds: float, flops: int, size: int
 ) -> None:
     """Print phases (seconds in an epoch); speeds, from the seconds of an untouched epoch; FLOPs and bytes of a step."""
-    images = args.batch_size * (2 if args.script == "csrm" else 1)
+    images = images_per_step(args)
     speed = images * args.steps / seconds
     total = sum(phases.values())
     print(f"{args.script}, {args.architecture}, {args.image_size} pixels, {images} images per step, {device}")

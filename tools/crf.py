@@ -156,12 +156,12 @@ def mean_field(
 
 def _map(function: Callable[[Part], Tensor], parts: list[Part], device: torch.device) -> Iterator[Tensor]:
     """`map`; on a CPU with a thread per part, because operations on so few pixels gain nothing from several threads."""
-    threads = min(torch.get_num_threads(), len(parts))
+    allowed = torch.get_num_threads()
+    threads = min(allowed, len(parts))
     if device.type != "cpu" or threads <= 1:
         yield from map(function, parts)
         return
     within = torch.inference_mode()(function)  # what a thread is told about gradients holds for no other
-    allowed = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield from pool.map(within, parts)

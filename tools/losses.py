@@ -115,15 +115,12 @@ class _FullSizeCrossEntropy(torch.autograd.Function):
     def forward(ctx: FunctionCtx, labels: Tensor, label_smoothing: float, *maps: Tensor) -> Tensor:
         size = labels.shape[-2:]
         total = labels.new_zeros((), dtype=torch.float32)
-        learns = ctx.needs_input_grad[2:]
-        gradients = [
-            torch.empty_like(m, dtype=torch.float32) if learn else None for m, learn in zip(maps, learns, strict=True)
-        ]
+        needed = zip(maps, ctx.needs_input_grad[2:], strict=True)
+        gradients = [torch.empty_like(m, dtype=torch.float32) if need else None for m, need in needed]
         for part in chunks(len(labels), sum(m.shape[1] for m in maps), size):
             with torch.enable_grad():
-                inputs = [m[part].detach().float() for m in maps]
-                for x, learn in zip(inputs, learns, strict=True):
-                    x.requires_grad_(learn)
+                pairs = zip(maps, gradients, strict=True)
+                inputs = [m[part].detach().float().requires_grad_(g is not None) for m, g in pairs]
                 loss = F.cross_entropy(
                     torch.cat([resize_maps(x, size) for x in inputs], dim=1),
                     labels[part],
@@ -132,7 +129,7 @@ class _FullSizeCrossEntropy(torch.autograd.Function):
                     reduction="sum",
                 )
             total += loss.detach()
-            if any(learns):
+            if loss.requires_grad:
                 loss.backward()
                 for gradient, x in zip(gradients, inputs, strict=True):
                     if gradient is not None:
