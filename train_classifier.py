@@ -68,6 +68,13 @@ def make_parser() -> cli.Parser:
         help="poc, pnoc: a trained vanilla classifier of the same architecture",
     )
     group.add_argument(
+        "--w_re",
+        type=cli.non_negative,
+        default=4.0,
+        help="puzzle, poc, pnoc: final weight of the difference between an image's CAMs and its tiles'; too high for "
+        "small images, it makes the CAMs vanish",
+    )
+    group.add_argument(
         "--ema", type=cli.fraction, default=0.0, help="keep a moving average of the weights with this decay; 0: none"
     )
     group = cli.add_network(parser, architecture="resnest101e", mode="normal")
@@ -193,7 +200,7 @@ def main(args: argparse.Namespace) -> None:
     if args.restore:
         restore(model, args.restore)
     ordinary = load_ordinary(args, source.info.num_classes).to(device) if args.oc_weights else None
-    criterion = PriorCriterion(args.method, label_smoothing=args.label_smoothing, ordinary=ordinary)
+    criterion = PriorCriterion(args.method, label_smoothing=args.label_smoothing, w_re=args.w_re, ordinary=ordinary)
     augment = Augmentation(args.augment, args.cutmix_prob)
     companions: dict[str, Any] = {}
     if args.ema:

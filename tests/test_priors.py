@@ -149,9 +149,11 @@ def test_losses_equal_plain_loops(method, labels, size):
 
 
 def test_schedules():
-    weights = PriorCriterion.weights
+    weights = PriorCriterion("vanilla", label_smoothing=0).weights
     assert weights(0.0) == {"c": 1, "p": 1, "re": 0, "oc": 0.3}
     assert weights(0.5)["re"] == weights(0.99)["re"] == 4 and weights(0.5)["oc"] == pytest.approx(0.65)
+    lighter = PriorCriterion("puzzle", label_smoothing=0, w_re=0.5).weights
+    assert lighter(0.25) == {**weights(0.25), "re": 0.25} and lighter(0.9)["re"] == 0.5
     assert ramp(1.0, 0.3, 1.0) == 1 and ramp(0.1, 0.0, 4.0, length=0.5) == pytest.approx(0.8)
 
 

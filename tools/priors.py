@@ -47,18 +47,20 @@ class PriorCriterion:
     Args:
         method: one of `METHODS`.
         label_smoothing: of every classification loss.
+        w_re: weight of L_re from the middle of the training on.
         ordinary: the ordinary classifier of poc and pnoc; only looked through, never changed here.
     """
 
-    def __init__(self, method: str, *, label_smoothing: float, ordinary: nn.Module | None = None) -> None:
+    def __init__(
+        self, method: str, *, label_smoothing: float, w_re: float = 4.0, ordinary: nn.Module | None = None
+    ) -> None:
         assert method in METHODS, f"method must be one of {METHODS}, got {method!r}"
         assert (ordinary is not None) == (method in ("poc", "pnoc")), f"{method}: ordinary classifier {ordinary}"
-        self.method, self.label_smoothing, self.ordinary = method, label_smoothing, ordinary
+        self.method, self.label_smoothing, self.w_re, self.ordinary = method, label_smoothing, w_re, ordinary
 
-    @staticmethod
-    def weights(progress: float) -> dict[str, float]:
+    def weights(self, progress: float) -> dict[str, float]:
         """The weight of each loss after this fraction of the training."""
-        return {"c": 1.0, "p": 1.0, "re": ramp(progress, 0.0, 4.0, length=0.5), "oc": ramp(progress, 0.3, 1.0)}
+        return {"c": 1.0, "p": 1.0, "re": ramp(progress, 0.0, self.w_re, length=0.5), "oc": ramp(progress, 0.3, 1.0)}
 
     def __call__(self, model: nn.Module, sample: Sample, progress: float) -> dict[str, Tensor]:
         """The losses of one batch, by name if there are several; "loss" is their weighted sum.

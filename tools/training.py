@@ -36,7 +36,7 @@ from tools.optim import build_optimizer, poly_schedule
 
 SAME_FLAGS = (
     *("seed", "batch_size", "max_epoch", "max_steps", "accumulate_steps", "optimizer", "lr", "wd"),
-    *("image_size", "min_image_size", "max_image_size", "method", "ema", "sampler"),
+    *("image_size", "min_image_size", "max_image_size", "method", "w_re", "ema", "sampler"),
 )
 """Flags that a resumed run must share with its beginning, as far as the script has them."""
 
