@@ -42,7 +42,7 @@ shapes)
   : "${BACKBONE_SEG:=$BACKBONE --decoder_channels 64 --restore experiments/models/$TAG_CSRM.pth}"
   : "${PRIOR_FLAGS:=--batch_size 32 --max_epoch 20 --lr 0.003 --lr_alpha_scratch 1 --lr_alpha_bias 1 --augment none}"
   : "${CSRM_FLAGS:=--decoder_channels 64 --batch_size 16 --max_epoch 12 --max_steps 25 --warmup_epochs 6 --c2s_fg 0.25 --lr 0.001 --lr_alpha_scratch 3}"
-  : "${REFINE_FLAGS:=--region_max_size 0.3 --region_min_contrast 35 --inside_threshold 0.4}"
+  : "${REFINE_FLAGS:=--region_min_contrast 45 --inside_threshold 0.4}"
   : "${SEG_FLAGS:=--batch_size 16 --max_epoch 8 --lr 0.003 --lr_alpha_scratch 1 --min_image_size 80 --max_image_size 160}"
   : "${VIEW_FLAGS:=--scales 1}" "${PSEUDOS_FROM:=masks}" "${THRESHOLD:=0.25}"
   ;;
