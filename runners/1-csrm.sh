@@ -26,7 +26,7 @@ vanilla | puzzle | poc | pnoc)
     fi
     ORDINARY=(--oc_weights "$OC_WEIGHTS")
   fi
-  train_prior "$TAG_PRIOR" "$PRIOR" "${ORDINARY[@]}"
+  train_prior "$TAG_PRIOR" "$PRIOR" ${ORDINARY[@]+"${ORDINARY[@]}"}  # bash 3.2 takes an empty list for an unset one
   run inference.py --tag "$TAG_PRIOR" --domain "$DOMAIN_TRAIN" --save_pseudos false $RUN_FLAGS $VIEW_FLAGS
   score prior_cam "$DOMAIN_EVAL" "$PREDICTIONS/$TAG_PRIOR@$DOMAIN_TRAIN/cams" --mode cams
   PRIOR=experiments/models/$TAG_PRIOR.pth

@@ -17,12 +17,15 @@ scores=()
 for stage in prior_cam csrm_cam pseudo refined segmentation_val; do
   if [[ -f "$REPORT/$stage.json" ]]; then scores+=("$stage=$REPORT/$stage.json"); fi
 done
-if (( ${#scores[@]} == 0 )); then exit; fi
 
 # The other columns of the picture sheet exist for training images only: a few of them are segmented too.
 SHEET=${DOMAIN_EVAL:-$DOMAIN_TRAIN}
 run train_segmentation.py --tag "$TAG_SEG" --predict --domain "$SHEET" --max_images 48 $RUN_FLAGS $VIEW_FLAGS
-MAPS=$PREDICTIONS/$TAG_CSRM@$DOMAIN_TRAIN PRIOR_MAPS=$PREDICTIONS/$TAG_PRIOR@$DOMAIN_TRAIN/cams
-columns=("CSRM CAM=$MAPS/cams:$THRESHOLD" "Pseudo mask=$PSEUDOS" "Refined=$REFINED" "DeepLabV3+=$PREDICTIONS/$TAG_SEG@$SHEET/masks")
-if [[ -d "$PRIOR_MAPS" ]]; then columns=("CAM prior=$PRIOR_MAPS:0.3" "${columns[@]}"); fi
-run -m tools.report --domain "$SHEET" --output_dir "$REPORT" --summary "${scores[@]}" --columns "${columns[@]}"
+columns=()
+show() { if [[ -d "$2" ]]; then columns+=("$1=$2${3:-}"); fi; }
+show "CAM prior" "$PREDICTIONS/$TAG_PRIOR@$DOMAIN_TRAIN/cams" :0.3
+show "CSRM CAM" "$PREDICTIONS/$TAG_CSRM@$DOMAIN_TRAIN/cams" ":$THRESHOLD"
+show "Pseudo mask" "$PSEUDOS"
+show "Refined" "$REFINED"
+show "DeepLabV3+" "$PREDICTIONS/$TAG_SEG@$SHEET/masks"
+run -m tools.report --domain "$SHEET" --output_dir "$REPORT" --summary ${scores[@]+"${scores[@]}"} --columns "${columns[@]}"

@@ -111,6 +111,14 @@ def test_gallery_has_a_row_per_image_and_grey_cells_where_nothing_is(data, tmp_p
     assert 2 * row_height <= empty <= 2 * row_height + 2  # images c and d have no prediction (plus the headings' rules)
 
 
+def test_without_any_ground_truth_there_is_no_column_for_it(data, tmp_path):
+    save_mask(tmp_path / "one" / "d.png", np.full(SIZE, 2), voc_palette())
+    run(data, tmp_path, "--domain", "test", "--summary", "--columns", f"Mine={tmp_path / 'one'}")
+    sheet = np.asarray(Image.open(tmp_path / "gallery.png").convert("RGB"))
+    assert sheet.shape[1] == 2 * report.MARGIN + 2 * (report.CELL + report.GAP) - report.GAP
+    assert not (sheet == report.EMPTY).all(axis=2).any() and not (tmp_path / "summary.json").exists()
+
+
 def test_gallery_of_a_one_pixel_image_without_columns(data):
     Image.fromarray(np.zeros((1, 1, 3), np.uint8)).save(data / "images" / "a.png")
     save_mask(data / "masks" / "a.png", np.array([[255]]), voc_palette())

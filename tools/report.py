@@ -9,10 +9,10 @@
 
 --summary takes the files `evaluate.py --output` wrote; the table has one row for each, in that order.
 
-The sheet has one block per domain, one row per image: the photograph, its ground truth, then the columns. A column is
-a folder of masks (ID.png) or of CAM files (ID.npz; shown as argmax[THRESHOLD; CAMs]). A title given twice is one column
-that looks for an image in both folders. Images that every column has are preferred; where a column has no prediction
-for an image its cell stays grey.
+The sheet has one block per domain, one row per image: the photograph, its ground truth (unless no image has any), then
+the columns. A column is a folder of masks (ID.png) or of CAM files (ID.npz; shown as argmax[THRESHOLD; CAMs]). A title
+given twice is one column that looks for an image in both folders. Images that every column has are preferred; where a
+column has no prediction for an image its cell stays grey.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def make_parser() -> cli.Parser:
     group.add_argument("--num_images", type=cli.positive_int, default=6, help="pictures per split")
     group = parser.add_argument_group("report")
     group.add_argument("--output_dir", type=Path, required=True, help="folder of summary.json and gallery.png")
-    group.add_argument("--summary", nargs="+", default=[], metavar="STAGE=FILE", help="scores written by evaluate.py")
+    group.add_argument("--summary", nargs="*", default=[], metavar="STAGE=FILE", help="scores written by evaluate.py")
     group.add_argument(
         "--columns",
         nargs="+",
@@ -194,16 +194,17 @@ def gallery(source: DataSource, blocks: dict[str, Sequence[str]], columns: Seque
     Returns:
         An RGB picture: a block per heading, a row per id, and the legend of the classes that occur.
     """
-    titles = ["Image", "Ground truth", *(column.title for column in columns)]
+    rows = {heading: [(i, row_masks(source, columns, i)) for i in block] for heading, block in blocks.items()}
+    masks = [row for block in rows.values() for _, row in block]
+    first = 0 if any(row[0] is not None for row in masks) else 1  # 1: nobody drew masks, so no column for them
+    titles = ["Image", *["Ground truth", *(column.title for column in columns)][first:]]
     width = 2 * MARGIN + len(titles) * (CELL + GAP) - GAP
-    parts, seen = [_titles(titles, width)], set()
-    for heading, block in blocks.items():
-        if len(blocks) > 1:
+    parts = [_titles(titles, width)]
+    for heading, block in rows.items():
+        if len(rows) > 1:
             parts.append(_heading(heading, width))
-        for image_id in block:
-            masks = row_masks(source, columns, image_id)
-            seen.update(int(v) for mask in masks if mask is not None for v in np.unique(mask))
-            parts.append(_row(source.image(image_id), masks, source.info.palette, width))
+        parts += [_row(source.image(i), row[first:], source.info.palette, width) for i, row in block]
+    seen = {int(value) for row in masks for mask in row if mask is not None for value in np.unique(mask)}
     parts.append(_legend(source.info, sorted(seen), width))
     return _stack(parts, width)
 

@@ -7,7 +7,7 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/../..}"
 : "${DATASET:=voc12}"       # voc12, coco14, folder, shapes or deepglobe: picks a block in dataset.sh
 : "${DEVICE:=auto}"         # auto, cpu, cuda or cuda:N
 : "${GPUS:=1}"              # of this machine; above 1, training and prediction are shared by as many processes
-: "${WORKERS:=$(nproc)}"    # loader and helper processes
+: "${WORKERS:=$(nproc 2>/dev/null || sysctl -n hw.ncpu)}"  # loader and helper processes: one per core (Linux, macOS)
 : "${SEED:=0}"
 : "${PRIOR:=vanilla}"       # CAM prior that CSRM starts from: vanilla, puzzle, poc or pnoc, or a file of weights
 
