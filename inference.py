@@ -73,6 +73,7 @@ class Predictor:
         self.model, self.source, self.long_side, self.args = model, source, long_side, args
         self.device = next(model.parameters()).device
         self.folders = {"cams": folder / "cams", "masks": folder / "masks", "pseudos": folder / pseudos_name(args)}
+        self.empty = 0  # images with classes, but without a CAM logit above 0 for any of them
 
     def path(self, kind: str, image_id: str) -> Path:
         """The file of `kind` ('cams', 'masks' or 'pseudos') of an image."""
@@ -113,7 +114,9 @@ class Predictor:
         label = torch.from_numpy(self.source.image_label(image_id))
         options = {"scales": self.args.scales, "hflip": self.args.hflip, "long_side": self.long_side}
         if kind == "cams":
-            return multi_scale_cams(cam_forward(self.model), normalize(photograph), label, **options)
+            keys, cam, hr_cam = multi_scale_cams(cam_forward(self.model), normalize(photograph), label, **options)
+            self.empty += len(keys) > 1 and not hr_cam.any()
+            return keys, cam, hr_cam
         forward = lambda views: self.model(views, representations=False)["seg_logits"]  # noqa: E731
         return segmentation_maps(multi_scale_logits(forward, normalize(photograph), **options), label)
 
@@ -177,8 +180,14 @@ def main(args: argparse.Namespace) -> None:
     predict.claim(fingerprint(weights))
     pending = predict.pending(ids)
     print(f"{len(ids)} images of '{args.domain}', {len(ids) - len(pending)} done already; writing to {folder}")
-    for image_id in cli.progress(distributed.share(ids, pending), desc="inference", unit="image"):
+    mine = distributed.share(ids, pending)
+    for image_id in cli.progress(mine, desc="inference", unit="image"):
         predict(image_id)
+    if predict.empty > len(mine) / 10:
+        print(
+            f"Warning: the CAMs of {predict.empty} of {len(mine)} images are empty; {weights} does not see their "
+            "classes. Train it for longer, or at a lower learning rate (puzzle, poc, pnoc: or with a lower --w_re)."
+        )
     for kind in predict.wanted():
         print(f"{kind}: {predict.folders[kind]}")
     print(

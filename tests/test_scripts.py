@@ -139,6 +139,17 @@ def test_inference_makes_missing_files_again_with_the_same_bytes(chain, folder_r
     assert [path.read_bytes() for path in files] == before
 
 
+def test_a_prior_that_sees_nothing_is_noticed(chain, folder_root, capsys):
+    assert "Warning" not in chain["prior cams"]
+    checkpoint = torch.load(MODELS / "prior.pth", weights_only=False)
+    checkpoint["model"]["classifier.weight"].zero_()
+    torch.save(checkpoint, "blind.pth")
+    flags = [*data_flags(folder_root), "--tag", "blind", "--weights", "blind.pth", "--domain", "train", *VIEWS]
+    run("inference", *flags)
+    number = len(SPLITS["train"])
+    assert f"Warning: the CAMs of {number} of {number} images are empty; blind.pth" in capsys.readouterr().out
+
+
 def test_predictions_of_other_settings_are_not_taken_for_done(chain, folder_root, capsys):
     flags = [*data_flags(folder_root), "--tag", "csrm", "--domain", "train", *VIEWS]
     assert "cams: made with other settings" in refusal(capsys, "inference", *flags, "--hflip", "false")
