@@ -1,4 +1,4 @@
-"""runners/1-csrm.sh: which commands PRIOR and GPUS lead to, with a Python that only notes how it was called."""
+"""The runners: which commands their variables lead to, with a Python that only notes how it was called."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 LAUNCHER = "-m torch.distributed.run --standalone --nproc_per_node "
 
 
-def commands(folder: Path, **environment: str) -> tuple[list[str], subprocess.CompletedProcess]:
+def commands(folder: Path, runner: str = "1-csrm", **environment: str) -> tuple[list[str], subprocess.CompletedProcess]:
     """Run the runner in `folder`; returns "[torchrun N] script.py [tag] [method] [oc_weights] [restore]" of each."""
     if not (folder / "runners").exists():
         shutil.copytree(ROOT / "runners", folder / "runners")
@@ -25,7 +25,7 @@ def commands(folder: Path, **environment: str) -> tuple[list[str], subprocess.Co
     (folder / "calls.txt").unlink(missing_ok=True)
     path = f"{folder / 'bin'}:{os.environ['PATH']}"
     process = subprocess.run(
-        ["bash", "runners/1-csrm.sh"],
+        ["bash", f"runners/{runner}.sh"],
         cwd=folder,
         env={"PATH": path, "DATASET": "voc12", "DOMAIN_EVAL": "", **environment},
         capture_output=True,
@@ -87,3 +87,15 @@ def test_a_file_is_restored_and_a_misspelt_method_is_refused(tmp_path):
     called, process = commands(tmp_path, PRIOR="puzle")
     assert called == [] and process.returncode == 2
     assert process.stderr == "PRIOR=puzle: no such file. Choose vanilla, puzzle, poc, pnoc or a file of weights.\n"
+
+
+def test_without_masks_the_report_is_a_picture_sheet_of_what_there_is(tmp_path):
+    predictions = "experiments/predictions/voc12"
+    for name in ("csrm@train_aug/cams", "deeplab@train_aug/masks"):
+        (tmp_path / f"{predictions}-{name}").mkdir(parents=True)
+    called, process = commands(tmp_path, "4-segmentation", DOMAIN_SCORE="")
+    assert process.returncode == 0 and "evaluate.py" not in called
+    report = (tmp_path / "calls.txt").read_text().splitlines()[-1]
+    columns = f"CSRM CAM={predictions}-csrm@train_aug/cams:0.4 DeepLabV3+={predictions}-deeplab@train_aug/masks"
+    assert report.startswith("-m tools.report --domain train_aug")
+    assert f" --summary --columns {columns} --dataset" in report

@@ -141,7 +141,7 @@ def test_inference_makes_missing_files_again_with_the_same_bytes(chain, folder_r
 
 def test_a_prior_that_sees_nothing_is_noticed(chain, folder_root, capsys):
     assert "Warning" not in chain["prior cams"]
-    checkpoint = torch.load(MODELS / "prior.pth", weights_only=False)
+    checkpoint = torch.load(MODELS / "prior.pth", weights_only=True)
     checkpoint["model"]["classifier.weight"].zero_()
     torch.save(checkpoint, "blind.pth")
     flags = [*data_flags(folder_root), "--tag", "blind", "--weights", "blind.pth", "--domain", "train", *VIEWS]

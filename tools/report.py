@@ -196,7 +196,7 @@ def gallery(source: DataSource, blocks: dict[str, Sequence[str]], columns: Seque
     """
     rows = {heading: [(i, row_masks(source, columns, i)) for i in block] for heading, block in blocks.items()}
     masks = [row for block in rows.values() for _, row in block]
-    first = 0 if any(row[0] is not None for row in masks) else 1  # 1: nobody drew masks, so no column for them
+    first = int(all(row[0] is None for row in masks))  # 1: nobody drew masks, so no column for them
     titles = ["Image", *["Ground truth", *(column.title for column in columns)][first:]]
     width = 2 * MARGIN + len(titles) * (CELL + GAP) - GAP
     parts = [_titles(titles, width)]
