@@ -7,6 +7,8 @@
 A row per problem: seconds per image of both, their ratio, and the peak memory of ours (of one process, or of the GPU).
 Two unaries are what CSRM solves in training (a strict and a loose threshold); pydensecrf builds its lattices for each.
 The time includes the lattices, but neither reading the images nor making the unaries. Medians over images.
+On a GPU also the floor: the seconds per image that the bytes take which the operations read and write, if none is fused
+with the next, at the speed of a copy; they are counted on the CPU, on the first image.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.measuring import ByteCounter, bandwidth
 from tools import cli
 from tools.crf import BACKENDS, mean_field, unary_from_labels
 from tools.files import load_image
@@ -103,6 +106,13 @@ def measure_gpu(cases: list[Case], device: str) -> tuple[float, int]:
     return (time.perf_counter() - start) / len(cases), torch.cuda.max_memory_allocated(device)
 
 
+def gigabytes(case: Case) -> float:
+    """What the operations on one image read and write."""
+    with ByteCounter() as counter:
+        mean_field(*case.load())
+    return counter.total / 1e9
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="where tools.crf runs: cpu, cuda, cuda:1 ...")
@@ -114,16 +124,21 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     photographs = sorted(args.images.glob("*.jpg"))[: args.num_images] if args.images else [None] * args.num_images
+    on_gpu = args.device != "cpu"
     print(f"device {args.device}, {args.workers} processes, {len(photographs)} images, 10 iterations")
-    print(f"{'size':>9} {'labels':>7} {'unaries':>8} {'torch s':>9} {'pydensecrf s':>13} {'ratio':>7} {'peak GB':>8}")
+    header = f"{'size':>9} {'labels':>7} {'unaries':>8} {'torch s':>9} {'pydensecrf s':>13} {'ratio':>7} {'peak GB':>8}"
+    print(header + (f" {'GB/image':>9} {'floor s':>9}" if on_gpu else ""))
     for size, labels, unaries in itertools.product(SIZES, LABELS, UNARIES):
         cases = [Case(seed, size, labels, unaries, path) for seed, path in enumerate(photographs)]
         reference, _ = measure_cores(cases, BACKENDS[1], args.workers)
-        if args.device == "cpu":
-            seconds, memory = measure_cores(cases, BACKENDS[0], args.workers)
-        else:
+        if on_gpu:
             seconds, memory = measure_gpu(cases, args.device)
+        else:
+            seconds, memory = measure_cores(cases, BACKENDS[0], args.workers)
         row = f"{seconds:9.4f} {reference:13.4f} {reference / seconds:7.2f} {memory / 1e9:8.2f}"
+        if on_gpu:
+            size_gb = gigabytes(cases[0])
+            row += f" {size_gb:9.2f} {1e9 * size_gb / bandwidth(torch.device(args.device)):9.4f}"
         print(f"{size[0]:>5}x{size[1]} {labels:7d} {unaries:8d} {row}", flush=True)
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +25,7 @@ from pycocotools import mask as coco_rle
 from segment_anything import SamAutomaticMaskGenerator, sam_model_registry
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
+from benchmarks.measuring import peak_memory
 from tools import cli
 from tools.files import load_image
 from tools.mask_generator import MaskGenerator
@@ -104,13 +104,6 @@ def measure(
     masks = [found for index in range(0, len(images), batch) for found in generate(images[index : index + batch])]
     rate = len(images) / (time.perf_counter() - start)  # masks come as text: the device has finished
     return rate, peak_memory(device), masks
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU since the last reset, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def agreement(found: list[list[dict]], expected: list[list[dict]]) -> float:

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import data_loading, train_step
+from benchmarks import data_loading, measuring, train_step
 from tools import cli
 
 
@@ -21,8 +21,8 @@ def output_of(module, capsys: pytest.CaptureFixture, *flags: object) -> str:
 
 def test_the_clock_counts_a_phase_within_another_to_itself(monkeypatch):
     seconds = iter([100, 101, 103, 107, 115, 131])
-    monkeypatch.setattr(train_step.time, "perf_counter", lambda: next(seconds))
-    with train_step.Clock(torch.device("cpu")) as clock, clock.phase("outer"), clock.phase("inner"):
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: next(seconds))
+    with measuring.Clock(torch.device("cpu")) as clock, clock.phase("outer"), clock.phase("inner"):
         pass
     assert clock.seconds == {"other": 1 + 16, "outer": 2 + 8, "inner": 4}
 
@@ -63,7 +63,7 @@ def test_operations_are_counted_without_running_them(capsys, script):
 def test_bytes_of_operations():
     """Views move nothing; an operation in place reads and writes; a sum reads its input and writes one number."""
     x = torch.zeros(10, 20)
-    with train_step.ByteCounter() as sizes:
+    with measuring.ByteCounter() as sizes:
         x.t()[3:].view(17, 10).add_(x.t()[3:]).sum()
     assert sizes.total == 4 * (3 * 170 + 170 + 1)
 

@@ -31,8 +31,7 @@ lattice tiles with simplices of d+1 vertices. Filtering is three sparse steps:
 All coordinates of a vertex have the same remainder r = 0..d modulo d+1, so the vertex is determined by r and by d
 quotients (the last follows, because the sum is zero). Quotients, image index and remainder are packed in one integer,
 the key; sorting the keys of all pixels finds the distinct vertices *and* the list of pixels around each. The three
-steps are then weighted sums over short lists of rows, which is what `embedding_bag` computes: the same code on CPU and
-GPU, with a fixed order of summation.
+steps are then weighted sums over short lists of rows (`tools.bags`), on CPU and GPU, with a fixed order of summation.
 
 The result is that of pydensecrf (`DenseCRF2D`, diagonal kernels, symmetric normalisation) up to float32 rounding.
 """
@@ -49,8 +48,9 @@ from types import EllipsisType
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag, pad
+from torch.nn.functional import pad
 
+from tools.bags import Bags, split
 from tools.errors import UserError
 
 
@@ -184,9 +184,9 @@ def _images_per_chunk(energy: Tensor) -> int:
     if energy.device.type != "cuda":
         return max(1, 2**14 // (height * width))
     free, _ = torch.cuda.mem_get_info(energy.device)
-    # An upper bound, for noise: up to 6 vertices per pixel. Beyond 4 GB a GPU is busy, and more gains nothing.
+    # An upper bound, for noise: up to 6 vertices per pixel. Beyond 6 GB a GPU is busy, and more gains nothing.
     bytes_per_image = (1600 + 80 * unaries * labels) * height * width
-    return max(1, min(free // 4, 2**32) // bytes_per_image)
+    return max(1, min(free // 4, 6 * 2**30) // bytes_per_image)
 
 
 def _infer_pydensecrf(images: Tensor, energy: Tensor, settings: CRFSettings, iterations: int) -> Tensor:
@@ -228,10 +228,10 @@ def _infer(images: Tensor, energy: Tensor, settings: CRFSettings, iterations: in
 def _softmax(rows: Tensor, labels: int) -> Tensor:
     """Softmax over each group of `labels` columns.
 
-    Over a short last dimension that is several times faster on planes, transpositions included.
+    On a CPU, over a short last dimension that is several times faster on planes, transpositions included.
     """
     groups = rows.view(-1, labels)
-    if labels < 16:
+    if labels < 16 and rows.device.type == "cpu":
         return groups.t().contiguous().softmax(dim=0).t().contiguous().view_as(rows)
     return groups.softmax(dim=1).view_as(rows)
 
@@ -283,50 +283,46 @@ class _Kernel:
         barycentric[:, batch * pixels :] = 0
         digits = _vertex_digits(highest, batch)
         keys = _vertex_keys(quotients, rank, image, digits)
-        vertices = self._connect(keys, barycentric, batch * pixels)
-        self._stencil = _blur_stencil(vertices, digits)
-        self._stencil_weights = torch.tensor([1.0, 0.5, 0.5], device=features.device).repeat(len(vertices) + 1, 1)
+        vertices, splat, slicing = _connect(keys, barycentric, batch * pixels)
+        self._stages = [*splat, *_blur(vertices, digits), slicing]
         self._normalise(weight, 1 / (1 + 2.0**-dimensions))
-
-    def _connect(self, keys: Tensor, barycentric: Tensor, pixels: int) -> Tensor:
-        """Link pixels and vertices both ways, given key and weight of the vertices of each point, [d+1,N or more].
-
-        Returns:
-            The distinct keys [M], ascending: vertex v has the v-th.
-        """
-        corners, points = keys.shape
-        sorted_keys, order = keys.flatten().sort()
-        is_first = torch.ones_like(sorted_keys, dtype=torch.bool)
-        torch.ne(sorted_keys[1:], sorted_keys[:-1], out=is_first[1:])
-        starts = is_first.nonzero().squeeze(1)
-        # The remainder is the highest digit of a key: row r of `keys` is sorted in place, no entry leaves its row.
-        row_start = torch.arange(0, len(order), points, device=keys.device)[:, None]
-        vertex = is_first.cumsum(0, dtype=torch.int32) - 1
-        unsorted = torch.empty_like(vertex).scatter_(0, order, vertex).view(corners, points)
-        self._slice_index = unsorted[:, :pixels].t().contiguous()
-        self._slice_weights = barycentric[:, :pixels].t().contiguous()
-        self._splat_weights = barycentric.flatten().index_select(0, order)
-        self._splat_index = order.view(corners, points).sub_(row_start).clamp_(max=pixels - 1).flatten().int()
-        # One empty list more: its sum is the zero that stands for absent neighbours.
-        self._splat_starts = torch.cat([starts, starts.new_tensor([len(order)])]).int()
-        return sorted_keys[starts]
 
     def _normalise(self, weight: float, scale: float) -> None:
         """Fold n = 1 / sqrt(K 1), the scale of the blur and the weight into the weights of splat and slice."""
-        self._slice_weights *= scale
-        ones = torch.ones(len(self._slice_index), 1, device=self._slice_weights.device)
-        norm = (self(ones) + 1e-20).rsqrt()
-        self._splat_weights *= norm[:, 0].index_select(0, self._splat_index)
-        self._slice_weights *= norm * weight
+        splat, slicing = self._stages[0], self._stages[-1]
+        slicing.weights.mul_(scale)
+        norm = (self(torch.ones(len(slicing.weights), 1, device=slicing.weights.device)) + 1e-20).rsqrt()
+        splat.weights.mul_(norm[:, 0].index_select(0, splat.index))
+        slicing.weights.mul_(norm * weight)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Filter each column of float32 [N,L], N = B * P pixels."""
-        values = embedding_bag(
-            self._splat_index, rows, self._splat_starts, mode="sum", per_sample_weights=self._splat_weights
-        )
-        for neighbours in self._stencil:
-            values = embedding_bag(neighbours, values, mode="sum", per_sample_weights=self._stencil_weights)
-        return embedding_bag(self._slice_index, values, mode="sum", per_sample_weights=self._slice_weights)
+        for stage in self._stages:
+            rows = stage(rows)
+        return rows
+
+
+def _connect(keys: Tensor, barycentric: Tensor, pixels: int) -> tuple[Tensor, list[Bags], Bags]:
+    """Link pixels and vertices both ways, given key and weight of the vertices of each point, [d+1,N or more].
+
+    Returns:
+        The distinct keys [M], ascending: vertex v has the v-th. Splat, from pixels to M+1 vertices, of which the last
+        is always zero. Slice, from vertices to pixels.
+    """
+    corners, points = keys.shape
+    sorted_keys, order = keys.flatten().sort()
+    is_first = torch.ones_like(sorted_keys, dtype=torch.bool)
+    torch.ne(sorted_keys[1:], sorted_keys[:-1], out=is_first[1:])
+    first = is_first.nonzero().squeeze(1)
+    vertex = is_first.cumsum(0, dtype=torch.int32).sub_(1)
+    unsorted = torch.empty_like(vertex).scatter_(0, order, vertex).view(corners, points)
+    slicing = Bags(unsorted[:, :pixels].t().contiguous(), barycentric[:, :pixels].t().contiguous())
+    weights = barycentric.flatten().index_select(0, order)
+    # The remainder is the highest digit of a key: row r of `keys` is sorted in place, no entry leaves its row.
+    row_start = torch.arange(0, len(order), points, device=keys.device)[:, None]
+    index = order.view(corners, points).sub_(row_start).clamp_(max=pixels - 1).flatten().int()
+    splat = Bags(index, weights, pad(first, (0, 2), value=len(order)).int())
+    return sorted_keys[first], split(splat) if keys.is_cuda else [splat], slicing
 
 
 def _enclosing_simplex(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -376,12 +372,13 @@ def _scales(dimensions: int) -> list[float]:
 
 def _descending_rank(values: Tensor) -> Tensor:
     """For each column of float32 [d+1,N], how many entries are larger (of equal ones, the first counts as larger)."""
-    rank = torch.zeros_like(values)
+    rank = torch.arange(len(values), dtype=values.dtype, device=values.device)[:, None].repeat(1, values.shape[1])
+    rows = rank.unbind()
     for i in range(len(values)):
         for j in range(i + 1, len(values)):
             smaller = values[i] < values[j]
-            rank[i] += smaller
-            rank[j] += ~smaller
+            rows[i].add_(smaller)
+            rows[j].add_(smaller, alpha=-1)
     return rank
 
 
@@ -417,19 +414,20 @@ def _vertex_keys(quotients: Tensor, rank: Tensor, image: Tensor, digits: _Digits
     by d: all quotients stay, except that one, which falls by 1.
     """
     keys = torch.empty_like(rank, dtype=digits.dtype)
-    keys[0] = image * digits.image
+    torch.mul(image, digits.image, out=keys[0])
     for quotient, lowest, place in zip(quotients[:-1], digits.lowest, digits.quotients[:-1], strict=True):
-        keys[0] += (quotient - lowest).to(digits.dtype) * place
-    places = torch.tensor(digits.quotients, dtype=digits.dtype, device=rank.device)[:, None]
-    by_rank = torch.empty_like(keys).scatter_(0, rank, places.expand_as(rank))
+        keys[0].add_((quotient - lowest).to(digits.dtype), alpha=place)
+    by_rank = torch.empty_like(keys)
+    for j, place in enumerate(digits.quotients):
+        by_rank.scatter_(0, rank[j : j + 1], place)
     for r in range(1, len(keys)):
         torch.sub(keys[r - 1], by_rank[len(keys) - r], out=keys[r])
-        keys[r] += digits.remainder
+        keys[r].add_(digits.remainder)
     return keys
 
 
-def _blur_stencil(vertices: Tensor, digits: _Digits) -> Tensor:
-    """Each vertex with its two neighbours along each axis; M for an absent neighbour.
+def _blur(vertices: Tensor, digits: _Digits) -> list[Bags]:
+    """The blur along each axis: vertices and their two neighbours, of which absent ones are row M, always zero.
 
     The neighbour before, along axis j, has 1 less in every coordinate but j, where it has d more. In quotients: for
     remainders above 0, the same but one more in j and the remainder one lower; for remainder 0, which becomes d, one
@@ -437,9 +435,6 @@ def _blur_stencil(vertices: Tensor, digits: _Digits) -> Tensor:
 
     Args:
         vertices: distinct keys [M], ascending.
-
-    Returns:
-        int32 [d+1,M+1,3]; the last row is the absent vertex itself.
     """
     count = len(vertices)
     axes = len(digits.quotients)
@@ -454,5 +449,7 @@ def _blur_stencil(vertices: Tensor, digits: _Digits) -> Tensor:
         before = torch.where(vertices.index_select(0, found) == wanted, found, count)
         rows[:count, 1] = before
         rows[before, 2] = index
-        rows[count, 2] = count
-    return stencil
+        rows[count:, 2] = count
+    weights = torch.full((count + 1, 3), 0.5, device=vertices.device)
+    weights[:, 0] = 1
+    return [Bags(rows, weights) for rows in stencil]

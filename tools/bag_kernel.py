@@ -1,0 +1,65 @@
+"""The Triton kernel behind `tools.bags` on GPUs, which alone imports this file: Triton is not everywhere."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = 512
+"""Sums that a program, a group of 128 threads, computes."""
+
+
+def bag_sum(rows: Tensor, index: Tensor, weights: Tensor, starts: Tensor | None) -> Tensor:
+    """`tools.bags.Bags(index, weights, starts)(rows)`; all tensors contiguous."""
+    width = rows.shape[1]
+    bags, length = index.shape if starts is None else (len(starts) - 1, 0)
+    sums = rows.new_empty(bags, width)
+    columns = min(triton.next_power_of_2(width), 32)
+    lists = TILE // columns
+    grid = (triton.cdiv(bags, lists), triton.cdiv(width, columns))
+    with torch.cuda.device_of(rows):
+        _bag_sum[grid](
+            rows,
+            index,
+            weights,
+            index if starts is None else starts,
+            sums,
+            bags,
+            width,
+            LENGTH=length,
+            LISTS=lists,
+            COLUMNS=columns,
+        )
+    return sums
+
+
+@triton.jit
+def _bag_sum(
+    rows, index, weights, starts, sums, bags, width, LENGTH: tl.constexpr, LISTS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Sum `LISTS` lists, `COLUMNS` columns of them; of `LENGTH` entries each, or as `starts` says if that is 0."""
+    bag = tl.program_id(0) * LISTS + tl.arange(0, LISTS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    exists = bag < bags
+    in_row = (column < width)[None, :]
+    total = tl.zeros([LISTS, COLUMNS], dtype=tl.float32)
+    if LENGTH > 0:
+        for i in tl.static_range(LENGTH):
+            entry = bag.to(tl.int64) * LENGTH + i
+            row = tl.load(index + entry, mask=exists, other=0).to(tl.int64)
+            weight = tl.load(weights + entry, mask=exists, other=0.0)
+            values = tl.load(rows + row[:, None] * width + column[None, :], mask=exists[:, None] & in_row, other=0.0)
+            total += weight[:, None] * values
+    else:
+        entry = tl.load(starts + bag, mask=exists, other=0)
+        end = tl.load(starts + bag + 1, mask=exists, other=0)
+        for _ in range(tl.max(end - entry, axis=0)):
+            used = entry < end
+            row = tl.load(index + entry, mask=used, other=0).to(tl.int64)
+            weight = tl.load(weights + entry, mask=used, other=0.0)
+            values = tl.load(rows + row[:, None] * width + column[None, :], mask=used[:, None] & in_row, other=0.0)
+            total += weight[:, None] * values
+            entry += 1
+    tl.store(sums + bag.to(tl.int64)[:, None] * width + column[None, :], total, mask=exists[:, None] & in_row)
