@@ -131,7 +131,7 @@ def add_sam(parser: cli.Parser) -> None:
         default="auto",
         help="auto: bf16 on GPUs, off on CPUs",
     )
-    cli.add_switch(group, "--compile", False, "compile the image encoder: slower to start, then faster")
+    cli.add_switch(group, "--compile", False, "compile the networks: slower to start, then faster")
     group.add_argument("--pred_iou_thresh", type=cli.fraction, default=0.88, help="least predicted IoU of a mask")
     group.add_argument("--stability_score_thresh", type=cli.fraction, default=0.95, help="least stability of a mask")
     group.add_argument(

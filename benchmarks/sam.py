@@ -3,11 +3,13 @@
     python -m benchmarks.sam                                                     # CPU, a tiny network: under a minute
     python -m benchmarks.sam --device cuda --num_images 32 --checkpoint sam_vit_h_4b8939.pth --images photographs/
     python -m benchmarks.sam --device cuda --num_images 32 --model_type vit_h    # without weights: random ones
+    python -m benchmarks.sam --model_type vit_h --count                          # operations and bytes, on any machine
 
 A row per generator: images per second, peak memory (of the GPU; on a CPU that of the process so far, so the stock
 generator comes last), masks per image, and how well they agree with the stock generator's: the share of masks that have
 a partner with an IoU above .95 on the other side. The time is from the image in memory to its
 RLEs. With random weights the networks' cost is real, and that of what follows depends on how many masks survive.
+With --count nothing is run: what the networks would compute and move per image is counted.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ import torch
 from pycocotools import mask as coco_rle
 from segment_anything import SamAutomaticMaskGenerator, sam_model_registry
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measuring import peak_memory
+from benchmarks.measuring import ByteCounter, peak_memory
 from tools import cli
 from tools.files import load_image
 from tools.mask_generator import MaskGenerator
@@ -55,12 +58,16 @@ def make_parser() -> cli.Parser:
         default="auto",
         help="auto: bf16 on GPUs, else off",
     )
-    cli.add_switch(group, "--compile", False, "also time ours with a compiled image encoder")
+    cli.add_switch(group, "--compile", False, "also time ours with compiled networks")
+    cli.add_switch(group, "--count", False, "only count operations and bytes of the networks per image")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     """Time both generators on the same images."""
+    if args.count:
+        print_count(args)
+        return
     device = cli.select_device(args.device)
     model, images = build_model(args, device), load_images(args)
     generators = build_generators(args, model, cli.autocast_dtype(args.mixed_precision, device))
@@ -88,6 +95,31 @@ def build_generators(args: argparse.Namespace, model: Sam, dtype: torch.dtype | 
     return generators | {"stock": functools.partial(run_stock, stock)}
 
 
+def print_count(args: argparse.Namespace) -> None:
+    """Print what the networks of both generators compute and move per image, counted on tensors without memory."""
+    prompts = (args.points_per_side or 32) ** 2
+    with torch.device("meta"):
+        model = sam_model_registry.get(args.model_type, build_tiny_sam)().eval().requires_grad_(False)
+        image = torch.empty(1, 3, model.image_encoder.img_size, model.image_encoder.img_size)
+        tokens = torch.empty(prompts, 2, model.prompt_encoder.embed_dim)
+    generator = MaskGenerator(model)
+    embedding = model.image_encoder(image)
+    dense = model.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).expand(prompts, *embedding.shape[1:])
+    parts = {
+        "encoder, both": lambda: model.image_encoder(image),
+        "decoder, ours": lambda: generator.predict(embedding, tokens),
+        "decoder, stock": lambda: model.mask_decoder.predict_masks(
+            embedding, model.prompt_encoder.get_dense_pe(), tokens, dense
+        ),
+    }
+    print(f"{args.model_type or 'tiny'}, {image.shape[-1]} pixels, {prompts} prompts; GB in float32, half in bf16")
+    for name, part in parts.items():
+        counter, sizes = FlopCounterMode(display=False), ByteCounter()
+        with torch.inference_mode(), counter, sizes:
+            part()
+        print(f"{name:<16} {counter.get_total_flops() / 1e12:9.3g} TFLOP {sizes.total / 1e9:9.3g} GB")
+
+
 def run_stock(generator: SamAutomaticMaskGenerator, images: list[np.ndarray]) -> list[list[dict]]:
     """The RLEs of some images, one image after the other."""
     return [[record["segmentation"] for record in generator.generate(image)] for image in images]
@@ -97,8 +129,8 @@ def measure(
     generate: Callable, images: list[np.ndarray], batch: int, device: torch.device
 ) -> tuple[float, int, list[list[dict]]]:
     """Images per second, peak memory in bytes, and the masks."""
+    generate(images[:batch])  # kernels are chosen and compiled, memory is reserved
     if device.type == "cuda":
-        generate(images[:batch])  # kernels are chosen and compiled, memory is reserved
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     masks = [found for index in range(0, len(images), batch) for found in generate(images[index : index + batch])]

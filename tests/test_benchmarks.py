@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import data_loading, measuring, train_step
+from benchmarks import data_loading, measuring, sam, train_step
 from tools import cli
 
 
@@ -58,6 +58,16 @@ def test_operations_are_counted_without_running_them(capsys, script):
         text = output_of(train_step, capsys, *flags, "--architecture", "resnet50")
         flops.append(float(re.search(r"TFLOP +(\S+)", text)[1]))
     assert 0 < flops[1] == pytest.approx(2 * flops[0], abs=0.02)
+
+
+def test_counts_of_sam(capsys):
+    """Our decoder computes only once what does not depend on the prompt; the encoder is the same."""
+    text = output_of(sam, capsys, "--count", "--points_per_side", 4)
+    assert "128 pixels, 16 prompts" in text
+    rows = re.findall(r"^(\w+, \w+) +(\S+) TFLOP +(\S+) GB$", text, re.MULTILINE)
+    flops, sizes = ({row[0]: float(row[column]) for row in rows} for column in (1, 2))
+    assert 0 < flops["encoder, both"] and 0 < flops["decoder, ours"] < flops["decoder, stock"]
+    assert 0 < sizes["decoder, ours"] < sizes["decoder, stock"]
 
 
 def test_bytes_of_operations():

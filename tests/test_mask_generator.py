@@ -10,6 +10,7 @@ from segment_anything import SamAutomaticMaskGenerator
 from segment_anything.utils.amg import mask_to_rle_pytorch
 
 from benchmarks.sam import SHARPENED_THRESHOLDS, build_tiny_sam, sharpen, synthetic_image
+from tools.errors import UserError
 from tools.mask_generator import MaskGenerator, interpolation_matrix, uncompressed_rle
 
 SHAPES = [(120, 160), (130, 100), (97, 97)]
@@ -81,6 +82,15 @@ def test_half_precision_finds_nearly_the_same(model, images):
     (exact,), (half,) = (MaskGenerator(model, dtype=dtype, **options)(images[:1]) for dtype in (None, torch.bfloat16))
     iou = coco_rle.iou(half, exact, [0] * len(exact)).max(axis=1)
     assert 0.8 < len(half) / len(exact) < 1.25 and np.mean(iou > 0.9) > 0.8
+
+
+def test_scores_that_are_no_numbers_are_refused(model, images, monkeypatch):
+    """As from a network that overflows in fp16: without the check, its images would silently have no masks."""
+    generator = MaskGenerator(model, points_per_side=8, points_per_batch=50)
+    decode = generator._decode
+    monkeypatch.setattr(generator, "_decode", lambda *args: (decode(*args)[0], decode(*args)[1] * torch.nan))
+    with pytest.raises(UserError, match="--mixed_precision"):
+        generator(images[:1])
 
 
 def test_no_image_and_no_mask(model):

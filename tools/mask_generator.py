@@ -16,6 +16,7 @@ enlarges all masks before it filters them, and encodes them one by one before NM
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import threading
@@ -28,6 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import nms
+
+from tools.errors import UserError
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
@@ -73,7 +76,7 @@ class Candidates:
     scores: Tensor
 
     def select(self, kept: Tensor) -> Candidates:
-        """Those that `kept`, a mask or indices, names."""
+        """Those with the indices `kept`, int64 [n]."""
         return Candidates(self.view, self.logits[kept], self.boxes[kept], self.scores[kept])
 
     @classmethod
@@ -108,8 +111,8 @@ class MaskGenerator:
         """
         Args:
             model: on its device, in evaluation mode.
-            dtype: of the encoder and the decoder under autocast; None: float32. Scores and enlarging are float32.
-            compile: let torch.compile have the image encoder: minutes at the start, faster afterwards.
+            dtype: of the encoder and the decoder; None: float32. Scores and enlarging are float32.
+            compile: let torch.compile have the networks: minutes at the start, faster afterwards.
             images_per_batch: images or crops that the encoder sees at a time.
             points_per_batch: prompts that are decoded, and full-size masks that exist, at a time.
             others: as in `segment_anything.SamAutomaticMaskGenerator`.
@@ -118,8 +121,12 @@ class MaskGenerator:
         from segment_anything.utils.transforms import ResizeLongestSide
 
         self.model = model
-        self.dtype = dtype
-        self.encoder = torch.compile(model.image_encoder) if compile else model.image_encoder
+        self.dtype = dtype or torch.float32
+        # Converted as a whole: under autocast, normalisations write float32, which whoever reads them converts back.
+        networks = (model.image_encoder, model.mask_decoder)
+        encoder, self._decoder = (copy.deepcopy(net).to(dtype) for net in networks) if dtype else networks
+        wrap = torch.compile if compile else lambda function: function
+        self._encode, self._predict = wrap(encoder), wrap(self.predict)
         self.images_per_batch = images_per_batch
         self.points_per_batch = points_per_batch
         self.point_grids = build_all_layer_point_grids(points_per_side, crop_n_layers, crop_n_points_downscale_factor)
@@ -140,6 +147,9 @@ class MaskGenerator:
 
         Args:
             images: uint8 RGB HxWx3 in [0, 255], of any sizes.
+
+        Raises:
+            UserError: the network gives no finite numbers in this precision.
         """
         views = [view for index, image in enumerate(images) for view in self._views(index, image.shape[:2])]
         inputs = [self._resize(images[view.image], view) for view in views]
@@ -168,42 +178,54 @@ class MaskGenerator:
                 self.model.preprocess(torch.from_numpy(image).to(self.model.device).permute(2, 0, 1))
                 for image in inputs[start : start + self.images_per_batch]
             ]
-            with self._autocast():
-                embeddings = self.encoder(torch.stack(batch))
-            yield from embeddings.split(1)
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.model.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+            yield from self._encode(torch.stack(batch).to(self.dtype)).split(1)
 
     def _candidates(self, view: View, embedding: Tensor) -> Candidates:
         """The masks of a view that pass the filters, without duplicates, by falling score."""
         grid = self._transform.apply_coords(self.point_grids[view.layer] * view.crop_size[::-1], view.crop_size)
-        parts = []
+        parts, finite = [], []
         for points in torch.from_numpy(grid).to(self.model.device).split(self.points_per_batch):
             logits, scores = self._decode(embedding, points)
+            finite.append(scores.isfinite().all())
             likely = torch.nonzero(scores > self.pred_iou_thresh).flatten()
             parts += [self._stable(view, logits[part], scores[part]) for part in likely.split(self.points_per_batch)]
+        if not torch.stack(finite).all():
+            raise UserError(
+                "--mixed_precision, --compile: SAM's predicted IoUs are not finite numbers. Try --mixed_precision off, "
+                "then --compile false."
+            )
         candidates = Candidates.join(parts)
         return candidates.select(nms(candidates.boxes.float(), candidates.scores, self.box_nms_thresh))
 
     def _decode(self, embedding: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
         """Masks at low resolution, logits [3P, h, w], and their predicted IoU, float32 [3P], for prompts [P, 2]."""
-        prompts, decoder = self.model.prompt_encoder, self.model.mask_decoder
         labels = torch.ones(len(points), 1, dtype=torch.int, device=points.device)
-        prompt_tokens, _ = prompts(points=(points[:, None], labels), boxes=None, masks=None)
-        output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
-        with self._autocast():
-            # A batch of one: the transformer broadcasts it to the prompts where they first meet.
-            image = embedding + prompts.no_mask_embed.weight.reshape(1, -1, 1, 1)
-            tokens = torch.cat([output_tokens.expand(len(points), -1, -1), prompt_tokens], dim=1)
-            tokens, pixels = decoder.transformer(image, prompts.get_dense_pe(), tokens)
-            pixels = decoder.output_upscaling(pixels.transpose(1, 2).unflatten(2, image.shape[-2:]))
-            # Token 0 predicts the IoUs; of the mask tokens, the first is for prompts that are not ambiguous.
-            heads = list(enumerate(decoder.output_hypernetworks_mlps, start=1))[1:]
-            weights = torch.stack([head(tokens[:, index]) for index, head in heads], dim=1)
-            logits = (weights @ pixels.flatten(2)).unflatten(2, pixels.shape[-2:])
-        scores = decoder.iou_prediction_head(tokens[:, 0].float())[:, 1:]
+        prompt_tokens, _ = self.model.prompt_encoder(points=(points[:, None], labels), boxes=None, masks=None)
+        logits, iou_token = self._predict(embedding, prompt_tokens.to(self.dtype))
+        scores = self.model.mask_decoder.iou_prediction_head(iou_token.float())[:, 1:]
         return logits.flatten(0, 1), scores.flatten()
+
+    def predict(self, embedding: Tensor, prompt_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The decoder for prompts of one image.
+
+        Args:
+            embedding: [1, C, h, w] of the image.
+            prompt_tokens: [P, n, C], of the same dtype.
+
+        Returns:
+            Mask logits [P, 3, 4h, 4w], and the token that predicts their IoUs, [P, C].
+        """
+        prompts, decoder = self.model.prompt_encoder, self._decoder
+        output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+        # A batch of one: the transformer broadcasts it to the prompts where they first meet.
+        image = embedding + prompts.no_mask_embed.weight.reshape(1, -1, 1, 1).to(embedding)
+        tokens = torch.cat([output_tokens.expand(len(prompt_tokens), -1, -1), prompt_tokens], dim=1)
+        tokens, pixels = decoder.transformer(image, prompts.get_dense_pe().to(embedding), tokens)
+        pixels = decoder.output_upscaling(pixels.transpose(1, 2).unflatten(2, image.shape[-2:]))
+        # Token 0 predicts the IoUs; of the mask tokens, the first is for prompts that are not ambiguous.
+        heads = list(enumerate(decoder.output_hypernetworks_mlps, start=1))[1:]
+        weights = torch.stack([head(tokens[:, index]) for index, head in heads], dim=1)
+        return (weights @ pixels.flatten(2)).unflatten(2, pixels.shape[-2:]), tokens[:, 0]
 
     def _stable(self, view: View, logits: Tensor, scores: Tensor) -> Candidates:
         """Those of the masks that are stable and do not end where only the crop ends."""
@@ -220,7 +242,7 @@ class MaskGenerator:
         boxes = batched_mask_to_box(full > threshold)
         kept = stability >= self.stability_score_thresh
         kept &= ~is_box_near_crop_edge(boxes, view.box, [0, 0, width, height])
-        return Candidates(view, logits, uncrop_boxes_xyxy(boxes, view.box), scores).select(kept)
+        return Candidates(view, logits, uncrop_boxes_xyxy(boxes, view.box), scores).select(kept.nonzero().flatten())
 
     def _enlarge(self, view: View, logits: Tensor) -> Tensor:
         """Masks at the size of the view, float32 [N, H, W]: `Sam.postprocess_masks`, a matrix for each side."""
@@ -239,10 +261,11 @@ class MaskGenerator:
         scores = [1 / (candidates.view.crop_size[0] * candidates.view.crop_size[1]) for candidates in found]
         sizes = [len(candidates.scores) for candidates in found]
         boxes = torch.cat([candidates.boxes for candidates in found]).float()
-        weights = torch.tensor(scores, device=boxes.device).repeat_interleave(torch.tensor(sizes, device=boxes.device))
+        weights = torch.tensor(scores).repeat_interleave(torch.tensor(sizes)).to(boxes.device)
         kept = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
         kept[nms(boxes, weights, self.crop_nms_thresh)] = True
-        return [candidates.select(part) for candidates, part in zip(found, kept.split(sizes), strict=True)]
+        parts = kept.split(sizes)
+        return [candidates.select(part.nonzero().flatten()) for candidates, part in zip(found, parts, strict=True)]
 
     def _draw(self, found: list[Candidates]) -> tuple[list[dict], Tensor]:
         """Uncompressed RLEs of the candidates, and their boxes [N, 4]."""
