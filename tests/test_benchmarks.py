@@ -66,7 +66,7 @@ def test_counts_of_sam(capsys):
     assert "128 pixels, 16 prompts" in text
     rows = re.findall(r"^(\w+, \w+) +(\S+) TFLOP +(\S+) GB$", text, re.MULTILINE)
     flops, sizes = ({row[0]: float(row[column]) for row in rows} for column in (1, 2))
-    assert 0 < flops["encoder, both"] and 0 < flops["decoder, ours"] < flops["decoder, stock"]
+    assert flops["encoder, both"] > 0 and 0 < flops["decoder, ours"] < flops["decoder, stock"]
     assert 0 < sizes["decoder, ours"] < sizes["decoder, stock"]
 
 
