@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from datasets import DataSource, build_source
 from datasets.base import DatasetInfo
@@ -274,10 +273,7 @@ def propose_batch(generator: ProposalGenerator, folder: Path, jobs: Sequence[Ima
         todo = [job for job, is_mine in zip(jobs, mine, strict=True) if is_mine and not job.proposals.exists()]
         if todo:
             images = [load_image(job.image) for job in todo]
-            try:
-                found = generator([job.image_id for job in todo], images)
-            except torch.OutOfMemoryError as error:
-                raise UserError("the GPU's memory is full. Lower --points_per_batch or --images_per_batch.") from error
+            found = generator([job.image_id for job in todo], images)
             for job, image, masks in zip(todo, images, found, strict=True):
                 save_proposals(job.proposals, masks, image.shape[:2])
     return [True if is_mine or job.proposals.exists() else None for job, is_mine in zip(jobs, mine, strict=True)]

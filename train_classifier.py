@@ -115,6 +115,11 @@ def complete(args: argparse.Namespace) -> None:
         args.mode = "fix" if frozen else "normal"
     if args.trainable_stem is None:
         args.trainable_stem = not frozen
+    if args.method != "vanilla" and args.image_size % 32 > 1:
+        print(
+            f"Warning: --image_size {args.image_size}: the cells of the tiles' maps lie between those of the whole "
+            f"image's. Better 32n or 32n + 1, such as {args.image_size // 32 * 32}."
+        )
     plays = args.method in ("poc", "pnoc")
     if plays and args.oc_weights is None:
         raise UserError(

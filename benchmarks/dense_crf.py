@@ -94,7 +94,7 @@ def measure_cores(cases: list[Case], backend: str, workers: int) -> tuple[float,
     return float(np.median(seconds)) / workers, max(memory)
 
 
-def measure_gpu(cases: list[Case], device: str) -> tuple[float, int]:
+def measure_gpu(cases: list[Case], device: torch.device) -> tuple[float, int]:
     """Seconds per image and peak memory of one call for all images, after a first call."""
     images, unaries = (torch.cat(parts).to(device) for parts in zip(*(case.load() for case in cases), strict=True))
     mean_field(images, unaries)
@@ -113,18 +113,24 @@ def gigabytes(case: Case) -> float:
     return counter.total / 1e9
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="where tools.crf runs: cpu, cuda, cuda:1 ...")
-    parser.add_argument("--images", type=Path, help="folder of photographs (.jpg); synthetic images without it")
-    parser.add_argument("--num_images", type=int, default=8, help="images per problem")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (one thread each) on the CPU")
-    return parser.parse_args()
+def make_parser() -> cli.Parser:
+    """The command line of this benchmark."""
+    parser = cli.Parser(__doc__)
+    group = parser.add_argument_group("benchmark")
+    group.add_argument("--device", default="cpu", help="where tools.crf runs: cpu, cuda, cuda:1 ...")
+    group.add_argument("--images", type=Path, help="folder of photographs (.jpg); synthetic images without it")
+    group.add_argument("--num_images", type=cli.positive_int, default=8, help="images per problem")
+    group.add_argument(
+        "--workers", type=cli.positive_int, default=os.cpu_count(), help="processes (one thread each) on the CPU"
+    )
+    return parser
 
 
 def main(args: argparse.Namespace) -> None:
+    """Print a row per problem."""
+    device = cli.select_device(args.device)
     photographs = sorted(args.images.glob("*.jpg"))[: args.num_images] if args.images else [None] * args.num_images
-    on_gpu = args.device != "cpu"
+    on_gpu = device.type == "cuda"
     print(f"device {args.device}, {args.workers} processes, {len(photographs)} images, 10 iterations")
     header = f"{'size':>9} {'labels':>7} {'unaries':>8} {'torch s':>9} {'pydensecrf s':>13} {'ratio':>7} {'peak GB':>8}"
     print(header + (f" {'GB/image':>9} {'floor s':>9}" if on_gpu else ""))
@@ -132,15 +138,15 @@ def main(args: argparse.Namespace) -> None:
         cases = [Case(seed, size, labels, unaries, path) for seed, path in enumerate(photographs)]
         reference, _ = measure_cores(cases, BACKENDS[1], args.workers)
         if on_gpu:
-            seconds, memory = measure_gpu(cases, args.device)
+            seconds, memory = measure_gpu(cases, device)
         else:
             seconds, memory = measure_cores(cases, BACKENDS[0], args.workers)
         row = f"{seconds:9.4f} {reference:13.4f} {reference / seconds:7.2f} {memory / 1e9:8.2f}"
         if on_gpu:
             size_gb = gigabytes(cases[0])
-            row += f" {size_gb:9.2f} {1e9 * size_gb / bandwidth(torch.device(args.device)):9.4f}"
+            row += f" {size_gb:9.2f} {1e9 * size_gb / bandwidth(device):9.4f}"
         print(f"{size[0]:>5}x{size[1]} {labels:7d} {unaries:8d} {row}", flush=True)
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    cli.run(main, make_parser())

@@ -152,6 +152,20 @@ def images_per_step(args: argparse.Namespace) -> int:
     return args.batch_size * (2 if args.script == "csrm" else 1)
 
 
+@contextlib.contextmanager
+def kept_for_backward() -> Iterator[dict[int, torch.UntypedStorage]]:
+    """What the operations in the block keep for the backward pass, by address of its memory: each only once."""
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield kept
+
+
 def print_count(args: argparse.Namespace) -> None:
     """Print what the networks of a step compute and move, counted on tensors without memory."""
     counter, sizes = FlopCounterMode(display=False), ByteCounter()
@@ -167,10 +181,14 @@ def print_count(args: argparse.Namespace) -> None:
             with torch.no_grad():
                 network.eval()(views, representations=False)
                 network(views)
-        sum(output.float().sum() for output in network.train()(views).values()).backward()
+        with kept_for_backward() as kept:
+            outputs = network.train()(views)
+        sum(output.float().sum() for output in outputs.values()).backward()
     print(f"{args.script}, {args.architecture}, {args.image_size} pixels, {images} images per step")
     print(f"TFLOP         {counter.get_total_flops() / 1e12:.2f} per step in convolutions and products")
     print(f"GB            {sizes.total / 1e9:.0f} per step read and written by operations in float32; half in bf16")
+    kept_gb = sum(storage.nbytes() for storage in kept.values()) / 1e9
+    print(f"memory        {kept_gb:.1f} GB kept for the backward pass in float32, weights included; half in bf16")
 
 
 def print_report(

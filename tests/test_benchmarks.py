@@ -42,7 +42,7 @@ def test_a_step_in_phases(capsys, script, flags):
 
 @pytest.mark.parametrize("script", ["classifier", "csrm", "segmentation"])
 def test_operations_are_counted_without_running_them(capsys, script):
-    flops = []
+    flops, kept = [], []
     for batch_size in (2, 4):
         flags = [
             "--script",
@@ -57,7 +57,9 @@ def test_operations_are_counted_without_running_them(capsys, script):
         ]
         text = output_of(train_step, capsys, *flags, "--architecture", "resnet50")
         flops.append(float(re.search(r"TFLOP +(\S+)", text)[1]))
+        kept.append(float(re.search(r"memory +(\S+) GB", text)[1]))
     assert 0 < flops[1] == pytest.approx(2 * flops[0], abs=0.02)
+    assert 0 < kept[0] < kept[1] < 2 * kept[0] + 0.2  # the weights only once
 
 
 def test_counts_of_sam(capsys):

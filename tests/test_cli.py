@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -339,6 +340,32 @@ def test_our_own_faults_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     with pytest.raises(ZeroDivisionError):
         cli.run(lambda args: 1 / 0, cli.Parser("A test."))
+
+
+def test_a_full_gpu_is_answered_with_the_flags_that_help(capsys, monkeypatch):
+    def main(args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    parser = cli.Parser("A test.")
+    for flag in ("--image_size", "--batch_size", "--accumulate_steps"):
+        parser.add_argument(flag)
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main, parser)
+    assert stop.value.code == 2
+    message = "Lower --batch_size or --image_size, and raise --accumulate_steps for the same batch.\n"
+    assert capsys.readouterr().err == f"train.py: error: the GPU's memory is full. {message}"
+
+
+@pytest.mark.parametrize("length", [1, 10**6], ids=["at the end", "at once"])
+def test_a_reader_that_has_had_enough(length):
+    """As `| head`: no traceback."""
+    code = f"from tools import cli; cli.run(lambda args: print('x' * {length}), cli.Parser('A test.'))"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(cli.__file__).parents[1], **pipes)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 1
 
 
 def test_a_mistake_found_under_a_progress_bar_has_a_line_of_its_own(capsys, monkeypatch):

@@ -130,7 +130,7 @@ LABELS = {
 def test_losses_equal_plain_loops(method, labels, size):
     net, ordinary = Net(), Net(seed=5) if method in ("poc", "pnoc") else None
     sample = make_sample(labels, size)
-    losses = PriorCriterion(method, label_smoothing=SMOOTHING, ordinary=ordinary)(net, sample, progress=0.25)
+    losses = PriorCriterion(method, label_smoothing=SMOOTHING, w_re=4, ordinary=ordinary)(net, sample, progress=0.25)
     outputs = net(sample.images)
     expected = plain_margin(outputs["class_logits"], sample.labels)
     if method != "vanilla":
@@ -149,7 +149,7 @@ def test_losses_equal_plain_loops(method, labels, size):
 
 
 def test_schedules():
-    weights = PriorCriterion("vanilla", label_smoothing=0).weights
+    weights = PriorCriterion("vanilla", label_smoothing=0, w_re=4).weights
     assert weights(0.0) == {"c": 1, "p": 1, "re": 0, "oc": 0.3}
     assert weights(0.5)["re"] == weights(0.99)["re"] == 4 and weights(0.5)["oc"] == pytest.approx(0.65)
     lighter = PriorCriterion("puzzle", label_smoothing=0, w_re=0.5).weights
@@ -197,7 +197,7 @@ def test_the_cam_network_learns_through_the_ordinary_classifier_and_leaves_it_al
     net, ordinary = Net(), Net(seed=5)
     opponent = Opponent(ordinary, opponent_args(), steps_per_epoch=4)
     sample = make_sample(LABELS["several"])
-    criterion = PriorCriterion("pnoc", label_smoothing=SMOOTHING, ordinary=ordinary)
+    criterion = PriorCriterion("pnoc", label_smoothing=SMOOTHING, w_re=4, ordinary=ordinary)
     criterion(net, sample, progress=0.5)["oc"].backward()
     assert net.classifier.weight.grad.abs().sum() > 0
     assert ordinary.classifier.weight.grad is None

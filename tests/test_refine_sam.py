@@ -264,15 +264,6 @@ def test_masks_from_files_and_shared_proposals(project):
     np.testing.assert_array_equal(ours, copied)
 
 
-def test_a_full_gpu_is_answered_in_one_line(project):
-    def full(image_ids, images):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    job = refine_sam.ImageJob("a", Path("data/images/a.png"), Path("a.json"))
-    with pytest.raises(UserError, match="Lower --points_per_batch or --images_per_batch"):
-        refine_sam.propose_batch(full, Path(), [job])
-
-
 def in_a_fork(work, *args):
     process = multiprocessing.get_context("fork").Process(target=work, args=args)
     process.start()

@@ -36,6 +36,9 @@ from tools.optim import OPTIMIZERS
 EXPERIMENTS = Path("experiments")
 """Everything runs produce lies below this folder, in the working directory."""
 
+MEMORY_FLAGS = ("batch_size", "image_size", "scales", "images_per_batch", "points_per_batch")
+"""Flags with lower values of which a script needs less memory."""
+
 
 class _ManualFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the layout of the module docstring and shows every default."""
@@ -80,10 +83,18 @@ def run(main: Callable[[argparse.Namespace], None], parser: Parser) -> None:
     try:
         with quiet:
             main(args)
+            sys.stdout.flush()
         distributed.stop()
         return
     except UserError as error:
         status, message = 2, f"error: {error}"
+    except torch.OutOfMemoryError:
+        flags = " or ".join(f"--{name}" for name in MEMORY_FLAGS if hasattr(args, name))
+        hint = ", and raise --accumulate_steps for the same batch" if hasattr(args, "accumulate_steps") else ""
+        status, message = 2, f"error: the GPU's memory is full. Lower {flags}{hint}."
+    except BrokenPipeError:  # `| head` has read enough; what is still in the buffer has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         status, message = 130, "interrupted. Run the same command again to continue."
     except RuntimeError as error:

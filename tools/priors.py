@@ -1,6 +1,6 @@
 """The losses of the CAM priors, and the ordinary classifier that two of them play against.
 
-    criterion = PriorCriterion("poc", label_smoothing=0.1, ordinary=ordinary_classifier)
+    criterion = PriorCriterion("poc", label_smoothing=0.1, w_re=4, ordinary=ordinary_classifier)
     sample = Sample(images, labels, hidden=random_class(labels))
     losses = criterion(model, sample, progress=step / steps)
 
@@ -51,9 +51,7 @@ class PriorCriterion:
         ordinary: the ordinary classifier of poc and pnoc; only looked through, never changed here.
     """
 
-    def __init__(
-        self, method: str, *, label_smoothing: float, w_re: float = 4.0, ordinary: nn.Module | None = None
-    ) -> None:
+    def __init__(self, method: str, *, label_smoothing: float, w_re: float, ordinary: nn.Module | None = None) -> None:
         assert method in METHODS, f"method must be one of {METHODS}, got {method!r}"
         assert (ordinary is not None) == (method in ("poc", "pnoc")), f"{method}: ordinary classifier {ordinary}"
         self.method, self.label_smoothing, self.w_re, self.ordinary = method, label_smoothing, w_re, ordinary
