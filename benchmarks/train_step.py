@@ -188,7 +188,7 @@ def print_count(args: argparse.Namespace) -> None:
     print(f"TFLOP         {counter.get_total_flops() / 1e12:.2f} per step in convolutions and products")
     print(f"GB            {sizes.total / 1e9:.0f} per step read and written by operations in float32; half in bf16")
     kept_gb = sum(storage.nbytes() for storage in kept.values()) / 1e9
-    print(f"memory        {kept_gb:.1f} GB kept for the backward pass in float32, weights included; half in bf16")
+    print(f"memory        {kept_gb:.2f} GB kept for the backward pass in float32, weights included; half in bf16")
 
 
 def print_report(
