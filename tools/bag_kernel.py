@@ -35,7 +35,8 @@ def bag_sum(rows: Tensor, index: Tensor, weights: Tensor, starts: Tensor | None)
     return sums
 
 
-@triton.jit
+# Else it would be compiled anew for sizes of 1 and multiples of 16: photographs have all sizes.
+@triton.jit(do_not_specialize=["bags", "width"])
 def _bag_sum(
     rows, index, weights, starts, sums, bags, width, LENGTH: tl.constexpr, LISTS: tl.constexpr, COLUMNS: tl.constexpr
 ):
