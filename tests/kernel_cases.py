@@ -25,7 +25,7 @@ LENGTHS = {
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_lists_of_any_length(lengths, width):
     rows, lists = random_lists(lengths, width)
-    sums = bag_sum(rows, lists.index, lists.weights, lists.starts)
+    sums = bag_sum(rows, lists.index, lists.weights, lists.starts, None)
     torch.testing.assert_close(sums, lists(rows), atol=1e-5, rtol=1e-5)
 
 
@@ -34,4 +34,6 @@ def test_lists_of_any_length(lengths, width):
 def test_lists_of_one_length(count, length, width):
     rows, lists = random_lists([length] * count, width)
     index, weights = lists.index.view(count, length), lists.weights.view(count, length)
-    torch.testing.assert_close(bag_sum(rows, index, weights, None), Bags(index, weights)(rows), atol=1e-5, rtol=1e-5)
+    base = torch.randn(count, width)
+    sums = bag_sum(rows, index, weights, None, base)
+    torch.testing.assert_close(sums, base + Bags(index, weights)(rows), atol=1e-5, rtol=1e-5)

@@ -11,8 +11,8 @@ TILE = 512
 """Sums that a program, a group of 128 threads, computes."""
 
 
-def bag_sum(rows: Tensor, index: Tensor, weights: Tensor, starts: Tensor | None) -> Tensor:
-    """`tools.bags.Bags(index, weights, starts)(rows)`; all tensors contiguous."""
+def bag_sum(rows: Tensor, index: Tensor, weights: Tensor, starts: Tensor | None, base: Tensor | None) -> Tensor:
+    """`tools.bags.Bags(index, weights, starts)(rows, base)`; all tensors contiguous."""
     width = rows.shape[1]
     bags, length = index.shape if starts is None else (len(starts) - 1, 0)
     sums = rows.new_empty(bags, width)
@@ -25,9 +25,11 @@ def bag_sum(rows: Tensor, index: Tensor, weights: Tensor, starts: Tensor | None)
             index,
             weights,
             index if starts is None else starts,
+            sums if base is None else base,
             sums,
             bags,
             width,
+            HAS_BASE=base is not None,
             LENGTH=length,
             LISTS=lists,
             COLUMNS=columns,
@@ -38,13 +40,25 @@ def bag_sum(rows: Tensor, index: Tensor, weights: Tensor, starts: Tensor | None)
 # Else it would be compiled anew for sizes of 1 and multiples of 16: photographs have all sizes.
 @triton.jit(do_not_specialize=["bags", "width"])
 def _bag_sum(
-    rows, index, weights, starts, sums, bags, width, LENGTH: tl.constexpr, LISTS: tl.constexpr, COLUMNS: tl.constexpr
+    rows,
+    index,
+    weights,
+    starts,
+    base,
+    sums,
+    bags,
+    width,
+    HAS_BASE: tl.constexpr,
+    LENGTH: tl.constexpr,
+    LISTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """Sum `LISTS` lists, `COLUMNS` columns of them; of `LENGTH` entries each, or as `starts` says if that is 0."""
     bag = tl.program_id(0) * LISTS + tl.arange(0, LISTS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     exists = bag < bags
     in_row = (column < width)[None, :]
+    place = bag.to(tl.int64)[:, None] * width + column[None, :]
     total = tl.zeros([LISTS, COLUMNS], dtype=tl.float32)
     if LENGTH > 0:
         for i in tl.static_range(LENGTH):
@@ -63,4 +77,6 @@ def _bag_sum(
             values = tl.load(rows + row[:, None] * width + column[None, :], mask=used[:, None] & in_row, other=0.0)
             total += weight[:, None] * values
             entry += 1
-    tl.store(sums + bag.to(tl.int64)[:, None] * width + column[None, :], total, mask=exists[:, None] & in_row)
+    if HAS_BASE:
+        total += tl.load(base + place, mask=exists[:, None] & in_row, other=0.0)
+    tl.store(sums + place, total, mask=exists[:, None] & in_row)

@@ -3,6 +3,7 @@
     bags = Bags(index, weights)            # int32 [B,K], float32 [B,K]: lists of K rows
     bags = Bags(index, weights, starts)    # int32 [E], float32 [E], int32 [B+1]: list b has starts[b] to starts[b+1]
     sums = bags(rows)                      # float32 [R,L] -> float32 [B,L]
+    sums = bags(rows, base)                # added to float32 [B,L]
 
 The dense CRF filters rows of 3 to 20 numbers. PyTorch's kernel for GPUs gives each list a warp, of which only as many
 threads work as a row has numbers, one entry after the other. Here a Triton kernel (`tools.bag_kernel`), where Triton
@@ -38,10 +39,14 @@ class Bags:
     weights: Tensor
     starts: Tensor | None = None
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        """The sum of each list, float32 [B,L], of the contiguous rows float32 [R,L]; an empty list gives 0."""
+    def __call__(self, rows: Tensor, base: Tensor | None = None) -> Tensor:
+        """The sum of each list, float32 [B,L], of the contiguous rows float32 [R,L]; an empty list gives 0.
+
+        Args:
+            base: float32 [B,L], what the sums are added to.
+        """
         kernel = _kernel(rows.device) if rows.is_cuda else _embedding_bag
-        return kernel(rows, self.index, self.weights, self.starts)
+        return kernel(rows, self.index, self.weights, self.starts, base)
 
 
 def split(bags: Bags) -> list[Bags]:
@@ -60,14 +65,15 @@ def split(bags: Bags) -> list[Bags]:
     return [Bags(bags.index, bags.weights, starts), whole]
 
 
-def _embedding_bag(rows: Tensor, index: Tensor, weights: Tensor, starts: Tensor | None) -> Tensor:
-    return embedding_bag(
+def _embedding_bag(rows: Tensor, index: Tensor, weights: Tensor, starts: Tensor | None, base: Tensor | None) -> Tensor:
+    sums = embedding_bag(
         index, rows, starts, mode="sum", per_sample_weights=weights, include_last_offset=starts is not None
     )
+    return sums if base is None else sums.add_(base)
 
 
 @functools.cache
-def _kernel(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
+def _kernel(device: torch.device) -> Callable[..., Tensor]:
     """The function for a GPU: the Triton kernel if it gives what PyTorch's gives on a small example.
 
     Triton needs a C compiler for its launcher, and supports only some GPUs; it says so with exceptions of many types.
@@ -79,7 +85,8 @@ def _kernel(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor | 
         index = torch.arange(96, dtype=torch.int32, device=device) % 10
         weights = torch.linspace(-1, 2, 96, device=device)
         starts = torch.arange(0, 97, 12, dtype=torch.int32, device=device)
-        for lists in ((index.view(-1, 6), weights.view(-1, 6), None), (index, weights, starts)):
+        base = torch.arange(112.0, device=device).view(16, 7)
+        for lists in ((index.view(-1, 6), weights.view(-1, 6), None, base), (index, weights, starts, None)):
             torch.testing.assert_close(bag_sum(rows, *lists), _embedding_bag(rows, *lists))
     except Exception as error:
         warnings.warn(f"The dense CRF runs without Triton, more slowly: {error}", stacklevel=2)

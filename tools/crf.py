@@ -217,11 +217,10 @@ def _infer(images: Tensor, energy: Tensor, settings: CRFSettings, iterations: in
         _grid_kernel(batch, height, width, settings.gaussian_sxy, settings.gaussian_weight, images.device),
         _image_kernel(images, settings),
     )
-    energy = energy.reshape(batch, unaries * labels, -1).transpose(1, 2).contiguous().flatten(0, 1)
-    q = _softmax(-energy, labels)
+    logits = -energy.reshape(batch, unaries * labels, -1).transpose(1, 2).contiguous().flatten(0, 1)
+    q = _softmax(logits, labels)
     for _ in range(iterations):
-        message = kernels[0](q).add_(kernels[1](q))
-        q = _softmax(message.sub_(energy), labels)
+        q = _softmax(kernels[1](q, kernels[0](q, logits)), labels)
     return q.view(batch, height * width, -1).transpose(1, 2).reshape(batch, unaries, labels, height, width)
 
 
@@ -295,11 +294,11 @@ class _Kernel:
         splat.weights.mul_(norm[:, 0].index_select(0, splat.index))
         slicing.weights.mul_(norm * weight)
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Filter each column of float32 [N,L], N = B * P pixels."""
-        for stage in self._stages:
+    def __call__(self, rows: Tensor, base: Tensor | None = None) -> Tensor:
+        """Filter each column of float32 [N,L], N = B * P pixels; the result is added to `base` [N,L]."""
+        for stage in self._stages[:-1]:
             rows = stage(rows)
-        return rows
+        return self._stages[-1](rows, base)
 
 
 def _connect(keys: Tensor, barycentric: Tensor, pixels: int) -> tuple[Tensor, list[Bags], Bags]:
@@ -319,8 +318,8 @@ def _connect(keys: Tensor, barycentric: Tensor, pixels: int) -> tuple[Tensor, li
     slicing = Bags(unsorted[:, :pixels].t().contiguous(), barycentric[:, :pixels].t().contiguous())
     weights = barycentric.flatten().index_select(0, order)
     # The remainder is the highest digit of a key: row r of `keys` is sorted in place, no entry leaves its row.
-    row_start = torch.arange(0, len(order), points, device=keys.device)[:, None]
-    index = order.view(corners, points).sub_(row_start).clamp_(max=pixels - 1).flatten().int()
+    row_start = torch.arange(0, len(order), points, dtype=torch.int32, device=keys.device)[:, None]
+    index = order.int().view(corners, points).sub_(row_start).clamp_(max=pixels - 1).flatten()
     splat = Bags(index, weights, pad(first, (0, 2), value=len(order)).int())
     return sorted_keys[first], split(splat) if keys.is_cuda else [splat], slicing
 
