@@ -81,11 +81,11 @@ def _kernel(device: torch.device) -> Callable[..., Tensor]:
     try:
         from tools.bag_kernel import bag_sum
 
-        rows = torch.arange(70.0, device=device).view(10, 7)
+        rows = torch.linspace(0, 1, 70, device=device).view(10, 7)
         index = torch.arange(96, dtype=torch.int32, device=device) % 10
         weights = torch.linspace(-1, 2, 96, device=device)
         starts = torch.arange(0, 97, 12, dtype=torch.int32, device=device)
-        base = torch.arange(112.0, device=device).view(16, 7)
+        base = torch.linspace(0, 1, 112, device=device).view(16, 7)
         for lists in ((index.view(-1, 6), weights.view(-1, 6), None, base), (index, weights, starts, None)):
             torch.testing.assert_close(bag_sum(rows, *lists), _embedding_bag(rows, *lists))
     except Exception as error:
