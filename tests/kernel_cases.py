@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_bags import random_lists
 
+from tools import bags
 from tools.bag_kernel import bag_sum
 from tools.bags import Bags
 
@@ -37,3 +38,7 @@ def test_lists_of_one_length(count, length, width):
     base = torch.randn(count, width)
     sums = bag_sum(rows, index, weights, None, base)
     torch.testing.assert_close(sums, base + Bags(index, weights)(rows), atol=1e-5, rtol=1e-5)
+
+
+def test_the_trial_accepts_it():
+    assert bags._kernel(torch.device("cpu")) is bag_sum
