@@ -2,11 +2,13 @@
 
     python train_segmentation.py --tag deeplab --masks_dir experiments/predictions/csrm@train_aug/sam-sam-max_iou_imp2
     python train_segmentation.py --tag deeplab --predict --domain val
+    python train_segmentation.py --tag deeplab --predict --images holiday/ --save_overlays
 
 Training reads photographs and the masks in --masks_dir (ID.png, 255 ignored; without the flag the dataset's own masks:
 fully supervised) and writes experiments/models/TAG.pth. Prediction sees each image at several scales and mirrored,
 averages the logits, refines with a dense CRF and writes experiments/predictions/TAG@DOMAIN/masks/ID.png. It never reads
-labels. Both continue where they stopped, and can be shared by several GPUs (SETUP.md):
+labels; with --images, any folder of photographs will do (TAG@FOLDER). Both continue where they stopped, and can be
+shared by several GPUs (SETUP.md):
 
     torchrun --standalone --nproc_per_node 4 train_segmentation.py --tag deeplab ...
 """
@@ -19,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from datasets import ImageDataset, build_loader, build_source
+from datasets import ImageDataset, Photographs, build_loader, build_source
 from datasets.transforms import normalize, segmentation_geometry
 from models import build_model
 from models.restore import restore
@@ -27,8 +29,10 @@ from tools import cli, distributed
 from tools.cam import multi_scale_logits
 from tools.checkpoint import check_classes, fingerprint, load_model
 from tools.crf import SEGMENTATION_SETTINGS, mean_field, unary_from_probabilities
-from tools.files import claim_folder, save_mask
+from tools.errors import UserError
+from tools.files import claim_folder, load_mask, save_mask
 from tools.losses import cross_entropy
+from tools.report import save_overlay
 from tools.training import Trainer, seed_everything
 from tools.validation import check_domain, validate
 
@@ -51,6 +55,10 @@ def make_parser() -> cli.Parser:
     cli.add_optimization(parser, lr=0.007, wd=4e-5, batch_size=32, max_epoch=50, alpha_bias=1.0)
     group = parser.add_argument_group("prediction")
     cli.add_switch(group, "--predict", False, "predict --domain with the trained model instead of training")
+    group.add_argument("--images", type=Path, metavar="DIR", help="predict the photographs in it, not --domain")
+    cli.add_switch(
+        group, "--save_overlays", False, "also write overlays/ID.jpg, the photograph with its classes painted"
+    )
     group.add_argument("--weights", type=Path, help="checkpoint, of CSRM too (default: experiments/models/TAG.pth)")
     group.add_argument("--max_images", type=cli.positive_int, help="stop after the first N images of the split")
     cli.add_views(group)
@@ -102,27 +110,42 @@ def segment(model: nn.Module, photograph: torch.Tensor, long_side: int, args: ar
 
 
 def predict(args: argparse.Namespace, device: torch.device) -> None:
-    """Write the predicted mask of every image of the split that is not there yet."""
-    source = build_source(args.dataset, cli.data_dir(args))
+    """Write the predicted mask of every image that is not there yet."""
+    source = None if args.images else build_source(args.dataset, cli.data_dir(args))
     weights = args.weights or cli.model_path(args.tag)
     model, checkpoint = load_model(weights, device, kinds=["segmentation", "csrm"])
-    check_classes(checkpoint, source.info.classes, weights)
     settings = {name: getattr(args, name) for name in ("scales", "hflip", "crf_t", "crf_backend")}
-    folder = cli.predictions_dir(args.tag, args.domain) / "masks"
-    claim_folder(folder, {"weights": fingerprint(weights), **settings})
-    ids = source.ids(args.domain)[: args.max_images]
-    pending = [image_id for image_id in ids if not (folder / f"{image_id}.png").exists()]
-    print(f"{len(ids)} images of '{args.domain}', {len(ids) - len(pending)} done already; writing to {folder}")
+    if source is None:
+        source, domain, name = Photographs(args.images, checkpoint["classes"]), "train", args.images.resolve().name
+        settings["images"] = str(args.images.resolve())
+    else:
+        domain = name = args.domain
+        check_classes(checkpoint, source.info.classes, weights)
+    ids = source.ids(domain)[: args.max_images]
+    folder = cli.predictions_dir(args.tag, name)
+    masks, overlays = folder / "masks", folder / "overlays"
+    claim_folder(masks, {"weights": fingerprint(weights), **settings})
+    wanted = [(masks, "png"), (overlays, "jpg")] if args.save_overlays else [(masks, "png")]
+    pending = [i for i in ids if not all((kind / f"{i}.{suffix}").exists() for kind, suffix in wanted)]
+    print(f"{len(ids)} images of '{name}', {len(ids) - len(pending)} done already; writing to {folder}")
     for image_id in cli.progress(distributed.share(ids, pending), desc="predicting", unit="image"):
-        photograph = source.photograph(image_id).to(device)
-        mask = segment(model, photograph, checkpoint["args"]["image_size"], args)
-        save_mask(folder / f"{image_id}.png", mask.cpu().numpy(), source.info.palette)
-    print(f"Masks: {folder}")
-    print(f"Next: python evaluate.py --pred_dir {folder} --domain {args.domain}   (plus the data flags)")
+        path = masks / f"{image_id}.png"
+        if not path.exists():
+            photograph = source.photograph(image_id).to(device)
+            mask = segment(model, photograph, checkpoint["args"]["image_size"], args)
+            save_mask(path, mask.cpu().numpy(), source.info.palette)
+        if args.save_overlays:
+            save_overlay(overlays / f"{image_id}.jpg", source.image(image_id), load_mask(path), source.info)
+    for kind, _ in wanted:
+        print(f"{kind.name}: {kind}")
+    if not args.images:
+        print(f"Next: python evaluate.py --pred_dir {masks} --domain {args.domain}   (plus the data flags)")
 
 
 def main(args: argparse.Namespace) -> None:
     """Train, or predict with --predict."""
+    if args.images and not args.predict:
+        raise UserError("--images: photographs to predict. Pass --predict too.")
     device = cli.select_device(args.device)
     (predict if args.predict else train)(args, device)
 

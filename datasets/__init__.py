@@ -14,14 +14,23 @@ from pathlib import Path
 
 from datasets.base import DatasetInfo, DataSource
 from datasets.dataset import ImageDataset
-from datasets.folder import COCO14Source, FolderSource
+from datasets.folder import COCO14Source, FolderSource, Photographs
 from datasets.loaders import Loader, build_loader
 from datasets.voc12 import VOC12Source
 from tools.errors import UserError
 
 DATASETS = ("voc12", "coco14", "folder", "shapes", "deepglobe")
 
-__all__ = ["DATASETS", "DataSource", "DatasetInfo", "ImageDataset", "Loader", "build_loader", "build_source"]
+__all__ = [
+    "DATASETS",
+    "DataSource",
+    "DatasetInfo",
+    "ImageDataset",
+    "Loader",
+    "Photographs",
+    "build_loader",
+    "build_source",
+]
 
 
 def build_source(dataset: str, data_dir: str | Path, masks_dir: str | Path | None = None) -> DataSource:

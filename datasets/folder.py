@@ -102,6 +102,26 @@ class COCO14Source(FolderSource):
         super().__init__(root, masks_dir, image_folders=COCO14_PARTS)
 
 
+class Photographs(DataSource):
+    """A folder of photographs and nothing else, to be segmented: the only domain is `train`, all of them.
+
+    Args:
+        root: the folder; those inside count too.
+        classes: of the model that segments them.
+    """
+
+    def __init__(self, root: Path, classes: Sequence[str]) -> None:
+        images = index_images([root])
+        super().__init__(root, info=DatasetInfo(tuple(classes)), images=images, splits={}, masks_dir=None)
+
+    def has_label(self, image_id: str) -> bool:
+        """Never."""
+        return False
+
+    def _class_indices(self, image_id: str) -> list[int]:
+        raise UserError(f"{self.root}: photographs without labels.")
+
+
 def _class_folder(image_id: str) -> str:
     return image_id.partition("/")[0]
 

@@ -129,6 +129,7 @@ def test_flags_that_contradict_each_other(capsys, folder_root):
     flags = [*data_flags(folder_root), "--tag", "t", *TRAINING]
     assert "--min_image_size 90: above" in refusal(capsys, "train_classifier", *flags, "--min_image_size", 90)
     assert "--nesterov: needs --momentum" in refusal(capsys, "train_classifier", *flags, "--momentum", 0)
+    assert "--images: photographs to predict" in refusal(capsys, "train_segmentation", *flags, "--images", folder_root)
     assert "--batch_size 4: 3 images" in refusal(
         capsys, "train_classifier", *data_flags(folder_root), "--tag", "t", "--domain_train", "train",
         *("--architecture", "test_resnet", "--backbone_weights", "none", "--batch_size", 4),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from command import DECODER, TRAINING, data_flags, refusal, run
 from conftest import OBJECTS, SIZES, SPLITS
+from PIL import Image
 
 from tools.cam import load_cams
 from tools.files import load_mask
@@ -97,6 +98,27 @@ def test_the_last_model_predicts_a_mask_of_each_image_of_val(chain):
     folder = PREDICTIONS / "deeplab@val" / "masks"
     assert sorted(path.stem for path in folder.glob("*.png")) == SPLITS["val"]
     assert all(load_mask(folder / f"{i}.png").shape == SIZES[i] for i in SPLITS["val"])
+
+
+def test_the_last_model_segments_a_folder_of_photographs(chain, tmp_path, capsys):
+    for path in ("a.png", "b/c.JPG"):
+        (tmp_path / "holiday" / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((30, 2000 if "b" in path else 40, 3), 90, np.uint8)).save(tmp_path / "holiday" / path)
+    command = ["train_segmentation", "--tag", "deeplab", "--predict", "--images", tmp_path / "holiday", *VIEWS]
+    run(*command)
+    folder = PREDICTIONS / "deeplab@holiday"
+    assert load_mask(folder / "masks" / "a.png").shape == (30, 40)
+    assert not (folder / "overlays").exists()
+    written = (folder / "masks" / "b" / "c.png").stat().st_mtime_ns
+    run(*command, "--save_overlays")  # of masks that are there already
+    assert (folder / "masks" / "b" / "c.png").stat().st_mtime_ns == written
+    assert Image.open(folder / "overlays" / "b" / "c.jpg").width == 1280
+    assert Image.open(folder / "overlays" / "a.jpg").width == 40
+    (tmp_path / "holiday").rename(tmp_path / "old")
+    assert "no readable folder of images" in refusal(capsys, *command)
+    elsewhere = tmp_path / "elsewhere" / "holiday"
+    shutil.copytree(tmp_path / "old", elsewhere)
+    assert "made with other settings" in refusal(capsys, *command, "--images", elsewhere)
 
 
 @pytest.mark.parametrize("name", ["cams", "maps", "refined", "final"])

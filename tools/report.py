@@ -35,6 +35,7 @@ from tools.errors import UserError
 from tools.files import atomic_write, check_writable, load_mask, save_json
 
 CELL = 224  # pixels: width of a picture, and the greatest height of one
+OVERLAY_SIDE = 1280
 GAP, MARGIN, LINE = 6, 18, 26
 PAPER, INK, FAINT, EMPTY = (255, 255, 255), (28, 28, 30), (120, 120, 126), (226, 226, 229)
 CAM_THRESHOLD = 0.4  # the pseudo masks' own default
@@ -246,6 +247,16 @@ def overlay(image: np.ndarray, mask: np.ndarray, palette: np.ndarray) -> np.ndar
     return (opacity * colours[mask] + (1 - opacity) * paper).clip(0, 255).astype(np.uint8)
 
 
+def save_overlay(path: Path, image: np.ndarray, mask: np.ndarray, info: DatasetInfo) -> None:
+    """Write `overlay`, at most `OVERLAY_SIDE` pixels long, with the legend of its classes below, as a JPEG."""
+    painted = Image.fromarray(overlay(image, mask, info.palette))
+    painted.thumbnail((OVERLAY_SIDE, OVERLAY_SIDE))
+    parts = [painted, _legend(info, np.unique(mask).tolist(), painted.width)]
+    sheet = _stack(parts, painted.width, margin=0)
+    with atomic_write(path) as temporary:
+        sheet.save(temporary, format="JPEG", quality=92)
+
+
 def _row(image: np.ndarray, masks: Sequence[np.ndarray | None], palette: np.ndarray, width: int) -> Image.Image:
     """One photograph and its masks, side by side; a grey cell for every mask that is missing."""
     height, image_width = image.shape[:2]
@@ -304,9 +315,9 @@ def _legend(info: DatasetInfo, indices: Sequence[int], width: int) -> Image.Imag
     return legend
 
 
-def _stack(parts: Sequence[Image.Image], width: int) -> Image.Image:
-    sheet = Image.new("RGB", (width, sum(p.height for p in parts) + 2 * (MARGIN - GAP)), PAPER)
-    y = MARGIN - GAP
+def _stack(parts: Sequence[Image.Image], width: int, margin: int = MARGIN - GAP) -> Image.Image:
+    sheet = Image.new("RGB", (width, sum(p.height for p in parts) + 2 * margin), PAPER)
+    y = margin
     for part in parts:
         sheet.paste(part, (0, y))
         y += part.height
