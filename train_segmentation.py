@@ -129,13 +129,15 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
     pending = [i for i in ids if not all((kind / f"{i}.{suffix}").exists() for kind, suffix in wanted)]
     print(f"{len(ids)} images of '{name}', {len(ids) - len(pending)} done already; writing to {folder}")
     for image_id in cli.progress(distributed.share(ids, pending), desc="predicting", unit="image"):
-        path = masks / f"{image_id}.png"
-        if not path.exists():
-            photograph = source.photograph(image_id).to(device)
-            mask = segment(model, photograph, checkpoint["args"]["image_size"], args)
-            save_mask(path, mask.cpu().numpy(), source.info.palette)
+        path, photograph = masks / f"{image_id}.png", source.photograph(image_id)
+        if path.exists():
+            mask = load_mask(path)
+        else:
+            mask = segment(model, photograph.to(device), checkpoint["args"]["image_size"], args).cpu().numpy()
+            save_mask(path, mask, source.info.palette)
         if args.save_overlays:
-            save_overlay(overlays / f"{image_id}.jpg", source.image(image_id), load_mask(path), source.info)
+            image = photograph[0].permute(1, 2, 0).numpy()
+            save_overlay(overlays / f"{image_id}.jpg", image, mask, source.info)
     for kind, _ in wanted:
         print(f"{kind.name}: {kind}")
     if not args.images:

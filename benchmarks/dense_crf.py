@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.measuring import ByteCounter, bandwidth
+from benchmarks.measuring import ByteCounter, bandwidth, peak_memory, seconds
 from tools import cli
 from tools.crf import BACKENDS, mean_field, unary_from_labels
 from tools.files import load_image
@@ -83,27 +83,23 @@ def solve_on_core(task: tuple[Case, str]) -> tuple[float, int]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     mean_field(image, unary, backend=backend)
-    seconds = time.perf_counter() - start
-    return seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    elapsed = time.perf_counter() - start
+    return elapsed, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
 
 def measure_cores(cases: list[Case], backend: str, workers: int) -> tuple[float, int]:
     """Seconds per image with all `workers` busy, and the peak memory of one."""
     with multiprocessing.get_context("fork").Pool(workers) as pool:
-        seconds, memory = zip(*pool.map(solve_on_core, [(case, backend) for case in cases], chunksize=1), strict=True)
-    return float(np.median(seconds)) / workers, max(memory)
+        elapsed, memory = zip(*pool.map(solve_on_core, [(case, backend) for case in cases], chunksize=1), strict=True)
+    return float(np.median(elapsed)) / workers, max(memory)
 
 
 def measure_gpu(cases: list[Case], device: torch.device) -> tuple[float, int]:
     """Seconds per image and peak memory of one call for all images, after a first call."""
     images, unaries = (torch.cat(parts).to(device) for parts in zip(*(case.load() for case in cases), strict=True))
     mean_field(images, unaries)
-    torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
-    start = time.perf_counter()
-    mean_field(images, unaries)
-    torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) / len(cases), torch.cuda.max_memory_allocated(device)
+    return seconds(device, lambda: mean_field(images, unaries)) / len(cases), peak_memory(device)
 
 
 def gigabytes(case: Case) -> float:
@@ -131,6 +127,7 @@ def main(args: argparse.Namespace) -> None:
     device = cli.select_device(args.device)
     photographs = sorted(args.images.glob("*.jpg"))[: args.num_images] if args.images else [None] * args.num_images
     on_gpu = device.type == "cuda"
+    copied = bandwidth(device) if on_gpu else None
     print(f"device {args.device}, {args.workers} processes, {len(photographs)} images, 10 iterations")
     header = f"{'size':>9} {'labels':>7} {'unaries':>8} {'torch s':>9} {'pydensecrf s':>13} {'ratio':>7} {'peak GB':>8}"
     print(header + (f" {'GB/image':>9} {'floor s':>9}" if on_gpu else ""))
@@ -138,13 +135,13 @@ def main(args: argparse.Namespace) -> None:
         cases = [Case(seed, size, labels, unaries, path) for seed, path in enumerate(photographs)]
         reference, _ = measure_cores(cases, BACKENDS[1], args.workers)
         if on_gpu:
-            seconds, memory = measure_gpu(cases, device)
+            ours, memory = measure_gpu(cases, device)
         else:
-            seconds, memory = measure_cores(cases, BACKENDS[0], args.workers)
-        row = f"{seconds:9.4f} {reference:13.4f} {reference / seconds:7.2f} {memory / 1e9:8.2f}"
+            ours, memory = measure_cores(cases, BACKENDS[0], args.workers)
+        row = f"{ours:9.4f} {reference:13.4f} {reference / ours:7.2f} {memory / 1e9:8.2f}"
         if on_gpu:
             size_gb = gigabytes(cases[0])
-            row += f" {size_gb:9.2f} {1e9 * size_gb / bandwidth(device):9.4f}"
+            row += f" {size_gb:9.2f} {1e9 * size_gb / copied:9.4f}"
         print(f"{size[0]:>5}x{size[1]} {labels:7d} {unaries:8d} {row}", flush=True)
 
 

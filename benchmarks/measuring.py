@@ -79,23 +79,21 @@ def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of a product of large square matrices: what the processor can do at best."""
     side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    seconds = []
-    for _ in range(5):
-        with Clock(device) as clock:
-            a @ b
-        seconds.append(sum(clock.seconds.values()))
-    return 2 * side**3 / min(seconds)
+    return 2 * side**3 / min(seconds(device, lambda: a @ b) for _ in range(5))
 
 
 def bandwidth(device: torch.device) -> float:
     """Bytes per second of a copy of a large tensor, read and written."""
     source = torch.zeros(2**28 if device.type == "cuda" else 2**26, device=device)
-    target, seconds = torch.zeros_like(source), []
-    for _ in range(5):
-        with Clock(device) as clock:
-            target.copy_(source)
-        seconds.append(sum(clock.seconds.values()))
-    return 2 * source.nbytes / min(seconds)
+    target = torch.zeros_like(source)
+    return 2 * source.nbytes / min(seconds(device, lambda: target.copy_(source)) for _ in range(5))
+
+
+def seconds(device: torch.device, work: Callable[[], object]) -> float:
+    """How long `work` takes, until the device has finished."""
+    with Clock(device) as clock:
+        work()
+    return sum(clock.seconds.values())
 
 
 def peak_memory(device: torch.device) -> int:

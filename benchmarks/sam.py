@@ -65,6 +65,8 @@ def make_parser() -> cli.Parser:
 
 def main(args: argparse.Namespace) -> None:
     """Time both generators on the same images."""
+    args.model_type = args.model_type or ("vit_h" if args.checkpoint else "tiny")
+    args.points_per_side = args.points_per_side or (20 if args.model_type == "tiny" else 32)
     if args.count:
         print_count(args)
         return
@@ -81,10 +83,8 @@ def main(args: argparse.Namespace) -> None:
 
 def build_generators(args: argparse.Namespace, model: Sam, dtype: torch.dtype | None) -> dict[str, Callable]:
     """The rows of the table: functions from images to the RLEs of each."""
-    sharpened = args.checkpoint is None
-    tiny = sharpened and args.model_type in (None, "tiny")
-    options = {"points_per_side": args.points_per_side or (20 if tiny else 32)}
-    options |= SHARPENED_THRESHOLDS if sharpened else {}
+    options = {"points_per_side": args.points_per_side}
+    options |= {} if args.checkpoint else SHARPENED_THRESHOLDS
     batches = {"points_per_batch": args.points_per_batch, "images_per_batch": args.images_per_batch}
     generators: dict[str, Callable] = {"ours, float32": MaskGenerator(model, **options, **batches)}
     if dtype:
@@ -97,9 +97,9 @@ def build_generators(args: argparse.Namespace, model: Sam, dtype: torch.dtype | 
 
 def print_count(args: argparse.Namespace) -> None:
     """Print what the networks of both generators compute and move per image, counted on tensors without memory."""
-    prompts = (args.points_per_side or 32) ** 2
+    prompts = args.points_per_side**2
     with torch.device("meta"):
-        model = sam_model_registry.get(args.model_type, build_tiny_sam)().eval().requires_grad_(False)
+        model = BUILDERS[args.model_type]().eval().requires_grad_(False)
         image = torch.empty(1, 3, model.image_encoder.img_size, model.image_encoder.img_size)
         tokens = torch.empty(prompts, 2, model.prompt_encoder.embed_dim)
     generator = MaskGenerator(model)
@@ -112,7 +112,7 @@ def print_count(args: argparse.Namespace) -> None:
             embedding, model.prompt_encoder.get_dense_pe(), tokens, dense
         ),
     }
-    print(f"{args.model_type or 'tiny'}, {image.shape[-1]} pixels, {prompts} prompts; GB in float32, half in bf16")
+    print(f"{args.model_type}, {image.shape[-1]} pixels, {prompts} prompts; GB in float32, half in bf16")
     for name, part in parts.items():
         counter, sizes = FlopCounterMode(display=False), ByteCounter()
         with torch.inference_mode(), counter, sizes:
@@ -152,10 +152,9 @@ def agreement(found: list[list[dict]], expected: list[list[dict]]) -> float:
 def build_model(args: argparse.Namespace, device: torch.device) -> Sam:
     """The network that the flags name, on its device."""
     if args.checkpoint:
-        return load_sam(args.checkpoint, args.model_type or "vit_h", device)
+        return load_sam(args.checkpoint, args.model_type, device)
     torch.manual_seed(0)
-    build = sam_model_registry.get(args.model_type, build_tiny_sam)
-    return sharpen(build()).to(device).eval()
+    return sharpen(BUILDERS[args.model_type]()).to(device).eval()
 
 
 def build_tiny_sam(checkpoint: None = None) -> Sam:
@@ -181,6 +180,10 @@ def build_tiny_sam(checkpoint: None = None) -> Sam:
     transformer = TwoWayTransformer(depth=2, embedding_dim=32, num_heads=2, mlp_dim=32)
     decoder = MaskDecoder(transformer_dim=32, transformer=transformer, iou_head_depth=2, iou_head_hidden_dim=16)
     return Sam(encoder, prompts, decoder).eval()
+
+
+BUILDERS = {"tiny": build_tiny_sam, **sam_model_registry}
+"""Networks with random weights, by `--model_type`."""
 
 
 @torch.no_grad()

@@ -62,21 +62,22 @@ def _bag_sum(
     total = tl.zeros([LISTS, COLUMNS], dtype=tl.float32)
     if LENGTH > 0:
         for i in tl.static_range(LENGTH):
-            entry = bag.to(tl.int64) * LENGTH + i
-            row = tl.load(index + entry, mask=exists, other=0).to(tl.int64)
-            weight = tl.load(weights + entry, mask=exists, other=0.0)
-            values = tl.load(rows + row[:, None] * width + column[None, :], mask=exists[:, None] & in_row, other=0.0)
-            total += weight[:, None] * values
+            total += _weighted_rows(rows, index, weights, bag.to(tl.int64) * LENGTH + i, exists, column, in_row, width)
     else:
         entry = tl.load(starts + bag, mask=exists, other=0)
         end = tl.load(starts + bag + 1, mask=exists, other=0)
         for _ in range(tl.max(end - entry, axis=0)):
-            used = entry < end
-            row = tl.load(index + entry, mask=used, other=0).to(tl.int64)
-            weight = tl.load(weights + entry, mask=used, other=0.0)
-            values = tl.load(rows + row[:, None] * width + column[None, :], mask=used[:, None] & in_row, other=0.0)
-            total += weight[:, None] * values
+            total += _weighted_rows(rows, index, weights, entry, entry < end, column, in_row, width)
             entry += 1
     if HAS_BASE:
         total += tl.load(base + place, mask=exists[:, None] & in_row, other=0.0)
     tl.store(sums + place, total, mask=exists[:, None] & in_row)
+
+
+@triton.jit
+def _weighted_rows(rows, index, weights, entry, used, column, in_row, width):
+    """What the entries, one of each list, add to the sums; zero where the list has no such entry."""
+    row = tl.load(index + entry, mask=used, other=0).to(tl.int64)
+    weight = tl.load(weights + entry, mask=used, other=0.0)
+    values = tl.load(rows + row[:, None] * width + column[None, :], mask=used[:, None] & in_row, other=0.0)
+    return weight[:, None] * values
