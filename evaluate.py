@@ -24,25 +24,14 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
-
-from datasets import build_source
-from datasets.base import DatasetInfo, DataSource
-from tools import cli
-from tools.cam import PSEUDO_MASK_THRESHOLD, load_cams
+from tools import cli, options, parallel
 from tools.errors import UserError
-from tools.files import atomic_write, check_writable, load_mask, save_json
-from tools.metrics import ConfusionMatrix, Scores, ThresholdSweep, scores, threshold_range
-
-IDS_PER_TASK = 64  # few enough that the progress bar moves, enough that passing the counts between processes is nothing
 
 
 def make_parser() -> cli.Parser:
     """The command line of this script."""
     parser = cli.Parser(__doc__)
-    group = cli.add_dataset(parser, domain=("train", "split whose ids are scored"))
+    group = options.add_dataset(parser, domain=("train", "split whose ids are scored"))
     group.add_argument("--masks_dir", type=Path, help="ground-truth masks, if they are not the dataset's own")
     group = parser.add_argument_group("predictions")
     group.add_argument("--pred_dir", type=Path, required=True, help="folder of ID.png masks or ID.npz CAM files")
@@ -57,8 +46,24 @@ def make_parser() -> cli.Parser:
     group.add_argument("--threshold", type=cli.fraction, help="score this single threshold instead of the sweep")
     group = parser.add_argument_group("run")
     group.add_argument("--output", type=Path, metavar="FILE.json", help="write the scores here, and FILE.csv beside it")
-    cli.add_workers(group)
+    options.add_workers(group)
     return parser
+
+
+if __name__ == "__main__":
+    ARGS = make_parser().parse_args()  # before PyTorch is imported: --help and mistakes answer at once
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from datasets import build_source
+from datasets.base import DatasetInfo, DataSource
+from tools.cam import load_cams
+from tools.files import atomic_write, check_writable, load_mask, save_json
+from tools.metrics import ConfusionMatrix, Scores, ThresholdSweep, scores, threshold_range
+
+IDS_PER_TASK = 64  # few enough that the progress bar moves, enough that passing the counts between processes is nothing
 
 
 def main(args: argparse.Namespace) -> None:
@@ -66,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
     if args.output:
         check_writable(args.output.parent)
     thresholds = select_thresholds(args)
-    source = build_source(args.dataset, cli.data_dir(args), args.masks_dir)
+    source = build_source(args.dataset, options.data_dir(args), args.masks_dir)
     ids = source.ids(args.domain)
     suffix = f".{args.cam_format}" if args.mode == "cams" else ".png"
     check_masks(source, ids)
@@ -222,7 +227,7 @@ def count(chunks: PredictionChunks, num_workers: int) -> np.ndarray:
     """
     total = 0
     loader = DataLoader(chunks, batch_size=None, num_workers=min(num_workers, len(chunks)))
-    for counts in cli.progress(loader, desc="evaluating", unit=f"x{IDS_PER_TASK} images"):
+    for counts in parallel.progress(loader, desc="evaluating", unit=f"x{IDS_PER_TASK} images"):
         if isinstance(counts, UserError):
             raise counts
         total = total + counts
@@ -257,7 +262,7 @@ def print_curve(thresholds: np.ndarray, curve: Sequence[Scores], best: int) -> N
     for index, (threshold, score) in enumerate(zip(thresholds, curve, strict=True)):
         means = f"{score.miou:6.2f}  {score.false_positive.mean():6.2f}  {score.false_negative.mean():6.2f}"
         mark = "  <- best" if index == best and len(curve) > 1 else ""
-        if threshold == PSEUDO_MASK_THRESHOLD:
+        if threshold == options.PSEUDO_MASK_THRESHOLD:
             mark += "  <- default of inference.py"
         print(f"{threshold:9.3g}  {means}{mark}")
     if len(curve) > 1 and best in (0, len(curve) - 1):
@@ -304,4 +309,4 @@ def save_csv(path: Path, info: DatasetInfo, thresholds: np.ndarray | None, curve
 
 
 if __name__ == "__main__":
-    cli.run(main, make_parser())
+    cli.run(main, ARGS)

@@ -20,29 +20,18 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import nn
-
-from datasets import DataSource, build_source
-from datasets.transforms import normalize
-from tools import cli, distributed
-from tools.cam import cam_labels, load_cams, multi_scale_cams, multi_scale_logits, save_cams, stride4_size
-from tools.checkpoint import check_classes, fingerprint, load_model
-from tools.crf import CAM_SETTINGS, mean_field, unary_from_labels
+from tools import cli, options, parallel
 from tools.errors import UserError
-from tools.files import claim_folder, save_mask
-from tools.losses import resize_maps
 
 
 def make_parser() -> cli.Parser:
     """The script's flags."""
     parser = cli.Parser(__doc__)
-    cli.add_common(parser)
-    cli.add_dataset(parser, domain=("train_aug", "split to predict"))
+    options.add_common(parser)
+    options.add_dataset(parser, domain=("train_aug", "split to predict"))
     group = parser.add_argument_group("inference")
     group.add_argument("--weights", type=Path, help="checkpoint (default: experiments/models/TAG.pth)")
-    cli.add_views(group)
+    options.add_views(group)
     cli.add_switch(group, "--save_cams", True, "write cams/")
     cli.add_switch(group, "--save_masks", False, "write masks/ (CSRM only)")
     cli.add_switch(group, "--save_pseudos", True, "write pseudos-.../")
@@ -51,9 +40,28 @@ def make_parser() -> cli.Parser:
     )
     group = parser.add_argument_group("pseudo masks")
     group.add_argument("--pseudos_from", choices=["cams", "masks"], default="cams", help="which maps they are made of")
-    group.add_argument("--threshold", type=cli.fraction, default=0.4, help="background threshold on CAMs")
-    cli.add_crf(group)
+    group.add_argument(
+        "--threshold", type=cli.fraction, default=options.PSEUDO_MASK_THRESHOLD, help="background threshold on CAMs"
+    )
+    options.add_crf(group)
     return parser
+
+
+if __name__ == "__main__":
+    ARGS = make_parser().parse_args()  # before PyTorch is imported: --help and mistakes answer at once
+
+import numpy as np
+import torch
+from torch import nn
+
+from datasets import DataSource, build_source
+from models import load_model
+from tools import devices
+from tools.cam import cam_labels, load_cams, multi_scale_cams, multi_scale_logits, save_cams, stride4_size
+from tools.checkpoint import check_classes, fingerprint
+from tools.crf import CAM_SETTINGS, mean_field, unary_from_labels
+from tools.files import claim_folder, save_mask
+from tools.maps import normalize, resize_maps
 
 
 class Predictor:
@@ -168,20 +176,20 @@ def check_flags(args: argparse.Namespace, model: nn.Module) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Predict every image of the split that is not there yet."""
-    device = cli.select_device(args.device)
-    source = build_source(args.dataset, cli.data_dir(args))
+    device = devices.select_device(args.device)
+    source = build_source(args.dataset, options.data_dir(args))
     ids = source.ids(args.domain)
-    weights = args.weights or cli.model_path(args.tag)
+    weights = args.weights or options.model_path(args.tag)
     model, checkpoint = load_model(weights, device, kinds=["classifier", "csrm"])
     check_classes(checkpoint, source.info.classes, weights)
     check_flags(args, model)
-    folder = cli.predictions_dir(args.tag, args.domain)
+    folder = options.predictions_dir(args.tag, args.domain)
     predict = Predictor(model, source, folder, checkpoint["args"]["image_size"], args)
     predict.claim(fingerprint(weights))
     pending = predict.pending(ids)
     print(f"{len(ids)} images of '{args.domain}', {len(ids) - len(pending)} done already; writing to {folder}")
-    mine = distributed.share(ids, pending)
-    for image_id in cli.progress(mine, desc="inference", unit="image"):
+    mine = parallel.share(ids, pending)
+    for image_id in parallel.progress(mine, desc="inference", unit="image"):
         predict(image_id)
     if predict.empty > len(mine) / 10:
         print(
@@ -196,4 +204,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, make_parser())
+    cli.run(main, ARGS)

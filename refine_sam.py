@@ -30,23 +30,9 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
-from datasets import DataSource, build_source
-from datasets.base import DatasetInfo
-from tools import cli, distributed
-from tools.claims import claim, share_folder
+from tools import cli, options, parallel
 from tools.errors import UserError
-from tools.files import load_image, load_mask, save_mask
-from tools.mask_files import MaskFiles
-from tools.merging import MODES, ORDERS, merge_masks
 from tools.parallel import process_pool
-from tools.proposals import SAM_TYPES, ProposalGenerator, SamGenerator, load_proposals, load_sam, save_proposals
-from tools.regions import RegionGenerator
-
-SAM_OPTIONS = ("points_per_side", "pred_iou_thresh", "stability_score_thresh", "box_nms_thresh")
-SAM_OPTIONS += ("crop_n_layers", "min_mask_region_area")
-MERGE_OPTIONS = ("mode", "order", "inside_threshold", "recall_threshold", "keep_ignore")
 
 
 def make_parser() -> cli.Parser:
@@ -64,8 +50,8 @@ def make_parser() -> cli.Parser:
         metavar="I/N",
         help="do every N-th image, from the I-th on (I from 0); default: torchrun's rank, else all",
     )
-    cli.add_workers(group)
-    data = cli.add_dataset(parser, domain=("train_aug", "split to refine"))
+    options.add_workers(group)
+    data = options.add_dataset(parser, domain=("train_aug", "split to refine"))
     data.add_argument("--pseudo_dir", type=Path, help="folder of the ID.png pseudo masks (needed to merge)")
     group = parser.add_argument_group("proposals")
     group.add_argument(
@@ -87,10 +73,12 @@ def make_parser() -> cli.Parser:
     )
     add_sam(parser)
     group = parser.add_argument_group("merging")
-    group.add_argument("--mode", choices=MODES, default="max_iou_imp2", help="rule by which a class takes masks")
+    group.add_argument(
+        "--mode", choices=options.MERGE_MODES, default="max_iou_imp2", help="rule by which a class takes masks"
+    )
     group.add_argument(
         "--order",
-        choices=ORDERS,
+        choices=options.MERGE_ORDERS,
         default="class",
         help="masks are offered to all classes in turn, or to one class each",
     )
@@ -114,7 +102,7 @@ def add_sam(parser: cli.Parser) -> None:
     """The flags of SAM and of its automatic mask generator."""
     group = parser.add_argument_group("Segment Anything (--proposals sam)")
     group.add_argument("--checkpoint", type=Path, help="its public weights, such as sam_vit_h_4b8939.pth")
-    group.add_argument("--model_type", choices=SAM_TYPES, default="vit_h", help="the network of these weights")
+    group.add_argument("--model_type", choices=options.SAM_TYPES, default="vit_h", help="the network of these weights")
     group.add_argument(
         "--points_per_side", type=cli.positive_int, default=32, help="prompts along each side of the image"
     )
@@ -152,11 +140,31 @@ def shard(text: str) -> tuple[int, int]:
     return int(index), int(number)
 
 
+if __name__ == "__main__":
+    ARGS = make_parser().parse_args()  # before PyTorch is imported: --help and mistakes answer at once
+
+import numpy as np
+
+from datasets import DataSource, build_source
+from datasets.base import DatasetInfo
+from tools import devices
+from tools.claims import claim, share_folder
+from tools.files import load_image, load_mask, save_mask
+from tools.merging import merge_masks
+from tools.proposals import ProposalGenerator, SamGenerator, load_proposals, load_sam, save_proposals
+from tools.proposals.files import MaskFiles
+from tools.proposals.regions import RegionGenerator
+
+SAM_OPTIONS = ("points_per_side", "pred_iou_thresh", "stability_score_thresh", "box_nms_thresh")
+SAM_OPTIONS += ("crop_n_layers", "min_mask_region_area")
+MERGE_OPTIONS = ("mode", "order", "inside_threshold", "recall_threshold", "keep_ignore")
+
+
 def main(args: argparse.Namespace) -> None:
     """Run the steps asked for on this process's share of the images."""
     check_flags(args)
-    source = build_source(args.dataset, cli.data_dir(args))
-    index, number = args.shard or (distributed.rank(), distributed.world_size())
+    source = build_source(args.dataset, options.data_dir(args))
+    index, number = args.shard or (parallel.rank(), parallel.world_size())
     ids = source.ids(args.domain)[index::number]
     if args.stage != "propose":
         check_present(args.pseudo_dir, ids, ".png", "the pseudo masks of inference.py with --pseudo_dir")
@@ -189,13 +197,13 @@ def check_present(folder: Path, ids: Sequence[str], suffix: str, remedy: str) ->
 
 def proposals_dir(args: argparse.Namespace) -> Path:
     """Where the proposals lie."""
-    return args.proposals_dir or cli.predictions_dir(args.tag, args.domain) / f"proposals-{args.proposals}"
+    return args.proposals_dir or options.predictions_dir(args.tag, args.domain) / f"proposals-{args.proposals}"
 
 
 def refined_dir(args: argparse.Namespace) -> Path:
     """Where the refined masks lie, named after what made them."""
     order = "" if args.order == "class" else f"-{args.order}"
-    return cli.predictions_dir(args.tag, args.domain) / f"sam-{args.proposals}-{args.mode}{order}"
+    return options.predictions_dir(args.tag, args.domain) / f"sam-{args.proposals}-{args.mode}{order}"
 
 
 class ImageJob(NamedTuple):
@@ -245,7 +253,7 @@ def proposal_settings(args: argparse.Namespace) -> dict[str, object]:
     if args.proposals == "files":
         return {"proposals": "files", "mask_files": str(args.mask_files)}
     options = {name: getattr(args, name) for name in SAM_OPTIONS}
-    options["precision"] = str(cli.autocast_dtype(args.mixed_precision, cli.select_device(args.device)))
+    options["precision"] = str(devices.autocast_dtype(args.mixed_precision, devices.select_device(args.device)))
     return {"proposals": "sam", "checkpoint": args.checkpoint.name, "model_type": args.model_type} | options
 
 
@@ -255,10 +263,10 @@ def build_generator(args: argparse.Namespace) -> ProposalGenerator:
         return RegionGenerator(max_size=args.region_max_size, min_contrast=args.region_min_contrast)
     if args.proposals == "files":
         return MaskFiles(args.mask_files)
-    device = cli.select_device(args.device)
+    device = devices.select_device(args.device)
     return SamGenerator(
         load_sam(args.checkpoint, args.model_type, device),
-        dtype=cli.autocast_dtype(args.mixed_precision, device),
+        dtype=devices.autocast_dtype(args.mixed_precision, device),
         compile=args.compile,
         images_per_call=args.images_per_batch,
         points_per_batch=args.points_per_batch,
@@ -377,7 +385,7 @@ def work_through(
     postponed = []
     with mapper(min(processes, len(batches)), threads) as map_batches:
         results = itertools.chain.from_iterable(map_batches(work, batches))
-        for job, result in zip(jobs, cli.progress(results, total=len(jobs), desc=name, unit="image"), strict=True):
+        for job, result in zip(jobs, parallel.progress(results, total=len(jobs), desc=name, unit="image"), strict=True):
             if result is None:
                 postponed.append(job)
             else:
@@ -410,4 +418,4 @@ def print_changes(info: DatasetInfo, changes: np.ndarray) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, make_parser())
+    cli.run(main, ARGS)

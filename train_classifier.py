@@ -22,31 +22,17 @@ import random
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from torchvision.transforms import v2
-
-from datasets import DataSource, ImageDataset, Loader, build_loader, build_source
-from datasets.loaders import class_balance
-from datasets.transforms import PhotometricAugmentation, normalize, train_geometry
-from models import build_model
-from models.restore import restore
-from tools import cli, distributed
-from tools.ema import Teacher, ema_decay
+from tools import cli, options
 from tools.errors import UserError
-from tools.priors import METHODS, Opponent, PriorCriterion, Sample, random_class
-from tools.training import Trainer, seed_everything
-from tools.validation import check_domain, validate
 
-MIXES = {"cutmix": v2.CutMix, "mixup": v2.MixUp}
-AUGMENTATIONS = ("randaugment", "colorjitter", *MIXES)
+AUGMENTATIONS = ("randaugment", "colorjitter", "cutmix", "mixup")
 
 
 def make_parser() -> cli.Parser:
     """The script's flags."""
     parser = cli.Parser(__doc__)
-    cli.add_common(parser)
-    data = cli.add_dataset(
+    options.add_common(parser)
+    data = options.add_dataset(
         parser,
         domain_train=("train_aug", "split to train on"),
         domain_valid=("", "split with masks to report on after each epoch; empty: none"),
@@ -57,7 +43,7 @@ def make_parser() -> cli.Parser:
     group = parser.add_argument_group("method")
     group.add_argument(
         "--method",
-        choices=METHODS,
+        choices=options.PRIOR_METHODS,
         default="vanilla",
         help="kind of CAM prior; with pnoc --mode is fix and --trainable_stem false if not given, else normal and true",
     )
@@ -77,10 +63,10 @@ def make_parser() -> cli.Parser:
     group.add_argument(
         "--ema", type=cli.fraction, default=0.0, help="keep a moving average of the weights with this decay; 0: none"
     )
-    group = cli.add_network(parser, architecture="resnest101e", mode="normal")
+    group = options.add_network(parser, architecture="resnest101e", mode="normal")
     group.add_argument("--restore", type=Path, help="checkpoint or public state dict to start from")
     parser.set_defaults(mode=None, trainable_stem=None)  # normal and true, but not for pnoc: see `complete`
-    images = cli.add_images(parser)
+    images = options.add_images(parser)
     images.add_argument(
         "--augment",
         type=augmentations,
@@ -91,7 +77,7 @@ def make_parser() -> cli.Parser:
     images.add_argument(
         "--cutmix_prob", type=cli.fraction, default=0.5, help="probability that a step mixes (cutmix, mixup)"
     )
-    cli.add_optimization(parser, lr=0.1, wd=1e-4, batch_size=32, max_epoch=15, alpha_bias=2.0)
+    options.add_optimization(parser, lr=0.1, wd=1e-4, batch_size=32, max_epoch=15, alpha_bias=2.0)
     return parser
 
 
@@ -102,6 +88,28 @@ def augmentations(text: str) -> list[str]:
         if name not in AUGMENTATIONS:
             raise argparse.ArgumentTypeError(f"'{name}' is none of {', '.join(AUGMENTATIONS)}")
     return names
+
+
+if __name__ == "__main__":
+    ARGS = make_parser().parse_args()  # before PyTorch is imported: --help and mistakes answer at once
+
+import torch
+from torch import nn
+from torchvision.transforms import v2
+
+from datasets import DataSource, ImageDataset, Loader, build_loader, build_source
+from datasets.loaders import class_balance
+from datasets.transforms import PhotometricAugmentation, train_geometry
+from models import build_model
+from models.restore import restore
+from tools import devices, distributed
+from tools.ema import Teacher, ema_decay
+from tools.maps import normalize
+from tools.priors import Opponent, PriorCriterion, Sample, random_class
+from tools.training import Trainer, seed_everything
+from tools.validation import check_domain, validate
+
+MIXES = {"cutmix": v2.CutMix, "mixup": v2.MixUp}
 
 
 def complete(args: argparse.Namespace) -> None:
@@ -132,10 +140,10 @@ def complete(args: argparse.Namespace) -> None:
 
 def build_training_loader(source: DataSource, args: argparse.Namespace) -> Loader:
     """The loader of the training images."""
-    geometry = train_geometry(*cli.image_sizes(args), randaugment="randaugment" in args.augment)
+    geometry = train_geometry(*options.image_sizes(args), randaugment="randaugment" in args.augment)
     dataset = ImageDataset(source, source.ids(args.domain_train), geometry)
     weights = class_balance(dataset.labels) if args.sampler == "balanced" else None
-    return build_loader(dataset, args.batch_size, weights=weights, **cli.loader_arguments(args))
+    return build_loader(dataset, args.batch_size, weights=weights, **options.loader_arguments(args))
 
 
 def load_ordinary(args: argparse.Namespace, num_classes: int) -> nn.Module:
@@ -145,7 +153,7 @@ def load_ordinary(args: argparse.Namespace, num_classes: int) -> nn.Module:
         UserError: the file is not a classifier of this architecture and these classes.
     """
     fixed = {"weights": "none", "batch_norm": "fix"}
-    model = build_model("classifier", num_classes=num_classes, **{**cli.network_arguments(args), **fixed})
+    model = build_model("classifier", num_classes=num_classes, **{**options.network_arguments(args), **fixed})
     report = restore(model, args.oc_weights)
     if report.missing or report.mismatched:
         raise UserError(
@@ -195,13 +203,13 @@ def train_step(model: nn.Module, sample: Sample, criterion: PriorCriterion, prog
 def main(args: argparse.Namespace) -> None:
     """Train, epoch by epoch, and say what to do next."""
     complete(args)
-    device = cli.select_device(args.device)
+    device = devices.select_device(args.device)
     distributed.start(device)
-    source = build_source(args.dataset, cli.data_dir(args))
+    source = build_source(args.dataset, options.data_dir(args))
     check_domain(source, args.domain_valid)
     loader = build_training_loader(source, args)
     seed_everything(args.seed)
-    model = build_model("classifier", num_classes=source.info.num_classes, **cli.network_arguments(args)).to(device)
+    model = build_model("classifier", num_classes=source.info.num_classes, **options.network_arguments(args)).to(device)
     if args.restore:
         restore(model, args.restore)
     ordinary = load_ordinary(args, source.info.num_classes).to(device) if args.oc_weights else None
@@ -213,7 +221,9 @@ def main(args: argparse.Namespace) -> None:
         companions["teacher"] = average.module  # under the name by which inference.py and --restore prefer it
     if args.method == "pnoc":
         companions["opponent"] = opponent = Opponent(ordinary, args, steps_per_epoch=len(loader))
-    trainer = Trainer(model, args, source.info, device=device, steps_per_epoch=len(loader), companions=companions)
+    trainer = Trainer(
+        model, args, source.info.classes, device=device, steps_per_epoch=len(loader), companions=companions
+    )
     for epoch in trainer.epochs():
         loader.set_epoch(epoch)
         for batch in trainer.progress(epoch, loader):
@@ -233,4 +243,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, make_parser())
+    cli.run(main, ARGS)

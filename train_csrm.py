@@ -18,51 +18,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
-from datasets import DataSource, ImageDataset, Loader, build_loader, build_source
-from datasets.mixing import classmix, cutmix
-from datasets.transforms import PhotometricAugmentation, crop_geometry, normalize, train_geometry
-from models import build_model
-from models.restore import restore
-from tools import cli, distributed
-from tools.ema import Teacher, ema_decay
-from tools.losses import (
-    IGNORE_INDEX,
-    c2s_loss,
-    entropy,
-    multilabel_loss,
-    resize_maps,
-    s2c_loss,
-    s2c_weight,
-    unreliable_percent,
-    unsupervised_loss,
-)
-from tools.memory_bank import MemoryBank, contrastive_loss, entropy_masks
-from tools.pseudo_labels import mutual_promotion_labels, reliable_cam_labels, teacher_labels
-from tools.training import Trainer, seed_everything
-from tools.validation import check_domain, validate
+from tools import cli, options
 
 
 def make_parser() -> cli.Parser:
     """The script's flags; defaults are the published VOC 2012 run."""
     parser = cli.Parser(__doc__)
-    cli.add_common(parser)
-    cli.add_dataset(
+    options.add_common(parser)
+    options.add_dataset(
         parser,
         domain_train=("train_aug", "split to train on"),
         domain_valid=("", "split with masks to report on after each epoch; empty: none"),
     )
-    network = cli.add_network(parser, architecture="resnest101e", mode="fix")
-    cli.add_decoder(network)
+    network = options.add_network(parser, architecture="resnest101e", mode="fix")
+    options.add_decoder(network)
     cli.add_switch(network, "--use_sal_head", False, "a saliency head's logit as background of L_s2c")
     cli.add_switch(network, "--use_rep_head", True, "representation branch; false: no contrastive loss")
     network.add_argument(
         "--restore", type=Path, help="CAM prior: a checkpoint of train_classifier.py or public weights"
     )
-    cli.add_images(parser)
-    cli.add_optimization(parser, lr=0.007, wd=1e-4, batch_size=32, max_epoch=15, alpha_bias=1.0)
+    options.add_images(parser)
+    options.add_optimization(parser, lr=0.007, wd=1e-4, batch_size=32, max_epoch=15, alpha_bias=1.0)
     add_csrm(parser)
     return parser
 
@@ -87,7 +63,7 @@ def add_csrm(parser: cli.Parser) -> None:
         "--c2s_sigma", type=cli.fraction, default=0.75, help="mp: probability below which a pixel is ignored"
     )
     group.add_argument("--s2c_sigma", type=cli.fraction, default=0.5, help="teacher probability that L_s2c asks for")
-    cli.add_crf(group)
+    options.add_crf(group)
     group = parser.add_argument_group("losses")
     for name, text in (
         ("c", "image labels -> class logits"),
@@ -105,6 +81,27 @@ def add_csrm(parser: cli.Parser) -> None:
         help="rank beyond which a class is impossible (COCO: 12)",
     )
     group.add_argument("--warmup_epochs", type=cli.count, default=1, help="first epochs with L_c and L_c2s only")
+
+
+if __name__ == "__main__":
+    ARGS = make_parser().parse_args()  # before PyTorch is imported: --help and mistakes answer at once
+
+import torch
+from torch import Tensor, nn
+
+from datasets import DataSource, ImageDataset, Loader, build_loader, build_source
+from datasets.mixing import classmix, cutmix
+from datasets.transforms import PhotometricAugmentation, crop_geometry, train_geometry
+from models import build_model
+from models.restore import restore
+from tools import devices, distributed
+from tools.ema import Teacher, ema_decay
+from tools.losses import c2s_loss, entropy, multilabel_loss, s2c_loss, s2c_weight, unreliable_percent, unsupervised_loss
+from tools.maps import IGNORE_INDEX, normalize, resize_maps
+from tools.memory_bank import MemoryBank, contrastive_loss, entropy_masks
+from tools.pseudo_labels import mutual_promotion_labels, reliable_cam_labels, teacher_labels
+from tools.training import Trainer, seed_everything
+from tools.validation import check_domain, validate
 
 
 @dataclass(frozen=True)
@@ -275,13 +272,13 @@ def build_loaders(source: DataSource, args: argparse.Namespace) -> tuple[Loader,
     """The labeled and the unlabeled loader: the same photographs, other crops, in other orders."""
     ids = source.ids(args.domain_train)
     with_masks = args.c2s_mode == "gt"
-    geometries = (train_geometry(*cli.image_sizes(args)), crop_geometry(args.image_size))
-    options = cli.loader_arguments(args)
+    geometries = (train_geometry(*options.image_sizes(args)), crop_geometry(args.image_size))
+    shared = options.loader_arguments(args)
     labeled, unlabeled = (
         build_loader(
             ImageDataset(source, ids, geometry, with_masks=with_masks),
             args.batch_size,
-            **{**options, "seed": 2 * args.seed + half, "num_workers": (options["num_workers"] + 1) // 2},
+            **{**shared, "seed": 2 * args.seed + half, "num_workers": (shared["num_workers"] + 1) // 2},
         )
         for half, geometry in enumerate(geometries)
     )
@@ -311,14 +308,14 @@ def teacher_decay(args: argparse.Namespace, epoch: int, step: int, steps_per_epo
 
 def main(args: argparse.Namespace) -> None:
     """Train, epoch by epoch, and say what to do next."""
-    device = cli.select_device(args.device)
+    device = devices.select_device(args.device)
     distributed.start(device)
-    source = build_source(args.dataset, cli.data_dir(args))
+    source = build_source(args.dataset, options.data_dir(args))
     check_domain(source, args.domain_valid)
     labeled, unlabeled = build_loaders(source, args)
     seed_everything(args.seed)
     heads = {"use_sal_head": args.use_sal_head, "use_rep_head": args.use_rep_head}
-    student = build_model("csrm", num_classes=source.info.num_classes, **cli.network_arguments(args), **heads).to(
+    student = build_model("csrm", num_classes=source.info.num_classes, **options.network_arguments(args), **heads).to(
         device
     )
     if args.restore:
@@ -332,7 +329,7 @@ def main(args: argparse.Namespace) -> None:
     trainer = Trainer(
         student,
         args,
-        source.info,
+        source.info.classes,
         device=device,
         steps_per_epoch=len(labeled),
         loaders=2,
@@ -352,4 +349,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, make_parser())
+    cli.run(main, ARGS)

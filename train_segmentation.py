@@ -18,41 +18,26 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-from torch import nn
-
-from datasets import ImageDataset, Photographs, build_loader, build_source
-from datasets.transforms import normalize, segmentation_geometry
-from models import build_model
-from models.restore import restore
-from tools import cli, distributed
-from tools.cam import multi_scale_logits
-from tools.checkpoint import check_classes, fingerprint, load_model
-from tools.crf import SEGMENTATION_SETTINGS, mean_field, unary_from_probabilities
+from tools import cli, options, parallel
 from tools.errors import UserError
-from tools.files import claim_folder, load_mask, save_mask
-from tools.losses import cross_entropy
-from tools.report import save_overlay
-from tools.training import Trainer, seed_everything
-from tools.validation import check_domain, validate
 
 
 def make_parser() -> cli.Parser:
     """The script's flags."""
     parser = cli.Parser(__doc__)
-    cli.add_common(parser)
-    data = cli.add_dataset(
+    options.add_common(parser)
+    data = options.add_dataset(
         parser,
         domain_train=("train_aug", "split to train on"),
         domain_valid=("", "split with masks to report on after each epoch; empty: none"),
         domain=("val", "split to predict, with --predict"),
     )
     data.add_argument("--masks_dir", type=Path, help="folder of the masks to learn (default: the dataset's own)")
-    network = cli.add_network(parser, architecture="resnest269e", mode="normal")
-    cli.add_decoder(network)
+    network = options.add_network(parser, architecture="resnest269e", mode="normal")
+    options.add_decoder(network)
     network.add_argument("--restore", type=Path, help="checkpoint or public state dict to start from")
-    cli.add_images(parser)
-    cli.add_optimization(parser, lr=0.007, wd=4e-5, batch_size=32, max_epoch=50, alpha_bias=1.0)
+    options.add_images(parser)
+    options.add_optimization(parser, lr=0.007, wd=4e-5, batch_size=32, max_epoch=50, alpha_bias=1.0)
     group = parser.add_argument_group("prediction")
     cli.add_switch(group, "--predict", False, "predict --domain with the trained model instead of training")
     group.add_argument("--images", type=Path, metavar="DIR", help="predict the photographs in it, not --domain")
@@ -61,10 +46,32 @@ def make_parser() -> cli.Parser:
     )
     group.add_argument("--weights", type=Path, help="checkpoint, of CSRM too (default: experiments/models/TAG.pth)")
     group.add_argument("--max_images", type=cli.positive_int, help="stop after the first N images of the split")
-    cli.add_views(group)
+    options.add_views(group)
     group.add_argument("--crf_t", type=cli.count, default=10, help="mean-field iterations of the dense CRF; 0: no CRF")
-    cli.add_crf_backend(group)
+    options.add_crf_backend(group)
     return parser
+
+
+if __name__ == "__main__":
+    ARGS = make_parser().parse_args()  # before PyTorch is imported: --help and mistakes answer at once
+
+import torch
+from torch import nn
+
+from datasets import ImageDataset, Photographs, build_loader, build_source
+from datasets.transforms import segmentation_geometry
+from models import build_model, load_model
+from models.restore import restore
+from tools import devices, distributed
+from tools.cam import multi_scale_logits
+from tools.checkpoint import check_classes, fingerprint
+from tools.crf import SEGMENTATION_SETTINGS, mean_field, unary_from_probabilities
+from tools.drawing import save_overlay
+from tools.files import claim_folder, load_mask, save_mask
+from tools.losses import cross_entropy
+from tools.maps import normalize
+from tools.training import Trainer, seed_everything
+from tools.validation import check_domain, validate
 
 
 def train_step(model: nn.Module, batch: dict, device: torch.device, label_smoothing: float) -> dict[str, torch.Tensor]:
@@ -77,17 +84,19 @@ def train_step(model: nn.Module, batch: dict, device: torch.device, label_smooth
 def train(args: argparse.Namespace, device: torch.device) -> None:
     """Train DeepLabV3+ and say what to do next."""
     distributed.start(device)
-    source = build_source(args.dataset, cli.data_dir(args), args.masks_dir)
-    truth = build_source(args.dataset, cli.data_dir(args))
+    source = build_source(args.dataset, options.data_dir(args), args.masks_dir)
+    truth = build_source(args.dataset, options.data_dir(args))
     check_domain(truth, args.domain_valid)
-    geometry = segmentation_geometry(*cli.image_sizes(args))
+    geometry = segmentation_geometry(*options.image_sizes(args))
     dataset = ImageDataset(source, source.ids(args.domain_train), geometry, with_masks=True, with_labels=False)
-    loader = build_loader(dataset, args.batch_size, **cli.loader_arguments(args))
+    loader = build_loader(dataset, args.batch_size, **options.loader_arguments(args))
     seed_everything(args.seed)
-    model = build_model("segmentation", num_classes=source.info.num_classes, **cli.network_arguments(args)).to(device)
+    model = build_model("segmentation", num_classes=source.info.num_classes, **options.network_arguments(args)).to(
+        device
+    )
     if args.restore:
         restore(model, args.restore)
-    trainer = Trainer(model, args, source.info, device=device, steps_per_epoch=len(loader))
+    trainer = Trainer(model, args, source.info.classes, device=device, steps_per_epoch=len(loader))
     for epoch in trainer.fit(loader, lambda batch: train_step(model, batch, device, args.label_smoothing)):
         if args.domain_valid:
             trainer.log(epoch, validate(model, truth, args.domain_valid, device, args.image_size))
@@ -111,8 +120,8 @@ def segment(model: nn.Module, photograph: torch.Tensor, long_side: int, args: ar
 
 def predict(args: argparse.Namespace, device: torch.device) -> None:
     """Write the predicted mask of every image that is not there yet."""
-    source = None if args.images else build_source(args.dataset, cli.data_dir(args))
-    weights = args.weights or cli.model_path(args.tag)
+    source = None if args.images else build_source(args.dataset, options.data_dir(args))
+    weights = args.weights or options.model_path(args.tag)
     model, checkpoint = load_model(weights, device, kinds=["segmentation", "csrm"])
     settings = {name: getattr(args, name) for name in ("scales", "hflip", "crf_t", "crf_backend")}
     if source is None:
@@ -122,13 +131,13 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
         domain = name = args.domain
         check_classes(checkpoint, source.info.classes, weights)
     ids = source.ids(domain)[: args.max_images]
-    folder = cli.predictions_dir(args.tag, name)
+    folder = options.predictions_dir(args.tag, name)
     masks, overlays = folder / "masks", folder / "overlays"
     claim_folder(masks, {"weights": fingerprint(weights), **settings})
     wanted = [(masks, "png"), (overlays, "jpg")] if args.save_overlays else [(masks, "png")]
     pending = [i for i in ids if not all((kind / f"{i}.{suffix}").exists() for kind, suffix in wanted)]
     print(f"{len(ids)} images of '{name}', {len(ids) - len(pending)} done already; writing to {folder}")
-    for image_id in cli.progress(distributed.share(ids, pending), desc="predicting", unit="image"):
+    for image_id in parallel.progress(parallel.share(ids, pending), desc="predicting", unit="image"):
         path, photograph = masks / f"{image_id}.png", source.photograph(image_id)
         if path.exists():
             mask = load_mask(path)
@@ -148,9 +157,9 @@ def main(args: argparse.Namespace) -> None:
     """Train, or predict with --predict."""
     if args.images and not args.predict:
         raise UserError("--images: photographs to predict. Pass --predict too.")
-    device = cli.select_device(args.device)
+    device = devices.select_device(args.device)
     (predict if args.predict else train)(args, device)
 
 
 if __name__ == "__main__":
-    cli.run(main, make_parser())
+    cli.run(main, ARGS)

@@ -89,4 +89,4 @@ def check(model: nn.Module) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    cli.run(main, make_parser())
+    cli.run(main, make_parser().parse_args())

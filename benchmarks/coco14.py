@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets import coco14
-from tools import cli
+from datasets.prepare import coco14
+from tools import cli, options
 
 HEIGHT, WIDTH, CLASSES = 480, 640, 80
 
@@ -34,7 +34,7 @@ def make_parser() -> cli.Parser:
     group.add_argument("--objects", type=cli.positive_int, default=7, help="objects per image")
     group.add_argument("--points", type=cli.positive_int, default=42, help="points of an object's outline")
     group.add_argument("--folder", type=Path, help="where to put the temporary files (default: the system's place)")
-    cli.add_workers(group)
+    options.add_workers(group)
     return parser
 
 
@@ -110,4 +110,4 @@ def peak_mb(who: int) -> float:
 
 
 if __name__ == "__main__":
-    cli.run(main, make_parser())
+    cli.run(main, make_parser().parse_args())

@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 
 from benchmarks.photographs import write_photographs
-from datasets import DATASETS, DataSource, ImageDataset, Loader, build_loader, build_source
+from datasets import DataSource, ImageDataset, Loader, build_loader, build_source
 from datasets.transforms import segmentation_geometry, train_geometry
-from tools import cli
+from tools import cli, options
 
 
 def make_parser() -> cli.Parser:
@@ -35,10 +35,10 @@ def make_parser() -> cli.Parser:
     group.add_argument(
         "--num_images", type=cli.positive_int, default=128, help="images to time, after as many to warm up"
     )
-    group.add_argument("--dataset", choices=DATASETS, help="kind of dataset (default: random photographs)")
+    group.add_argument("--dataset", choices=options.DATASETS, help="kind of dataset (default: random photographs)")
     group.add_argument("--data_dir", type=Path, help="its folder (default: data/DATASET)")
     group.add_argument("--domain", default="train", help="its split")
-    cli.add_images(parser)
+    options.add_images(parser)
     return parser
 
 
@@ -49,14 +49,14 @@ def counts(text: str) -> list[int]:
 
 def loader_of(source: DataSource, args: argparse.Namespace, num_workers: int) -> Loader:
     """The loader of `--script`."""
-    sizes = cli.image_sizes(args)
+    sizes = options.image_sizes(args)
     if args.script == "segmentation":
         geometry = segmentation_geometry(*sizes)
     else:
         geometry = train_geometry(*sizes, randaugment=args.script == "classifier")
     dataset = ImageDataset(source, source.ids(args.domain), geometry, with_masks=args.script == "segmentation")
-    options = {"shuffle": True, "drop_last": True, "num_workers": num_workers, "seed": 0}
-    return build_loader(dataset, args.batch_size, **options, steps_per_epoch=-(-args.num_images // args.batch_size))
+    settings = {"shuffle": True, "drop_last": True, "num_workers": num_workers, "seed": 0}
+    return build_loader(dataset, args.batch_size, **settings, steps_per_epoch=-(-args.num_images // args.batch_size))
 
 
 def images_per_second(loader: Loader, batch_size: int) -> float:
@@ -72,7 +72,7 @@ def main(args: argparse.Namespace) -> None:
     """Print the table."""
     with tempfile.TemporaryDirectory() as folder:
         if args.dataset:
-            source = build_source(args.dataset, cli.data_dir(args))
+            source = build_source(args.dataset, options.data_dir(args))
         else:
             source = build_source("folder", write_photographs(Path(folder) / "data", args.num_images))
         print(f"{args.script}, {args.image_size} pixels, batches of {args.batch_size}, {os.cpu_count()} cores")
@@ -83,4 +83,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, make_parser())
+    cli.run(main, make_parser().parse_args())

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.measuring import ByteCounter, bandwidth, peak_memory, seconds
-from tools import cli
-from tools.crf import BACKENDS, mean_field, unary_from_labels
+from tools import cli, devices
+from tools.crf import mean_field, unary_from_labels
 from tools.files import load_image
 
 SIZES = ((375, 500), (512, 512))
@@ -78,7 +78,7 @@ def solve_on_core(task: tuple[Case, str]) -> tuple[float, int]:
     """Seconds on one thread of this process, and bytes by which the peak of its memory grew."""
     case, backend = task
     torch.set_num_threads(1)
-    cli.select_device("cpu")  # as the scripts do
+    devices.select_device("cpu")  # as the scripts do
     image, unary = case.load()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
@@ -124,7 +124,7 @@ def make_parser() -> cli.Parser:
 
 def main(args: argparse.Namespace) -> None:
     """Print a row per problem."""
-    device = cli.select_device(args.device)
+    device = devices.select_device(args.device)
     photographs = sorted(args.images.glob("*.jpg"))[: args.num_images] if args.images else [None] * args.num_images
     on_gpu = device.type == "cuda"
     copied = bandwidth(device) if on_gpu else None
@@ -133,11 +133,11 @@ def main(args: argparse.Namespace) -> None:
     print(header + (f" {'GB/image':>9} {'floor s':>9}" if on_gpu else ""))
     for size, labels, unaries in itertools.product(SIZES, LABELS, UNARIES):
         cases = [Case(seed, size, labels, unaries, path) for seed, path in enumerate(photographs)]
-        reference, _ = measure_cores(cases, BACKENDS[1], args.workers)
+        reference, _ = measure_cores(cases, "pydensecrf", args.workers)
         if on_gpu:
             ours, memory = measure_gpu(cases, device)
         else:
-            ours, memory = measure_cores(cases, BACKENDS[0], args.workers)
+            ours, memory = measure_cores(cases, "torch", args.workers)
         row = f"{ours:9.4f} {reference:13.4f} {reference / ours:7.2f} {memory / 1e9:8.2f}"
         if on_gpu:
             size_gb = gigabytes(cases[0])
@@ -146,4 +146,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, make_parser())
+    cli.run(main, make_parser().parse_args())

@@ -145,4 +145,4 @@ def cpu_ms(function: Callable[[], object]) -> float:
 
 
 if __name__ == "__main__":
-    cli.run(main, make_parser())
+    cli.run(main, make_parser().parse_args())

@@ -1,4 +1,4 @@
-"""Speed and memory of `tools.mask_generator` against SamAutomaticMaskGenerator, same model and images in one run.
+"""Speed and memory of `tools.proposals.generator` against SamAutomaticMaskGenerator, same model and images in one run.
 
     python -m benchmarks.sam                                                     # CPU, a tiny network: under a minute
     python -m benchmarks.sam --device cuda --num_images 32 --checkpoint sam_vit_h_4b8939.pth --images photographs/
@@ -29,10 +29,10 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measuring import ByteCounter, peak_memory
-from tools import cli
+from tools import cli, devices, options
 from tools.files import load_image
-from tools.mask_generator import MaskGenerator
-from tools.proposals import SAM_TYPES, load_sam
+from tools.proposals import load_sam
+from tools.proposals.generator import MaskGenerator
 
 SHARPENED_THRESHOLDS = {"pred_iou_thresh": 0.4, "stability_score_thresh": 0.3, "box_nms_thresh": 0.98}
 """What leaves tens of masks of an image, and drops others, when the weights are those of `sharpen`."""
@@ -44,7 +44,9 @@ def make_parser() -> cli.Parser:
     group = parser.add_argument_group("benchmark")
     group.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     group.add_argument("--checkpoint", type=Path, help="SAM's public weights; without them, random ones")
-    group.add_argument("--model_type", choices=["tiny", *SAM_TYPES], help="default: tiny, or vit_h with a checkpoint")
+    group.add_argument(
+        "--model_type", choices=["tiny", *options.SAM_TYPES], help="default: tiny, or vit_h with a checkpoint"
+    )
     group.add_argument("--images", type=Path, help="folder of photographs (.jpg); synthetic 375x500 images without it")
     group.add_argument("--num_images", type=cli.positive_int, default=2, help="images")
     group.add_argument("--points_per_side", type=cli.positive_int, help="prompts per side (default: 32; tiny: 20)")
@@ -70,9 +72,9 @@ def main(args: argparse.Namespace) -> None:
     if args.count:
         print_count(args)
         return
-    device = cli.select_device(args.device)
+    device = devices.select_device(args.device)
     model, images = build_model(args, device), load_images(args)
-    generators = build_generators(args, model, cli.autocast_dtype(args.mixed_precision, device))
+    generators = build_generators(args, model, devices.autocast_dtype(args.mixed_precision, device))
     print(f"{args.device}, {len(images)} images, up to {args.images_per_batch} at a time")
     rows = {name: measure(generate, images, args.images_per_batch, device) for name, generate in generators.items()}
     print(f"{'':<16} {'images/s':>9} {'peak GB':>8} {'masks':>7} {'agree':>7}")
@@ -227,4 +229,4 @@ def synthetic_image(seed: int, height: int, width: int) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    cli.run(main, make_parser())
+    cli.run(main, make_parser().parse_args())

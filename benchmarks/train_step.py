@@ -32,7 +32,7 @@ from benchmarks.measuring import ByteCounter, Clock, bandwidth, matrix_peak, pea
 from benchmarks.photographs import write_photographs
 from datasets.loaders import Loader
 from datasets.transforms import PhotometricAugmentation
-from tools import cli
+from tools import cli, devices, options
 from tools.ema import Teacher
 from tools.priors import PriorCriterion
 from tools.training import Trainer
@@ -56,7 +56,7 @@ def make_parser() -> cli.Parser:
     group.add_argument("--image_size", type=cli.positive_int, help="side of the crop (default: 97 or 512)")
     group.add_argument("--decoder_channels", type=cli.positive_int, help="width of the decoder (default: 64 or 256)")
     group.add_argument("--steps", type=cli.positive_int, default=3, help="steps to time, after as many to warm up")
-    cli.add_workers(group)
+    options.add_workers(group)
     cli.add_switch(group, "--count", False, "only count operations and bytes of the networks in a step, for 20 classes")
     group.add_argument("flags", nargs="*", metavar="-- FLAGS", help="further flags of the script")
     return parser
@@ -124,7 +124,7 @@ def train(args: argparse.Namespace, folder: Path, last: contextlib.AbstractConte
             yield from progress(self, epoch, batches)
 
     with (
-        mock.patch.object(cli, "EXPERIMENTS", folder),
+        mock.patch.object(options, "EXPERIMENTS", folder),
         mock.patch.object(Trainer, "progress", measured),
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
@@ -174,7 +174,7 @@ def print_count(args: argparse.Namespace) -> None:
     if args.script == "classifier":
         train_classifier.complete(arguments)
     with torch.device("meta"):
-        network = models.build_model(args.script, num_classes=21, **cli.network_arguments(arguments))
+        network = models.build_model(args.script, num_classes=21, **options.network_arguments(arguments))
         views = torch.empty(images, 3, args.image_size, args.image_size)
     with counter, sizes:
         if args.script == "csrm":  # the teacher, before and after mixing
@@ -206,7 +206,7 @@ def print_report(
     print(f"{'all':<13} {1000 * total / args.steps:9.1f}")
     computing = images * args.steps / (total - phases["loading"])
     print(f"images/s      {speed:.1f} with loading, {computing:.1f} without")
-    dtype = cli.autocast_dtype("auto", device) or torch.float32
+    dtype = devices.autocast_dtype("auto", device) or torch.float32
     achieved, peak = flops / images * speed / 1e12, matrix_peak(device, dtype) / 1e12
     print(f"TFLOP         {flops / 1e12:.4f} per step in convolutions and products")
     print(f"TFLOP/s       {achieved:.4f}, {achieved / peak:.1%} of the {peak:.4f} of a product of matrices ({dtype})")
@@ -221,7 +221,7 @@ def print_report(
 
 def main(args: argparse.Namespace) -> None:
     """Measure, and print the report."""
-    device = cli.select_device(args.device)
+    device = devices.select_device(args.device)
     for name, value in DEFAULTS[device.type].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -245,4 +245,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, make_parser())
+    cli.run(main, make_parser().parse_args())

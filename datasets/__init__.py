@@ -16,13 +16,11 @@ from datasets.base import DatasetInfo, DataSource
 from datasets.dataset import ImageDataset
 from datasets.folder import COCO14Source, FolderSource, Photographs
 from datasets.loaders import Loader, build_loader
-from datasets.voc12 import VOC12Source
+from datasets.voc12 import SHAPES_CLASSES, VOC12Source
 from tools.errors import UserError
-
-DATASETS = ("voc12", "coco14", "folder", "shapes", "deepglobe")
+from tools.options import DATASETS
 
 __all__ = [
-    "DATASETS",
     "DataSource",
     "DatasetInfo",
     "ImageDataset",
@@ -37,8 +35,8 @@ def build_source(dataset: str, data_dir: str | Path, masks_dir: str | Path | Non
     """Open a dataset.
 
     Args:
-        dataset: one of `DATASETS`; each has its layout (`voc12.py`, `folder.py`), 'shapes' is synthetic in VOC's and
-            'deepglobe' is converted to that of 'folder'.
+        dataset: one of `tools.options.DATASETS`; each has its layout (`voc12.py`, `folder.py`). 'shapes' is drawn
+            in VOC's layout, 'deepglobe' is converted to that of 'folder'.
         data_dir: its folder.
         masks_dir: folder of ID.png masks read instead of the dataset's own, such as pseudo masks.
 
@@ -50,9 +48,7 @@ def build_source(dataset: str, data_dir: str | Path, masks_dir: str | Path | Non
     if dataset == "voc12":
         return VOC12Source(data_dir, masks_dir)
     if dataset == "shapes":
-        from datasets.shapes import CLASSES  # here, because only this dataset needs the generator
-
-        return VOC12Source(data_dir, masks_dir, CLASSES)
+        return VOC12Source(data_dir, masks_dir, SHAPES_CLASSES)
     if dataset == "coco14":
         return COCO14Source(data_dir, masks_dir)
     if dataset in ("folder", "deepglobe"):

@@ -15,7 +15,6 @@ Colours stay uint8, because the dense CRF in the training loop needs the pixels 
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -28,10 +27,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from tools.maps import IGNORE_INDEX, fit
+
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, with the digits torchvision uses
-IGNORE_INDEX = 255  # mask value of padding
 
 
 # Geometry of one sample
@@ -58,11 +56,6 @@ def train_geometry(size: int, min_size: int, max_size: int, *, randaugment: bool
 def crop_geometry(size: int) -> v2.Transform:
     """Geometry for the unlabeled images of CSRM: longer ones reduced, then padded at random to `size` x `size`."""
     return v2.Compose([RandomScale(1, 1, limit=size), RandomCropReflect(size)])
-
-
-def fit(height: int, width: int, limit: float) -> float:
-    """The factor, at most 1, that makes an image's long side no longer than `limit` pixels."""
-    return min(1.0, limit / max(height, width))
 
 
 def segmentation_geometry(size: int, min_size: int, max_size: int) -> v2.Transform:
@@ -153,20 +146,6 @@ def _uniform(low: float, high: float) -> float:
 
 
 # Colours of a batch
-
-
-def normalize(images: Tensor) -> Tensor:
-    """uint8 [B, 3, H, W] in [0, 255] -> float32 [B, 3, H, W] with ImageNet's mean 0 and deviation 1."""
-    assert images.dtype == torch.uint8, f"expected uint8 images, got {images.dtype}"
-    mean, std = _imagenet_statistics(images.device)
-    return (images.float() - mean) / std
-
-
-@functools.cache
-def _imagenet_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and deviation in grey levels, float32 [3, 1, 1]. Kept: a copy to the device in every step would stall it."""
-    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device).mul(255).view(2, 3, 1, 1)
-    return mean, std
 
 
 class PhotometricAugmentation(nn.Module):

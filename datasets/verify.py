@@ -33,11 +33,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from datasets import build_source
 from datasets.base import DatasetInfo, DataSource, first_repeated
-from tools import cli
+from tools import cli, options
+from tools.drawing import EMPTY, FAINT, INK, PAPER
 from tools.errors import UserError
 from tools.files import atomic_write, check_writable, save_json
 from tools.parallel import run_jobs
-from tools.report import EMPTY, FAINT, INK, PAPER
 
 
 @dataclass(frozen=True)
@@ -137,16 +137,16 @@ def make_parser() -> cli.Parser:
     """The command line of this module."""
     parser = cli.Parser(__doc__)
     parser.add_argument("domains", nargs="*", help="splits that must be there; all that are there are looked at")
-    group = cli.add_dataset(parser)
+    group = options.add_dataset(parser)
     group.add_argument("--output_dir", type=Path, help="folder of the report (default: experiments/data/DATASET)")
-    cli.add_workers(group)
+    options.add_workers(group)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     """Look at everything, print the table and the findings, write the report."""
-    output_dir = check_writable(args.output_dir or cli.EXPERIMENTS / "data" / args.dataset)
-    source = build_source(args.dataset, cli.data_dir(args))
+    output_dir = check_writable(args.output_dir or options.EXPERIMENTS / "data" / args.dataset)
+    source = build_source(args.dataset, options.data_dir(args))
     for domain in args.domains:
         source.listed_ids(domain)
     splits, findings = verify(source, PUBLISHED.get(args.dataset, {}), args.num_workers)
@@ -356,4 +356,4 @@ def _colour(number: int) -> tuple[int, int, int]:
 
 
 if __name__ == "__main__":
-    cli.run(main, make_parser())
+    cli.run(main, make_parser().parse_args())

@@ -22,6 +22,9 @@ VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
     "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
+SHAPES_CLASSES = ("background", "bird", "boat", "car", "fish", "house", "sheep")
+"""Of the set that `datasets.prepare.shapes` draws in this layout."""
+
 AUGMENTED_MASKS = "SegmentationClassAug"
 
 

@@ -2,6 +2,7 @@
 
     model = build_model("csrm", architecture="resnest101e", num_classes=21, weights="imagenet", batch_norm="fix")
     same_network = build_model(**model.config)    # the weights come from model.state_dict()
+    model, checkpoint = load_model("experiments/models/a.pth", device, kinds=["classifier", "csrm"])
 
 Every model takes float32 [B,3,H,W] (ImageNet-normalised), returns a dict of tensors, and names the modules that are not
 part of the pretrained backbone with `scratch_modules()`.
@@ -10,6 +11,8 @@ part of the pretrained backbone with `scratch_modules()`.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +22,10 @@ from models.backbone import Backbone
 from models.classifier import Classifier
 from models.csrm import CSRM
 from models.deeplab import DeepLabV3Plus
+from tools.checkpoint import load_checkpoint
+from tools.errors import UserError
 
-__all__ = ["Backbone", "CSRM", "Classifier", "DeepLabV3Plus", "build_model"]
+__all__ = ["Backbone", "CSRM", "Classifier", "DeepLabV3Plus", "build_model", "load_model"]
 
 KINDS: dict[str, type[nn.Module]] = {"classifier": Classifier, "csrm": CSRM, "segmentation": DeepLabV3Plus}
 
@@ -71,3 +76,31 @@ def build_model(
     model.config = {"kind": kind, "weights": "none", **backbone, **arguments.kwargs}
     # Convolutions follow the layout of their weights; this one is a quarter faster on CPUs and what tensor cores want.
     return model.to(memory_format=torch.channels_last)
+
+
+def load_model(path: str | Path, device: torch.device, kinds: Sequence[str]) -> tuple[nn.Module, dict[str, Any]]:
+    """Rebuild the model of a checkpoint, in eval mode on `device`; of CSRM, the teacher.
+
+    Args:
+        path: the checkpoint.
+        device: where the model goes.
+        kinds: those of `models.KINDS` that will do.
+
+    Returns:
+        The model and the whole checkpoint.
+
+    Raises:
+        UserError: see `load_checkpoint`; or a model of another kind; or weights that do not fit the architecture.
+    """
+    checkpoint = load_checkpoint(path)
+    kind = checkpoint["config"]["kind"]
+    if kind not in kinds:
+        raise UserError(f"{path}: a {kind} model, but this needs one of: {', '.join(kinds)}. Pass another checkpoint.")
+    model = build_model(**{**checkpoint["config"], "weights": "none"})
+    try:
+        model.load_state_dict(checkpoint.get("teacher", checkpoint["model"]))
+    except RuntimeError as error:
+        raise UserError(
+            f"{path}: its weights do not fit its architecture. The file is damaged; train again."
+        ) from error
+    return model.to(device).eval(), checkpoint

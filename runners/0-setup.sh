@@ -12,7 +12,7 @@ make --quiet .venv/installed
 PYTHON=.venv/bin/python
 
 case "$DATASET" in
-shapes) "$PYTHON" -m datasets.shapes --data_dir "$DATA_DIR" --workers "$WORKERS" ;;
+shapes) "$PYTHON" -m datasets.prepare.shapes --data_dir "$DATA_DIR" --workers "$WORKERS" ;;
 voc12 | coco14 | deepglobe) run -m datasets.prepare --num_workers "$WORKERS" $PREPARE_FLAGS ;;
 esac
 run -m datasets.verify "$DOMAIN_TRAIN" "$DOMAIN_TEST" --num_workers "$WORKERS" --output_dir "$REPORT/data"

@@ -39,7 +39,7 @@ def run(script: str, *flags: object) -> None:
     module = importlib.import_module(script)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{script}.py", *(str(flag) for flag in flags)])
-        cli.run(module.main, module.make_parser())
+        cli.run(module.main, module.make_parser().parse_args())
 
 
 def refusal(capsys: pytest.CaptureFixture, script: str, *flags: object) -> str:

@@ -1,4 +1,4 @@
-"""The Triton kernel of `tools.bag_kernel` against PyTorch's `embedding_bag`, run by Triton's interpreter on the CPU.
+"""The Triton kernel of `tools.crf.kernel` against PyTorch's `embedding_bag`, run by Triton's interpreter on the CPU.
 
 Not collected with the other tests: `test_bags.py` runs this file with TRITON_INTERPRET=1.
 """
@@ -9,9 +9,9 @@ import pytest
 import torch
 from test_bags import random_lists
 
-from tools import bags
-from tools.bag_kernel import bag_sum
-from tools.bags import Bags
+from tools.crf import sums as bags
+from tools.crf.kernel import bag_sum
+from tools.crf.sums import Bags
 
 LENGTHS = {
     "none": [0],

@@ -22,7 +22,7 @@ import scipy.io
 from PIL import Image
 
 from datasets.base import voc_palette
-from datasets.download import Archive
+from datasets.prepare.download import Archive
 
 
 @dataclass

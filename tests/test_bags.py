@@ -1,4 +1,4 @@
-"""`tools.bags` against plain loops; its Triton kernel against PyTorch's `embedding_bag`, interpreted on the CPU."""
+"""`tools.crf.sums` against plain loops; its Triton kernel against PyTorch's `embedding_bag`, interpreted on the CPU."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tools import bags
-from tools.bags import LONGEST, Bags, split
+from tools.crf import sums as bags
+from tools.crf.sums import LONGEST, Bags, split
 
 
 def random_lists(lengths: list[int], width: int, seed: int = 0) -> tuple[torch.Tensor, Bags]:
@@ -77,7 +77,7 @@ def test_triton_kernel():
 def test_triton_kernel_compiles_for_gpus(capability, length, monkeypatch, tmp_path):
     triton = pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    from tools import bag_kernel
+    from tools.crf import kernel as bag_kernel
 
     kinds = ["*fp32", "*i32", "*fp32", "*i32", "*fp32", "*fp32", "i32", "i32"]
     pointers = dict(zip(bag_kernel._bag_sum.arg_names, kinds, strict=False))
@@ -89,7 +89,7 @@ def test_triton_kernel_compiles_for_gpus(capability, length, monkeypatch, tmp_pa
 
 def test_without_triton(monkeypatch):
     """A GPU where Triton does not work, here because there is none, still gets PyTorch's sums."""
-    monkeypatch.setitem(sys.modules, "tools.bag_kernel", None)
+    monkeypatch.setitem(sys.modules, "tools.crf.kernel", None)
     with pytest.warns(UserWarning, match="without Triton"):
         assert bags._kernel(torch.device("cpu")) is bags._embedding_bag
 
@@ -97,7 +97,7 @@ def test_without_triton(monkeypatch):
 @pytest.mark.parametrize("error, used", [(0.0, True), (0.1, False)])
 def test_a_kernel_is_tried_before_it_is_used(error, used, monkeypatch):
     module = types.SimpleNamespace(bag_sum=lambda *lists: bags._embedding_bag(*lists) + error)
-    monkeypatch.setitem(sys.modules, "tools.bag_kernel", module)
+    monkeypatch.setitem(sys.modules, "tools.crf.kernel", module)
     with contextlib.nullcontext() if used else pytest.warns(UserWarning, match="without Triton"):
         assert (bags._kernel(torch.device("cpu")) is module.bag_sum) == used
 

@@ -15,7 +15,7 @@ from tools import cli
 def output_of(module, capsys: pytest.CaptureFixture, *flags: object) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["benchmark", *map(str, flags)])
-        cli.run(module.main, module.make_parser())
+        cli.run(module.main, module.make_parser().parse_args())
     return capsys.readouterr().out
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from models import build_model
-from tools.checkpoint import VERSION, check_classes, load_checkpoint, load_model, save_checkpoint
+from models import build_model, load_model
+from tools.checkpoint import VERSION, check_classes, load_checkpoint, save_checkpoint
 from tools.errors import UserError
 
 CPU = torch.device("cpu")

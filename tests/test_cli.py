@@ -14,7 +14,7 @@ from command import DECODER, TRAINING, data_flags, parse, refusal, run
 from PIL import Image
 
 from models import build_model
-from tools import cli
+from tools import cli, devices, options, parallel
 from tools.checkpoint import save_checkpoint
 from tools.errors import UserError
 
@@ -30,7 +30,7 @@ def in_tmp_path(tmp_path, monkeypatch):
 def write_checkpoint(tag: str, kind: str, classes: list[str] = CLASSES, **network) -> Path:
     width = {} if kind == "classifier" else {"decoder_channels": 8}
     model = build_model(kind, architecture="test_resnet", num_classes=len(classes), **width, **network)
-    path = cli.model_path(tag)
+    path = options.model_path(tag)
     save_checkpoint(
         path, config=model.config, model=model.state_dict(), classes=classes, epoch=1, args={"image_size": 64}
     )
@@ -142,7 +142,7 @@ def test_flags_that_contradict_each_other(capsys, folder_root):
 @pytest.mark.parametrize("name", ["tpu", "cuda:x", "cuda:-1", "cuda:999", "", "meta"])
 def test_devices_that_are_none(name):
     with pytest.raises(UserError, match=f"^--device {name}: "):
-        cli.select_device(name)
+        devices.select_device(name)
 
 
 def test_cuda_where_there_is_none(capsys, folder_root, monkeypatch):
@@ -155,13 +155,13 @@ def test_cuda_where_there_is_none(capsys, folder_root, monkeypatch):
 def test_the_automatic_device(monkeypatch, available, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int(available))
-    assert cli.select_device("auto").type == expected
+    assert devices.select_device("auto").type == expected
 
 
 def test_mixed_precision_follows_the_device():
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert cli.autocast_dtype("auto", gpu) is torch.bfloat16 and cli.autocast_dtype("auto", cpu) is None
-    assert cli.autocast_dtype("fp16", gpu) is torch.float16 and cli.autocast_dtype("off", gpu) is None
+    assert devices.autocast_dtype("auto", gpu) is torch.bfloat16 and devices.autocast_dtype("auto", cpu) is None
+    assert devices.autocast_dtype("fp16", gpu) is torch.float16 and devices.autocast_dtype("off", gpu) is None
 
 
 # -- data ----------------------------------------------------------------------------------------------------------
@@ -332,7 +332,7 @@ def test_an_interrupted_run_says_how_to_continue(capsys, monkeypatch):
 
     monkeypatch.setattr(sys, "argv", ["train.py"])
     with pytest.raises(SystemExit) as stop:
-        cli.run(main, cli.Parser("A test."))
+        cli.run(main, cli.Parser("A test.").parse_args([]))
     assert stop.value.code == 130
     assert capsys.readouterr().err == "train.py: interrupted. Run the same command again to continue.\n"
 
@@ -340,7 +340,7 @@ def test_an_interrupted_run_says_how_to_continue(capsys, monkeypatch):
 def test_our_own_faults_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     with pytest.raises(ZeroDivisionError):
-        cli.run(lambda args: 1 / 0, cli.Parser("A test."))
+        cli.run(lambda args: 1 / 0, cli.Parser("A test.").parse_args([]))
 
 
 def test_a_full_gpu_is_answered_with_the_flags_that_help(capsys, monkeypatch):
@@ -352,7 +352,7 @@ def test_a_full_gpu_is_answered_with_the_flags_that_help(capsys, monkeypatch):
     for flag in ("--image_size", "--batch_size", "--accumulate_steps"):
         parser.add_argument(flag)
     with pytest.raises(SystemExit) as stop:
-        cli.run(main, parser)
+        cli.run(main, parser.parse_args([]))
     assert stop.value.code == 2
     message = "Lower --batch_size or --image_size, and raise --accumulate_steps for the same batch.\n"
     assert capsys.readouterr().err == f"train.py: error: the GPU's memory is full. {message}"
@@ -361,7 +361,7 @@ def test_a_full_gpu_is_answered_with_the_flags_that_help(capsys, monkeypatch):
 @pytest.mark.parametrize("length", [1, 10**6], ids=["at the end", "at once"])
 def test_a_reader_that_has_had_enough(length):
     """As `| head`: no traceback."""
-    code = f"from tools import cli; cli.run(lambda args: print('x' * {length}), cli.Parser('A test.'))"
+    code = f"from tools import cli; cli.run(lambda args: print('x' * {length}), cli.Parser('A test.').parse_args([]))"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(cli.__file__).parents[1], **pipes)
     process.stdout.close()
@@ -371,10 +371,10 @@ def test_a_reader_that_has_had_enough(length):
 
 def test_a_mistake_found_under_a_progress_bar_has_a_line_of_its_own(capsys, monkeypatch):
     def main(args):
-        for _ in cli.progress([1, 2], desc="working", unit="image"):
+        for _ in parallel.progress([1, 2], desc="working", unit="image"):
             raise UserError("file.png: unreadable.")
 
     monkeypatch.setattr(sys, "argv", ["train.py"])
     with pytest.raises(SystemExit):
-        cli.run(main, cli.Parser("A test."))
+        cli.run(main, cli.Parser("A test.").parse_args([]))
     assert capsys.readouterr().err.splitlines()[-1] == "train.py: error: file.png: unreadable."

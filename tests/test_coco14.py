@@ -15,7 +15,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from datasets import build_source
-from datasets.coco14 import convert, is_converted, paint
+from datasets.prepare.coco14 import convert, is_converted, paint
 from tools.errors import UserError
 from tools.files import load_mask, read_lines
 

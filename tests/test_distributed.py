@@ -30,7 +30,7 @@ import train_classifier
 import train_csrm
 from datasets import build_loader, build_source
 from models import build_model
-from tools import cli, distributed, training
+from tools import cli, devices, distributed, parallel, training
 from tools.ema import Teacher
 from tools.errors import UserError
 from tools.losses import c2s_loss, cross_entropy, multilabel_loss, s2c_loss, unsupervised_loss
@@ -152,7 +152,7 @@ class Killed(BaseException):
 def work(root: Path, ports: list[int]) -> None:
     """Everything, in one of the two processes that torchrun started; at the end the second one dies."""
     torch.set_num_threads(1)
-    rank = distributed.rank()
+    rank = parallel.rank()
     distributed.start(torch.device("cpu"))
     part = slice(rank, None, WORLD)
     results = {"losses": pixel_losses(part), "contrast": contrast(part), "report": report(root)}
@@ -196,7 +196,7 @@ def kill() -> None:
 def lose_the_second(root: Path) -> None:
     """The second process vanishes in the middle of a training. How the first ends: exit code and stderr, in a file."""
     flags = [*data_flags(root), "--tag", "lost", *RUN, *DECODER]
-    if distributed.rank():
+    if parallel.rank():
         with pytest.MonkeyPatch.context() as patch:
             call_at(patch, 2, lambda: os._exit(3))
             run("train_segmentation", *flags)
@@ -362,7 +362,7 @@ def test_one_process_speaks_and_torch_has_nothing_to_complain_of(two):
 def test_in_a_single_process_nothing_happens():
     x = torch.rand(3, requires_grad=True)
     assert distributed.all_reduce_sum(x) is x and distributed.gather_batch(x) is x
-    assert distributed.share("abc") == "abc" and distributed.is_main()
+    assert parallel.share("abc") == "abc" and parallel.is_main()
     distributed.start(torch.device("cpu"))
     distributed.stop()
     assert distributed.Replica(nn.Linear(1, 1))(lambda a, b: a + b, 1, 2) == 3
@@ -390,7 +390,7 @@ def test_another_process_than_the_first_says_only_what_stopped_it(monkeypatch, c
         parser = cli.Parser("Reads a file.")
         parser.add_argument("file")
         with pytest.raises(SystemExit) as stop:
-            cli.run(main, parser)
+            cli.run(main, parser.parse_args())
         assert stop.value.code == 2 and capsys.readouterr() == ("", expected)
 
 
@@ -407,10 +407,10 @@ def test_a_gpu_for_each_process(monkeypatch, device, message):
     for name in ("LOCAL_RANK", "RANK"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert cli.select_device("cuda") == torch.device("cuda:1")
+    assert devices.select_device("cuda") == torch.device("cuda:1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match=message):
-        cli.select_device(device)
+        devices.select_device(device)
 
 
 def test_a_batch_that_cannot_be_shared():

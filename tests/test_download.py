@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from official import Server, describe, write_tar, write_zip
 
-from datasets import download
-from datasets.download import Archive, check_space, fetch, unpack
+from datasets.prepare import download
+from datasets.prepare.download import Archive, check_space, fetch, unpack
 from tools.errors import UserError
 
 CONTENT = np.random.default_rng(0).integers(0, 256, 3_000_000, dtype=np.uint8).tobytes()

@@ -225,7 +225,7 @@ def test_command_line_ends_with_one_line_and_code_2(data, masks, monkeypatch, ca
     flags = ["--dataset", "folder", "--data-dir", data, "--pred-dir", masks]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
     with pytest.raises(SystemExit) as stop:
-        cli.run(evaluate.main, evaluate.make_parser())
+        cli.run(evaluate.main, evaluate.make_parser().parse_args())
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and "no such prediction" in error

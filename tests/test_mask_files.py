@@ -13,7 +13,7 @@ from segment_anything.utils.amg import mask_to_rle_pytorch
 
 from tests.test_runs import texts
 from tools.errors import UserError
-from tools.mask_files import MaskFiles
+from tools.proposals.files import MaskFiles
 
 SIZE = (9, 14)
 MASKS = np.random.default_rng(0).random((12, *SIZE)) < 0.4

@@ -11,7 +11,7 @@ from segment_anything.utils.amg import mask_to_rle_pytorch
 
 from benchmarks.sam import SHARPENED_THRESHOLDS, build_tiny_sam, sharpen, synthetic_image
 from tools.errors import UserError
-from tools.mask_generator import MaskGenerator, interpolation_matrix, uncompressed_rle
+from tools.proposals.generator import MaskGenerator, interpolation_matrix, uncompressed_rle
 
 SHAPES = [(120, 160), (130, 100), (97, 97)]
 

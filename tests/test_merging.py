@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tools.merging import MODES, ORDERS, merge_masks
+from tools.merging import merge_masks
+from tools.options import MERGE_MODES as MODES
+from tools.options import MERGE_ORDERS as ORDERS
 from tools.proposals import encode
 from tools.runs import Runs
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from tools.errors import UserError
-from tools.optim import OPTIMIZERS, build_optimizer, parameter_groups, poly_schedule
+from tools.optim import build_optimizer, parameter_groups, poly_schedule
+from tools.options import OPTIMIZERS
 
 
 class Network(nn.Module):

@@ -27,8 +27,10 @@ from official import (
 )
 from PIL import Image
 
-from datasets import build_source, deepglobe, download, prepare, verify
-from datasets.sbd import read_mat
+from datasets import build_source, verify
+from datasets.prepare import __main__ as prepare
+from datasets.prepare import deepglobe, download
+from datasets.prepare.sbd import read_mat
 from datasets.verify import Published
 from tools.errors import UserError
 from tools.files import load_mask, read_lines
@@ -77,7 +79,7 @@ def snapshot(root: Path) -> dict[Path, int]:
 
 
 def prepare_and_verify(dataset: str, *flags: object) -> Path:
-    run("datasets.prepare", "--dataset", dataset, "--num_workers", 0, *flags)
+    run("datasets.prepare.__main__", "--dataset", dataset, "--num_workers", 0, *flags)
     run("datasets.verify", "--dataset", dataset, "--num_workers", 0)
     return Path("data") / dataset
 
@@ -136,7 +138,7 @@ def test_without_a_network_archives_are_taken_from_a_folder(voc):
 def test_a_devkit_unpacked_by_the_user_is_used_where_it_is(voc):
     shutil.unpack_archive(voc.folder / "VOCtrainval_11-May-2012.tar", "unpacked", filter="data")
     flags = ["--dataset", "voc12", "--data_dir", "unpacked/VOCdevkit/VOC2012", "--num_workers", "2"]
-    run("datasets.prepare", *flags)
+    run("datasets.prepare.__main__", *flags)
     run("datasets.verify", *flags)
     assert [path for path, _ in voc.asked] == ["/benchmark.tgz"]
 
@@ -160,7 +162,7 @@ def test_a_conversion_that_was_interrupted_goes_on(voc, capsys):
     content = mat.read_bytes()
     mat.write_bytes(content[:100])
     assert "2008_000004.mat: not a readable mask" in refusal(
-        capsys, "datasets.prepare", "--dataset", "voc12", "--num_workers", "2"
+        capsys, "datasets.prepare.__main__", "--dataset", "voc12", "--num_workers", "2"
     )
     assert not mask.exists() and not (lists / "train_aug.txt").exists()
     mat.write_bytes(content)
@@ -221,15 +223,15 @@ def test_deepglobe_unpacked_on_another_disk(tmp_path, monkeypatch):
 
 
 def test_deepglobe_that_is_not_there_is_one_line(capsys):
-    line = refusal(capsys, "datasets.prepare", "--dataset", "deepglobe")
+    line = refusal(capsys, "datasets.prepare.__main__", "--dataset", "deepglobe")
     assert "data/deepglobe/downloads: 0 photographs with a mask" in line
 
 
 def test_mistakes_on_the_way_are_one_line(voc, coco, capsys):
     prepared = ["--num_workers", "0", "--mirror", f"{coco.url}/nowhere"]
-    assert "404" in refusal(capsys, "datasets.prepare", "--dataset", "coco14", *prepared)
+    assert "404" in refusal(capsys, "datasets.prepare.__main__", "--dataset", "coco14", *prepared)
     (coco.folder / "val2014.zip").write_bytes(b"x" * (coco.folder / "val2014.zip").stat().st_size)
-    line = refusal(capsys, "datasets.prepare", "--dataset", "coco14", "--num_workers", "0")
+    line = refusal(capsys, "datasets.prepare.__main__", "--dataset", "coco14", "--num_workers", "0")
     assert "val2014.zip: not the official file: checksum" in line
     assert (Path("data/coco14/train2014")).is_dir() and not Path("data/coco14/val2014").exists()
 

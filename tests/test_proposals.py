@@ -15,7 +15,7 @@ from benchmarks.sam import build_tiny_sam
 from tests.test_runs import paint
 from tools.errors import UserError
 from tools.proposals import SamGenerator, encode, load_proposals, load_sam, save_proposals
-from tools.regions import RegionGenerator, merge_regions
+from tools.proposals.regions import RegionGenerator, merge_regions
 
 
 @pytest.fixture

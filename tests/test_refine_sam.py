@@ -21,7 +21,7 @@ import refine_sam
 from benchmarks.sam import build_tiny_sam
 from datasets.base import voc_palette
 from tests.test_proposals import disc_image
-from tools import cli
+from tools import options
 from tools.errors import UserError
 from tools.files import load_mask, save_mask
 from tools.merging import merge_masks
@@ -164,11 +164,11 @@ def test_a_wrong_shard_exits_with_2(text, capsys):
 
 
 def proposals_folder(backend="regions"):
-    return cli.predictions_dir("t", "train") / f"proposals-{backend}"
+    return options.predictions_dir("t", "train") / f"proposals-{backend}"
 
 
 def refined_folder(name="regions-max_iou_imp2"):
-    return cli.predictions_dir("t", "train") / f"sam-{name}"
+    return options.predictions_dir("t", "train") / f"sam-{name}"
 
 
 def test_killed_at_any_write_the_next_run_ends_with_the_same_bytes(project):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import report
 from datasets import build_source
 from datasets.base import voc_palette
-from tools import report
 from tools.cam import save_cams
 from tools.errors import UserError
 from tools.files import save_json, save_mask

@@ -97,5 +97,5 @@ def test_without_masks_the_report_is_a_picture_sheet_of_what_there_is(tmp_path):
     assert process.returncode == 0 and "evaluate.py" not in called
     report = (tmp_path / "calls.txt").read_text().splitlines()[-1]
     columns = f"CSRM CAM={predictions}-csrm@train_aug/cams:0.4 DeepLabV3+={predictions}-deeplab@train_aug/masks"
-    assert report.startswith("-m tools.report --domain train_aug")
+    assert report.startswith("report.py --domain train_aug")
     assert f" --summary --columns {columns} --dataset" in report

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datasets import build_source
-from datasets.shapes import CLASSES, IGNORE_INDEX, MARKER, draw, generate
-from datasets.shapes_painting import Brush, Canvas, ellipse, hsv, noise, polygon
+from datasets.prepare.shapes import CLASSES, IGNORE_INDEX, MARKER, draw, generate
+from datasets.prepare.shapes_painting import Brush, Canvas, ellipse, hsv, noise, polygon
 from tools.errors import UserError
 
 SMALL = {"num_train": 5, "num_val": 3, "size": 64, "seed": 3}
@@ -105,7 +105,7 @@ def test_a_failed_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def fail(*_: object) -> None:
         raise RuntimeError("out of paint")
 
-    monkeypatch.setattr("datasets.shapes.draw", fail)
+    monkeypatch.setattr("datasets.prepare.shapes.draw", fail)
     with pytest.raises(RuntimeError, match="out of paint"):
         generate(tmp_path / "set", **SMALL, workers=1)
     assert list(tmp_path.iterdir()) == []
@@ -190,9 +190,9 @@ def test_parts_outside_the_picture_change_nothing() -> None:
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     command = ["shapes", "--data-dir", str(tmp_path / "set"), "--num_train", "2", "--num-val", "1", "--size", "48"]
     monkeypatch.setattr(sys, "argv", [*command, "--workers", "1"])
-    runpy.run_module("datasets.shapes", run_name="__main__")
+    runpy.run_module("datasets.prepare.shapes", run_name="__main__")
     assert "2 training and 1 validation images" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", [*command, "--seed", "9"])
     with pytest.raises(SystemExit) as stop:
-        runpy.run_module("datasets.shapes", run_name="__main__")
+        runpy.run_module("datasets.prepare.shapes", run_name="__main__")
     assert stop.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1

@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 
 from datasets import transforms as T
+from tools import maps
 
 
 def sample(height: int, width: int) -> dict[str, torch.Tensor]:
@@ -165,12 +166,12 @@ def test_photometric_strengths_stay_in_range():
 
 def test_normalize_matches_torchvision():
     x = images(5)
-    reference = v2.Normalize(T.IMAGENET_MEAN, T.IMAGENET_STD)(x.float() / 255)
-    torch.testing.assert_close(T.normalize(x), reference, atol=1e-5, rtol=1e-5)
+    reference = v2.Normalize(maps.IMAGENET_MEAN, maps.IMAGENET_STD)(x.float() / 255)
+    torch.testing.assert_close(maps.normalize(x), reference, atol=1e-5, rtol=1e-5)
 
 
 def test_only_uint8_batches_are_accepted():
-    for function in (T.normalize, T.PhotometricAugmentation()):
+    for function in (maps.normalize, T.PhotometricAugmentation()):
         with pytest.raises(AssertionError, match=r"expected uint8 images, got torch\.float32"):
             function(torch.zeros(1, 3, 4, 4))
 
@@ -180,9 +181,9 @@ def test_only_uint8_batches_are_accepted():
 def test_colours_on_a_gpu_match_the_cpu_and_never_wait():
     x, augment = images(6), T.PhotometricAugmentation()
     on_gpu = x.cuda()
-    torch.testing.assert_close(T.normalize(on_gpu).cpu(), T.normalize(x))
+    torch.testing.assert_close(maps.normalize(on_gpu).cpu(), maps.normalize(x))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        T.normalize(augment(on_gpu))
+        maps.normalize(augment(on_gpu))
     finally:
         torch.cuda.set_sync_debug_mode("default")

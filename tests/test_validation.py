@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from datasets import build_source
-from datasets.transforms import normalize
 from tools.cam import cam_labels, multi_scale_cams, scaled_views
+from tools.maps import normalize
 from tools.metrics import ConfusionMatrix, classification_scores, scores
 from tools.validation import validate
 

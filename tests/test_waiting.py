@@ -26,9 +26,12 @@ import train_csrm
 import train_segmentation
 from datasets import transforms
 from models import build_model
-from tools import bags, cli, crf
+from tools import cli, crf, maps, options
+from tools.crf import field
+from tools.crf import sums as bags
 from tools.ema import Teacher
-from tools.priors import METHODS, PriorCriterion
+from tools.options import PRIOR_METHODS
+from tools.priors import PriorCriterion
 
 ROOT = Path(train_csrm.__file__).parent
 GPU = torch.device("cuda")
@@ -59,7 +62,7 @@ class Waits(TorchDispatchMode):
         frame = sys._getframe()
         while frame := frame.f_back:
             path = Path(frame.f_code.co_filename)
-            if path.is_relative_to(ROOT) and path.parent.name in ("tools", "datasets", "models", ROOT.name):
+            if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] not in ("tests", ".venv"):
                 self.places.append(path.relative_to(ROOT).as_posix())
                 return
 
@@ -76,12 +79,12 @@ def _patches(monkeypatch):
 @contextlib.contextmanager
 def fake_gpu() -> Iterator[Waits]:
     """Tensors made in here are fake; says where a GPU would be waited for."""
-    constants = (transforms._imagenet_statistics, crf._grid_kernel)
+    constants = (maps._imagenet_statistics, field._grid_kernel)
     with warnings.catch_warnings(), FakeTensorMode():
         warnings.filterwarnings("ignore", message=".*CUDA is not available")
         for constant in constants:
             constant.cache_clear()
-        transforms.normalize(images(1))  # copies the mean colour to the GPU, once and for all
+        maps.normalize(images(1))  # copies the mean colour to the GPU, once and for all
         with Waits() as waits:
             yield waits
     for constant in constants:
@@ -120,7 +123,7 @@ def images(count: int) -> torch.Tensor:
 def build(kind: str, parser: cli.Parser, *flags: str) -> tuple[argparse.Namespace, nn.Module]:
     """Arguments of a script, and its network on the CPU."""
     args = parser.parse_args(["--tag", "t", *NETWORK, *flags])
-    return args, build_model(kind, num_classes=21, **cli.network_arguments(args))
+    return args, build_model(kind, num_classes=21, **options.network_arguments(args))
 
 
 @pytest.mark.parametrize("epoch", [0, 3])
@@ -148,10 +151,10 @@ def test_csrm(flags, epoch):
     assert len(losses) == (3 if epoch == 0 else 6 if args.w_contra else 5)
     assert all(loss.shape == () and loss.device.type == "cuda" for loss in losses.values())
     # Only for the number of vertices of a lattice: once over positions, once over positions and colours.
-    assert waits.places == ([] if args.c2s_mode == "mp" else ["tools/crf.py"] * 2)
+    assert waits.places == ([] if args.c2s_mode == "mp" else ["tools/crf/lattice.py"] * 2)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PRIOR_METHODS)
 def test_classifier(method):
     """Without torchvision's mixes, which draw on the CPU, where values are real."""
     _, model = build("classifier", train_classifier.make_parser(), "--mode", "fix")
@@ -182,4 +185,4 @@ def test_segmentation():
 def test_a_wait_is_seen():
     with fake_gpu() as waits:
         crf.unary_from_labels(torch.empty(1, 4, 4, dtype=torch.long, device=GPU), torch.tensor([3]), channels=3)
-    assert waits.places == ["tools/crf.py"]
+    assert waits.places == ["tools/crf/field.py"]

@@ -22,13 +22,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from datasets.transforms import fit
 from tools.errors import UserError
 from tools.files import atomic_write
-from tools.losses import resize_maps
-
-PSEUDO_MASK_THRESHOLD = 0.4
-"""Background threshold at which pseudo masks are made, unless inference.py is told another."""
+from tools.maps import fit, resize_maps
 
 _DAMAGED = (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, ImportError)
 _DAMAGED += (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError)

@@ -1,7 +1,7 @@
 """Checkpoints: everything needed to use a model without knowing how it was trained, or to go on training it.
 
     save_checkpoint("experiments/models/a.pth", model=model.state_dict(), config=model.config, classes=classes, epoch=1)
-    model, checkpoint = load_model("experiments/models/a.pth", device, kinds=["classifier", "csrm"])
+    checkpoint = load_checkpoint("experiments/models/a.pth")     # models.load_model makes a network of it
 
 A checkpoint is a dict of plain containers and tensors, read with `weights_only=True`:
 
@@ -19,14 +19,11 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from models import build_model
 from tools.errors import UserError
 from tools.files import atomic_write
 
@@ -57,34 +54,6 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path}: bare weights, not a checkpoint of this project. Use them with --restore when training."
         )
     return content
-
-
-def load_model(path: str | Path, device: torch.device, kinds: Sequence[str]) -> tuple[nn.Module, dict[str, Any]]:
-    """Rebuild the model of a checkpoint, in eval mode on `device`; of CSRM, the teacher.
-
-    Args:
-        path: the checkpoint.
-        device: where the model goes.
-        kinds: those of `models.KINDS` that will do.
-
-    Returns:
-        The model and the whole checkpoint.
-
-    Raises:
-        UserError: see `load_checkpoint`; or a model of another kind; or weights that do not fit the architecture.
-    """
-    checkpoint = load_checkpoint(path)
-    kind = checkpoint["config"]["kind"]
-    if kind not in kinds:
-        raise UserError(f"{path}: a {kind} model, but this needs one of: {', '.join(kinds)}. Pass another checkpoint.")
-    model = build_model(**{**checkpoint["config"], "weights": "none"})
-    try:
-        model.load_state_dict(checkpoint.get("teacher", checkpoint["model"]))
-    except RuntimeError as error:
-        raise UserError(
-            f"{path}: its weights do not fit its architecture. The file is damaged; train again."
-        ) from error
-    return model.to(device).eval(), checkpoint
 
 
 def fingerprint(path: str | Path) -> str:

@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc_per_node 4 train_csrm.py --tag csrm ...
 
-    device = cli.select_device(args.device)     # the GPU of this process
+    device = select_device(args.device)     # the GPU of this process
     distributed.start(device)                   # joins the others
     losses = Replica(model)(step, batch)        # gradients are averaged over the processes during backward()
 
@@ -19,9 +19,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import os
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,49 +28,12 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tools.parallel import world_size
+
 TIMEOUT = datetime.timedelta(minutes=10)
 """How long a process waits for the others before it ends with an error. A process that died is noticed at once where
 torchrun or gloo see it; this is for one that hangs. The longest honest wait is for the first process to save a
 checkpoint."""
-
-Item = TypeVar("Item")
-
-
-def rank() -> int:
-    """Number of this process among all, from torchrun; 0 in a single one."""
-    return int(os.environ.get("RANK", 0))
-
-
-def local_rank() -> int:
-    """Number of this process among those of this machine: also that of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
-def world_size() -> int:
-    """Number of processes."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def local_world_size() -> int:
-    """Number of processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def is_main() -> bool:
-    """Whether this is the process that speaks, and writes checkpoints and logs."""
-    return rank() == 0
-
-
-def share(items: Sequence[Item], pending: Iterable[Item] | None = None) -> Sequence[Item]:
-    """This process's part of a job: every `world_size()`-th item; of these only the `pending` ones, if they are given.
-
-    What is pending shrinks while processes start, so it is `items` that are dealt out. Needs no `start`.
-    """
-    mine = items[rank() :: world_size()]
-    if pending is None:
-        return mine
-    todo = set(pending)
-    return [item for item in mine if item in todo]
 
 
 def start(device: torch.device) -> None:

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from tools.distributed import all_reduce_sum, gather_batch, world_size
-
-IGNORE_INDEX = 255
+from tools.distributed import all_reduce_sum, gather_batch
+from tools.maps import IGNORE_INDEX, resize_maps
+from tools.parallel import world_size
 
 CHUNK_VALUES = 2**25
 """Most values of a full-size map that is held at once (128 MB in float32), unless a single image has more."""
@@ -148,14 +148,6 @@ def chunks(images: int, channels: int, size: tuple[int, int]) -> Iterator[slice]
     """Slices of a batch of `images`, such that maps of `size` stay within `CHUNK_VALUES`."""
     step = max(1, CHUNK_VALUES // (channels * size[0] * size[1]))
     return (slice(start, start + step) for start in range(0, images, step))
-
-
-def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize float maps [B, C, h, w] to (H, W), in float32: bilinear, corners aligned, as everywhere in this method."""
-    maps = maps.float()
-    if maps.shape[-2:] == tuple(size):
-        return maps
-    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=True)
 
 
 def entropy(logits: Tensor, size: tuple[int, int] | None = None) -> Tensor:

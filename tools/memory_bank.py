@@ -21,8 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tools.distributed import all_reduce_sum, gather_batch, world_size
-from tools.losses import IGNORE_INDEX, masked_percentile
+from tools.distributed import all_reduce_sum, gather_batch
+from tools.losses import masked_percentile
+from tools.maps import IGNORE_INDEX
+from tools.parallel import world_size
 
 
 class MemoryBank(nn.Module):

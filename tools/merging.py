@@ -8,25 +8,19 @@ one class of the pseudo mask takes that class:
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import numpy as np
 
+from tools.maps import IGNORE_INDEX
+from tools.options import MERGE_MODES, MERGE_ORDERS
 from tools.runs import Runs, Stretches
-
-Mode = Literal["max_iou", "max_iou_imp", "max_iou_imp2"]
-Order = Literal["class", "largest_overlap"]
-MODES: tuple[str, ...] = get_args(Mode)
-ORDERS: tuple[str, ...] = get_args(Order)
-IGNORE = 255
 
 
 def merge_masks(
     pseudo_mask: np.ndarray,
     masks: np.ndarray | Runs,
-    mode: Mode = "max_iou_imp2",
+    mode: str = "max_iou_imp2",
     *,
-    order: Order = "class",
+    order: str = "class",
     inside_threshold: float = 0.5,
     recall_threshold: float = 0.85,
     keep_ignore: bool = False,
@@ -51,15 +45,15 @@ def merge_masks(
     Returns:
         uint8 HxW, class indices.
     """
-    assert mode in MODES, f"mode is {mode!r}, not one of {MODES}"
-    assert order in ORDERS, f"order is {order!r}, not one of {ORDERS}"
+    assert mode in MERGE_MODES, f"mode is {mode!r}, not one of {MERGE_MODES}"
+    assert order in MERGE_ORDERS, f"order is {order!r}, not one of {MERGE_ORDERS}"
     size = masks.size if isinstance(masks, Runs) else masks.shape[1:]
     assert size == pseudo_mask.shape, f"masks of {size} on a pseudo mask of {pseudo_mask.shape}"
     runs = masks if isinstance(masks, Runs) else Runs.from_masks(masks)
     pixels = runs.flatten(pseudo_mask)
     labels = Stretches.of(pixels)
     areas = labels.areas()
-    areas[[0, IGNORE]] = 0
+    areas[[0, IGNORE_INDEX]] = 0
     classes = np.flatnonzero(areas).astype(np.uint8)
     overlaps = runs.overlaps(labels, classes)
     wanted = overlaps / np.maximum(runs.areas(), 1)[:, None] > inside_threshold
@@ -79,5 +73,5 @@ def merge_masks(
         # Of classes that overlap the later one stays, and it has the larger index.
         np.maximum(refined, claim * class_index, out=refined)
     if keep_ignore:
-        refined[(refined == 0) & (pixels == IGNORE)] = IGNORE
+        refined[(refined == 0) & (pixels == IGNORE_INDEX)] = IGNORE_INDEX
     return runs.unflatten(refined)

@@ -23,7 +23,7 @@ import dataclasses
 import numpy as np
 import torch
 
-IGNORE_INDEX = 255
+from tools.maps import IGNORE_INDEX
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,8 +19,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from tools.errors import UserError
-
-OPTIMIZERS = ("sgd", "momentum", "adamw", "lion")
+from tools.options import OPTIMIZERS
 
 
 def parameter_groups(
@@ -60,7 +59,7 @@ def build_optimizer(
     alpha_scratch: float = 10.0,
     alpha_bias: float = 1.0,
 ) -> torch.optim.Optimizer:
-    """The optimiser `name`, one of `OPTIMIZERS`, over `parameter_groups`; one pass over memory per step (not "lion").
+    """The optimiser `name` (`tools.options.OPTIMIZERS`) over `parameter_groups`, fused where PyTorch can (not "lion").
 
     "momentum" is "sgd" with classical momentum whatever `nesterov` says. "adamw" and "lion" use neither of the two.
 

@@ -1,7 +1,9 @@
-"""Many independent jobs on the processor's cores, with a progress bar.
+"""Work shared out: over the processes of torchrun, over helper processes of this one; with a progress bar.
 
-for result in run_jobs(functools.partial(convert, palette), paths, workers=8, name="masks", unit="image"):
-    ...
+    for image_id in progress(share(ids), desc="inference", unit="image"):      # this process's part
+    for result in run_jobs(functools.partial(convert, palette), paths, workers=8, name="masks", unit="image"):
+
+torchrun tells a process by environment variables which of how many it is.
 """
 
 from __future__ import annotations
@@ -10,14 +12,64 @@ import contextlib
 import functools
 import multiprocessing
 import multiprocessing.pool
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import cv2
+from tqdm import tqdm
 
-from tools import cli
+Item = TypeVar("Item")
 
 CHUNK = 16  # jobs handed to a worker at a time
+
+
+def rank() -> int:
+    """Number of this process among all, from torchrun; 0 in a single one."""
+    return int(os.environ.get("RANK", 0))
+
+
+def local_rank() -> int:
+    """Number of this process among those of this machine: also that of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_world_size() -> int:
+    """Number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def is_main() -> bool:
+    """Whether this is the process that speaks, and writes checkpoints and logs."""
+    return rank() == 0
+
+
+def share(items: Sequence[Item], pending: Iterable[Item] | None = None) -> Sequence[Item]:
+    """This process's part of a job: every `world_size()`-th item; of these only the `pending` ones, if they are given.
+
+    What is pending shrinks while processes start, so it is `items` that are dealt out.
+    """
+    mine = items[rank() :: world_size()]
+    if pending is None:
+        return mine
+    todo = set(pending)
+    return [item for item in mine if item in todo]
+
+
+def progress(items: Iterable, *, desc: str, unit: str, total: int | None = None, **options: object) -> tqdm:
+    """A progress bar with rate and ETA; into a log file it writes a line a minute instead of redrawing.
+
+    Of several processes only the first shows one.
+    """
+    interval = 0.5 if sys.stderr.isatty() else 60
+    intervals = {"mininterval": interval, "maxinterval": interval, "disable": not is_main()}
+    return tqdm(items, desc=desc, unit=unit, total=total, smoothing=0.1, **intervals, **options)
 
 
 def run_jobs(work: Callable[[Any], Any], jobs: Sequence, workers: int, name: str, unit: str) -> Iterator:
@@ -25,13 +77,13 @@ def run_jobs(work: Callable[[Any], Any], jobs: Sequence, workers: int, name: str
 
     `work` is sent to each process once, so it may be a `functools.partial` that holds a whole dataset.
     """
-    progress = functools.partial(cli.progress, total=len(jobs), desc=name, unit=unit)
+    bar = functools.partial(progress, total=len(jobs), desc=name, unit=unit)
     workers = min(workers, len(jobs))
     if workers == 0:
-        yield from progress(map(work, jobs))
+        yield from bar(map(work, jobs))
         return
     with process_pool(workers, _start, work) as pool:
-        yield from progress(pool.imap(_call, jobs, chunksize=max(1, min(CHUNK, len(jobs) // (4 * workers)))))
+        yield from bar(pool.imap(_call, jobs, chunksize=max(1, min(CHUNK, len(jobs) // (4 * workers)))))
 
 
 @contextlib.contextmanager

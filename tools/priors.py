@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tools import cli, distributed
-from tools.losses import multilabel_loss, resize_maps
+from tools import devices, distributed, options
+from tools.losses import multilabel_loss
+from tools.maps import resize_maps
 from tools.optim import build_optimizer, poly_schedule
-
-METHODS = ("vanilla", "puzzle", "poc", "pnoc")
+from tools.options import PRIOR_METHODS
 
 
 @dataclass
@@ -45,14 +45,14 @@ class PriorCriterion:
     """L = L_c + L_p + w_re L_re + w_oc L_oc, as far as the method goes. One method per loss; each returns a scalar.
 
     Args:
-        method: one of `METHODS`.
+        method: one of `tools.options.PRIOR_METHODS`.
         label_smoothing: of every classification loss.
         w_re: weight of L_re from the middle of the training on.
         ordinary: the ordinary classifier of poc and pnoc; only looked through, never changed here.
     """
 
     def __init__(self, method: str, *, label_smoothing: float, w_re: float, ordinary: nn.Module | None = None) -> None:
-        assert method in METHODS, f"method must be one of {METHODS}, got {method!r}"
+        assert method in PRIOR_METHODS, f"method must be one of {PRIOR_METHODS}, got {method!r}"
         assert (ordinary is not None) == (method in ("poc", "pnoc")), f"{method}: ordinary classifier {ordinary}"
         self.method, self.label_smoothing, self.w_re, self.ordinary = method, label_smoothing, w_re, ordinary
 
@@ -97,7 +97,7 @@ class Opponent:
 
     Args:
         model: the ordinary classifier, trained in place; always in evaluation mode, as its batch norm is frozen.
-        args: the flags of `cli.add_optimization`; the CAM network's apply.
+        args: the flags of `options.add_optimization`; the CAM network's apply.
         steps_per_epoch: batches per epoch.
     """
 
@@ -105,11 +105,11 @@ class Opponent:
         self.model, self.args = model.eval(), args
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.replica = distributed.Replica(model)
-        self.optimizer = build_optimizer(model, **cli.optimizer_arguments(args))
+        self.optimizer = build_optimizer(model, **options.optimizer_arguments(args))
         updates = -(-steps_per_epoch // args.accumulate_steps) * args.max_epoch
         self.schedule = poly_schedule(self.optimizer, updates, args.lr_poly_power)
         device = next(model.parameters()).device
-        is_scaled = cli.autocast_dtype(args.mixed_precision, device) == torch.float16
+        is_scaled = devices.autocast_dtype(args.mixed_precision, device) == torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=is_scaled)
         self._learn(False)
 

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tools.crf import CAM_SETTINGS, mean_field, unary_from_labels
-from tools.losses import IGNORE_INDEX, chunks, resize_maps
+from tools.losses import chunks
+from tools.maps import IGNORE_INDEX, resize_maps
 
 
 @torch.no_grad()
@@ -45,7 +46,7 @@ def reliable_cam_labels(
             maps are less work.
         crf_iterations: mean-field updates; 0 leaves the CRF out.
         gt_prob: confidence of the CRF in the thresholded CAMs.
-        backend: of the CRF (`tools.crf.BACKENDS`).
+        backend: of the CRF (`tools.options.CRF_BACKENDS`).
 
     Returns:
         int64 [B, H, W]: 0 background, 1..K classes, 255 ignore.

@@ -18,7 +18,7 @@ import contextlib
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,9 +27,9 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from datasets import DatasetInfo, Loader
-from tools import cli, distributed
+from tools import distributed, options, parallel
 from tools.checkpoint import check_classes, load_checkpoint, save_checkpoint
+from tools.devices import autocast_dtype
 from tools.errors import UserError
 from tools.files import check_writable
 from tools.optim import build_optimizer, poly_schedule
@@ -49,8 +49,8 @@ class Trainer:
 
     Args:
         model: trained in place; has `config` and `scratch_modules()`.
-        args: the script's flags (see `cli.add_common`, `cli.add_optimization`).
-        info: of the dataset; its class names go into the checkpoint.
+        args: the script's flags (see `options.add_common`, `options.add_optimization`).
+        classes: their names, background first; they go into the checkpoint.
         device: where the model lies.
         steps_per_epoch: batches per epoch.
         loaders: how many loaders of `--batch_size` images a batch comes from; for the speed reported.
@@ -63,7 +63,7 @@ class Trainer:
         self,
         model: nn.Module,
         args: argparse.Namespace,
-        info: DatasetInfo,
+        classes: Sequence[str],
         *,
         device: torch.device,
         steps_per_epoch: int,
@@ -71,7 +71,7 @@ class Trainer:
         partial: bool = False,
         companions: dict[str, Any] | None = None,
     ) -> None:
-        self.model, self.args, self.info, self.device = model, args, info, device
+        self.model, self.args, self.classes, self.device = model, args, tuple(classes), device
         self.steps_per_epoch, self.images_per_step = steps_per_epoch, loaders * args.batch_size
         self.companions = companions or {}
         if args.compile:  # the teacher too
@@ -79,12 +79,12 @@ class Trainer:
                 if isinstance(module, nn.Module):
                     module.compile()
         self.replica = distributed.Replica(model, partial=partial)
-        self.optimizer = build_optimizer(model, **cli.optimizer_arguments(args))
+        self.optimizer = build_optimizer(model, **options.optimizer_arguments(args))
         self.updates_per_epoch = -(-steps_per_epoch // args.accumulate_steps)
         self.schedule = poly_schedule(self.optimizer, self.updates_per_epoch * args.max_epoch, args.lr_poly_power)
-        self.dtype = cli.autocast_dtype(args.mixed_precision, device)
+        self.dtype = autocast_dtype(args.mixed_precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.path = cli.model_path(args.tag)
+        self.path = options.model_path(args.tag)
         self.step = self.batch = 0
         self.sums: dict[str, torch.Tensor] = {}
 
@@ -93,24 +93,24 @@ class Trainer:
         """Yield the index of each epoch still to do, with all generators seeded; save after each."""
         check_writable(self.path.parent)
         first = self._resume()
-        if distributed.all_reduce_sum(torch.tensor(first, device=self.device)) != first * distributed.world_size():
+        if distributed.all_reduce_sum(torch.tensor(first, device=self.device)) != first * parallel.world_size():
             raise UserError(f"{self.path}: not the same file in all processes. Run them in one shared folder.")
         if first == self.args.max_epoch:
             print(f"{self.path}: already trained; nothing to do. Choose another --tag, or delete it to train again.")
             return
-        logs = check_writable(cli.EXPERIMENTS / "logs" / self.args.tag)
-        self.writer = SummaryWriter(logs, purge_step=first + 1) if distributed.is_main() else None
+        logs = check_writable(options.EXPERIMENTS / "logs" / self.args.tag)
+        self.writer = SummaryWriter(logs, purge_step=first + 1) if parallel.is_main() else None
         for epoch in range(first, self.args.max_epoch):
-            seed_everything(self.args.seed, epoch + 1, distributed.rank())
+            seed_everything(self.args.seed, epoch + 1, parallel.rank())
             self.model.train()
             yield epoch
-            if distributed.is_main():
+            if parallel.is_main():
                 self._save(epoch + 1)
         if self.writer:
             self.writer.close()
         print(f"Model: {self.path}")
 
-    def fit(self, loader: Loader, step: Callable[[dict], dict[str, torch.Tensor]]) -> Iterator[int]:
+    def fit(self, loader: Any, step: Callable[[dict], dict[str, torch.Tensor]]) -> Iterator[int]:
         """The loop of a script with one loader: `step` turns a batch into losses. Yields each epoch at its end."""
         for epoch in self.epochs():
             loader.set_epoch(epoch)
@@ -122,7 +122,7 @@ class Trainer:
         """Yield the batches of an epoch under a progress bar; then log the mean losses and the speed."""
         self.sums, self.batch, start = {}, 0, time.perf_counter()
         title = f"epoch {epoch + 1}/{self.args.max_epoch}"
-        bar = cli.progress(batches, desc=title, unit="step", total=self.steps_per_epoch)
+        bar = parallel.progress(batches, desc=title, unit="step", total=self.steps_per_epoch)
         every = max(1, self.steps_per_epoch // 20)
         for batch in bar:
             yield batch
@@ -141,7 +141,7 @@ class Trainer:
         Raises:
             UserError: one is not finite. Asked here, where the losses have come to the host, not in every step.
         """
-        batches = max(1, self.batch) * distributed.world_size()
+        batches = max(1, self.batch) * parallel.world_size()
         sums = {name: distributed.all_reduce_sum(total) for name, total in self.sums.items()}
         means = {name: total.item() / batches for name, total in sums.items()}
         if not all(math.isfinite(mean) for mean in means.values()):
@@ -207,7 +207,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "classes": list(self.info.classes),
+            "classes": list(self.classes),
             "args": {name: _plain(value) for name, value in vars(self.args).items()},
             "epoch": epoch,
             "max_epoch": self.args.max_epoch,
@@ -221,7 +221,7 @@ class Trainer:
         if not self.path.exists():
             return 0
         checkpoint = load_checkpoint(self.path)
-        check_classes(checkpoint, self.info.classes, self.path)
+        check_classes(checkpoint, self.classes, self.path)
         self._check_same_run(checkpoint)
         if checkpoint["epoch"] == self.args.max_epoch:
             return self.args.max_epoch

@@ -6,21 +6,22 @@ validate(model, source, "val", device, 512)   # {"valid/miou_cam": 41.2, ..., "v
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
 
-from datasets import DataSource
-from datasets.transforms import normalize
-from tools import cli, distributed
-from tools.cam import PSEUDO_MASK_THRESHOLD, multi_scale_cams, scaled_views
-from tools.losses import resize_maps
+from tools import distributed, parallel
+from tools.cam import multi_scale_cams, scaled_views
+from tools.maps import normalize, resize_maps
 from tools.metrics import ConfusionMatrix, ThresholdSweep, classification_scores, scores, threshold_range
+from tools.options import PSEUDO_MASK_THRESHOLD
 
 THRESHOLDS = threshold_range(0.05, 0.80, 0.05)
 
 
-def check_domain(source: DataSource, domain: str) -> None:
+def check_domain(source: Any, domain: str) -> None:
     """Prove that `validate` will find its ids and masks, before an epoch is trained. '' stands for no validation.
 
     Raises:
@@ -31,9 +32,7 @@ def check_domain(source: DataSource, domain: str) -> None:
 
 
 @torch.inference_mode()
-def validate(
-    model: nn.Module, source: DataSource, domain: str, device: torch.device, long_side: int
-) -> dict[str, float]:
+def validate(model: nn.Module, source: Any, domain: str, device: torch.device, long_side: int) -> dict[str, float]:
     """Quality in per cent, at one scale, of what the model gives on `domain`; longer images are reduced to `long_side`.
 
     CAMs are restricted to the image's labels, as pseudo masks are; their mean IoU is reported at the best background
@@ -46,7 +45,7 @@ def validate(
     sweep, matrix = ThresholdSweep(classes, THRESHOLDS), ConfusionMatrix(classes)
     logits = torch.zeros(len(ids), classes - 1)
     seen = torch.zeros(2)  # images with CAMs, with segmentation logits
-    for index in cli.progress(distributed.share(range(len(ids))), desc=f"validating on {domain}", unit="image"):
+    for index in parallel.progress(parallel.share(range(len(ids))), desc=f"validating on {domain}", unit="image"):
         image_id = ids[index]
         image = normalize(source.photograph(image_id).to(device))
         (view,) = scaled_views(image, [1], long_side)

@@ -1,4 +1,4 @@
-"""The Triton kernel behind `tools.bags` on GPUs, which alone imports this file: Triton is not everywhere."""
+"""The Triton kernel behind `tools.crf.sums` on GPUs, which alone imports this file: Triton is not everywhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TILE = 512
 
 
 def bag_sum(rows: Tensor, index: Tensor, weights: Tensor, starts: Tensor | None, base: Tensor | None) -> Tensor:
-    """`tools.bags.Bags(index, weights, starts)(rows, base)`; all tensors contiguous."""
+    """`tools.crf.sums.Bags(index, weights, starts)(rows, base)`; all tensors contiguous."""
     width = rows.shape[1]
     bags, length = index.shape if starts is None else (len(starts) - 1, 0)
     sums = rows.new_empty(bags, width)

@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from datasets import coco14, deepglobe, sbd
-from datasets.download import Archive, fetch, unpack
+from datasets.prepare import coco14, deepglobe, sbd
+from datasets.prepare.download import Archive, fetch, unpack
 from datasets.voc12 import find_devkit
-from tools import cli
+from tools import cli, options
 
 VOC12 = Archive(
     name="VOCtrainval_11-May-2012.tar",
@@ -77,13 +77,13 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--data_dir", type=Path, help="where to (default: data/DATASET)")
     parser.add_argument("--download_dir", type=Path, help="folder of the archives (default: DATA_DIR/downloads)")
     parser.add_argument("--mirror", metavar="URL", help="address that serves files of the same names")
-    cli.add_workers(parser)
+    options.add_workers(parser)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     """Make the dataset complete and say where it is."""
-    data_dir = cli.data_dir(args)
+    data_dir = options.data_dir(args)
     downloads = args.download_dir or data_dir / "downloads"
     PREPARE[args.dataset](data_dir, downloads, args.mirror, args.num_workers)
     print(f"{data_dir}: ready. Next: python -m datasets.verify --dataset {args.dataset} --data_dir {data_dir}")
@@ -142,4 +142,4 @@ def provide(archive: Archive, target: Path, downloads: Path, mirror: str | None)
 PREPARE = {"voc12": prepare_voc12, "coco14": prepare_coco14, "deepglobe": prepare_deepglobe}
 
 if __name__ == "__main__":
-    cli.run(main, make_parser())
+    cli.run(main, make_parser().parse_args())

@@ -1,8 +1,8 @@
 """A synthetic, photo-like data set in the PASCAL VOC layout, for the demo and for tests that need pixels to learn from.
 
-    python -m datasets.shapes --data_dir data/shapes --num_train 800 --num_val 200
+    python -m datasets.prepare.shapes --data_dir data/shapes --num_train 800 --num_val 200
 
-    from datasets.shapes import generate
+    from datasets.prepare.shapes import generate
     generate("data/shapes", num_train=800, num_val=200, size=128, seed=0)
 
 It keeps what makes weak supervision hard on photographs. Objects have a telling part (sail, wheels, head, roof) and a
@@ -28,13 +28,16 @@ import cv2
 import numpy as np
 
 from datasets.base import voc_palette
-from datasets.shapes_motifs import KINDS, SCENES, occlude
-from datasets.shapes_painting import Brush, Canvas, ellipse
+from datasets.prepare.shapes_motifs import KINDS, SCENES, occlude
+from datasets.prepare.shapes_painting import Brush, Canvas, ellipse
+from datasets.voc12 import SHAPES_CLASSES
+from tools import cli
 from tools.errors import UserError
 from tools.files import check_writable, save_json, save_mask
 from tools.parallel import process_pool
 
 CLASSES = ("background", *KINDS)
+assert CLASSES == SHAPES_CLASSES, "the reader and the generator name other classes"
 IGNORE_INDEX = 255
 MARKER = "generator.json"  # parameters of a complete set, the last file written
 VERSION = 5  # raised whenever the same seed no longer gives the same bytes
@@ -352,8 +355,6 @@ def _main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    from tools import cli  # not above: it imports the package this module belongs to
-
     parser = cli.Parser(__doc__)
     parser.add_argument("--data_dir", type=Path, required=True, help="folder to make")
     parser.add_argument("--num_train", type=int, default=NUM_TRAIN, help="training images")
@@ -361,4 +362,4 @@ if __name__ == "__main__":
     parser.add_argument("--size", type=int, default=SIZE, help="longer side of the images, pixels")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes")
     parser.add_argument("--workers", type=cli.positive_int, default=os.cpu_count() or 1, help="processes")
-    cli.run(_main, parser)
+    cli.run(_main, parser.parse_args())

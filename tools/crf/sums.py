@@ -6,7 +6,7 @@
     sums = bags(rows, base)                # added to float32 [B,L]
 
 The dense CRF filters rows of 3 to 20 numbers. PyTorch's kernel for GPUs gives each list a warp, of which only as many
-threads work as a row has numbers, one entry after the other. Here a Triton kernel (`tools.bag_kernel`), where Triton
+threads work as a row has numbers, one entry after the other. Here a Triton kernel (`tools.crf.kernel`), where Triton
 works, takes many lists at once. Both add up in the order of the list, so results repeat.
 """
 
@@ -79,7 +79,7 @@ def _kernel(device: torch.device) -> Callable[..., Tensor]:
     Triton needs a C compiler for its launcher, and supports only some GPUs; it says so with exceptions of many types.
     """
     try:
-        from tools.bag_kernel import bag_sum
+        from tools.crf.kernel import bag_sum
 
         rows = torch.linspace(0, 1, 70, device=device).view(10, 7)
         index = torch.arange(96, dtype=torch.int32, device=device) % 10

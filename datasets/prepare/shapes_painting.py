@@ -1,4 +1,4 @@
-"""A small painter of textured, shaded, anti-aliased parts, for `datasets.shapes`.
+"""A small painter of textured, shaded, anti-aliased parts, for `datasets.prepare.shapes`.
 
     canvas = Canvas(np.zeros((240, 256, 3), np.float32), np.random.default_rng(0))
     brush = Brush(canvas, np.float32([[100, 0, 128], [0, 100, 120]]))  # 100 pixels per unit, origin in the middle

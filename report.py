@@ -1,6 +1,6 @@
 """What a whole run came to: a table of mIoU per stage, `summary.json`, and a picture sheet, `gallery.png`.
 
-    python -m tools.report --dataset shapes --domain train val --output_dir experiments/demo \\
+    python report.py --dataset shapes --domain train val --output_dir experiments/demo \\
         --summary prior_cam=prior.json csrm_cam=csrm.json segmentation_val=val.json \\
         --columns "CAM prior=experiments/predictions/prior@train/cams:0.25" \\
                   "Refined=experiments/predictions/sam-csrm@train" \\
@@ -24,27 +24,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont
-
-from datasets import build_source
-from datasets.base import DatasetInfo, DataSource
-from tools import cli
-from tools.cam import cam_labels, load_cams
+from tools import cli, options
 from tools.errors import UserError
-from tools.files import atomic_write, check_writable, load_mask, save_json
-
-CELL = 224  # pixels: width of a picture, and the greatest height of one
-OVERLAY_SIDE = 1280
-GAP, MARGIN, LINE = 6, 18, 26
-PAPER, INK, FAINT, EMPTY = (255, 255, 255), (28, 28, 30), (120, 120, 126), (226, 226, 229)
-CAM_THRESHOLD = 0.4  # the pseudo masks' own default
 
 
 def make_parser() -> cli.Parser:
     """The command line of this module."""
     parser = cli.Parser(__doc__)
-    group = cli.add_dataset(parser)
+    group = options.add_dataset(parser)
     group.add_argument("--domain", nargs="+", default=["train"], help="splits the pictures are from, a block for each")
     group.add_argument("--num_images", type=cli.positive_int, default=6, help="pictures per split")
     group = parser.add_argument_group("report")
@@ -55,9 +42,24 @@ def make_parser() -> cli.Parser:
         nargs="+",
         default=[],
         metavar="TITLE=DIR[:THRESHOLD]",
-        help=f"masks or CAM files to show; CAMs without a threshold are cut at {CAM_THRESHOLD}",
+        help=f"masks or CAM files to show; CAMs without a threshold are cut at {options.PSEUDO_MASK_THRESHOLD}",
     )
     return parser
+
+
+if __name__ == "__main__":
+    ARGS = make_parser().parse_args()  # before PyTorch is imported: --help and mistakes answer at once
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from datasets import build_source
+from datasets.base import DataSource
+from tools.cam import cam_labels, load_cams
+from tools.drawing import EMPTY, FAINT, GAP, INK, LINE, MARGIN, PAPER, font, legend, overlay, stack
+from tools.files import atomic_write, check_writable, load_mask, save_json
+
+CELL = 224  # pixels: width of a picture, and the greatest height of one
 
 
 def main(args: argparse.Namespace) -> None:
@@ -70,7 +72,7 @@ def main(args: argparse.Namespace) -> None:
         save_json(args.output_dir / "summary.json", {name: round(s["miou"], 2) for name, s in stages.items()})
         print(f"\nSummary: {args.output_dir / 'summary.json'}")
     if columns:
-        source = build_source(args.dataset, cli.data_dir(args))
+        source = build_source(args.dataset, options.data_dir(args))
         shown = {domain: complete(source.ids(domain), columns) for domain in args.domain}
         blocks = {domain: pick_images(source, ids, args.num_images) for domain, ids in shown.items()}
         sheet = gallery(source, blocks, columns)
@@ -159,7 +161,7 @@ def parse_columns(texts: Sequence[str]) -> list[Column]:
         name, threshold = re.fullmatch(r"(.+?)(?::(\d*\.?\d+))?", place).groups()
         if not Path(name).is_dir():
             raise UserError(f"{name}: no such folder (column '{title}').")
-        folders.setdefault(title, []).append((Path(name), float(threshold or CAM_THRESHOLD)))
+        folders.setdefault(title, []).append((Path(name), float(threshold or options.PSEUDO_MASK_THRESHOLD)))
     return [Column(title, tuple(places)) for title, places in folders.items()]
 
 
@@ -206,8 +208,8 @@ def gallery(source: DataSource, blocks: dict[str, Sequence[str]], columns: Seque
             parts.append(_heading(heading, width))
         parts += [_row(source.image(i), row[first:], source.info.palette, width) for i, row in block]
     seen = {int(value) for row in masks for mask in row if mask is not None for value in np.unique(mask)}
-    parts.append(_legend(source.info, sorted(seen), width))
-    return _stack(parts, width)
+    parts.append(legend(source.info, sorted(seen), width))
+    return stack(parts, width)
 
 
 def row_masks(source: DataSource, columns: Sequence[Column], image_id: str) -> list[np.ndarray | None]:
@@ -228,35 +230,6 @@ def row_masks(source: DataSource, columns: Sequence[Column], image_id: str) -> l
     return masks
 
 
-def overlay(image: np.ndarray, mask: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """Paint classes over a pale grey copy of the photograph: background stays grey, ignored pixels become white.
-
-    Args:
-        image: uint8 RGB [H, W, 3].
-        mask: uint8 [H, W], 0 background, 255 ignored.
-        palette: uint8 [256, 3].
-
-    Returns:
-        uint8 RGB [H, W, 3].
-    """
-    grey = image.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
-    paper = np.repeat((0.55 * grey + 70)[..., None], 3, axis=2)
-    colours = palette.astype(np.float32).copy()
-    colours[255] = 255
-    opacity = np.where(mask == 0, 0.0, 0.72)[..., None]
-    return (opacity * colours[mask] + (1 - opacity) * paper).clip(0, 255).astype(np.uint8)
-
-
-def save_overlay(path: Path, image: np.ndarray, mask: np.ndarray, info: DatasetInfo) -> None:
-    """Write `overlay`, at most `OVERLAY_SIDE` pixels long, with the legend of its classes below, as a JPEG."""
-    painted = Image.fromarray(overlay(image, mask, info.palette))
-    painted.thumbnail((OVERLAY_SIDE, OVERLAY_SIDE))
-    parts = [painted, _legend(info, np.unique(mask).tolist(), painted.width)]
-    sheet = _stack(parts, painted.width, margin=0)
-    with atomic_write(path) as temporary:
-        sheet.save(temporary, format="JPEG", quality=92)
-
-
 def _row(image: np.ndarray, masks: Sequence[np.ndarray | None], palette: np.ndarray, width: int) -> Image.Image:
     """One photograph and its masks, side by side; a grey cell for every mask that is missing."""
     height, image_width = image.shape[:2]
@@ -273,16 +246,12 @@ def _row(image: np.ndarray, masks: Sequence[np.ndarray | None], palette: np.ndar
     return row
 
 
-def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size=size)
-
-
 def _titles(titles: Sequence[str], width: int) -> Image.Image:
     """Each title centred over its column."""
     line = Image.new("RGB", (width, LINE + GAP), PAPER)
     for index, title in enumerate(titles):
         centre = MARGIN + index * (CELL + GAP) + CELL // 2
-        ImageDraw.Draw(line).text((centre, LINE // 2), title, fill=INK, font=_font(17), anchor="mm")
+        ImageDraw.Draw(line).text((centre, LINE // 2), title, fill=INK, font=font(17), anchor="mm")
     return line
 
 
@@ -290,39 +259,10 @@ def _heading(text: str, width: int) -> Image.Image:
     """The name of a block over a thin rule."""
     line = Image.new("RGB", (width, LINE + GAP), PAPER)
     draw = ImageDraw.Draw(line)
-    draw.text((MARGIN, LINE // 2), text, fill=FAINT, font=_font(15), anchor="lm")
+    draw.text((MARGIN, LINE // 2), text, fill=FAINT, font=font(15), anchor="lm")
     draw.line((MARGIN, LINE - 1, width - MARGIN, LINE - 1), fill=EMPTY)
     return line
 
 
-def _legend(info: DatasetInfo, indices: Sequence[int], width: int) -> Image.Image:
-    """Colour swatches with class names, wrapped to `width`; background is left out (it is the unpainted photograph)."""
-    entries = [("ignored" if i == info.ignore_index else info.classes[i], i) for i in indices if i != 0]
-    font, swatch, places = _font(15), 16, []
-    x, y = MARGIN, GAP
-    for text, index in entries:
-        step = swatch + 8 + int(font.getlength(text)) + 22
-        if x + step > width - MARGIN and x > MARGIN:
-            x, y = MARGIN, y + LINE
-        places.append((x, y, text, index))
-        x += step
-    legend = Image.new("RGB", (width, y + LINE), PAPER)
-    draw = ImageDraw.Draw(legend)
-    for x, y, text, index in places:
-        colour = PAPER if index == info.ignore_index else tuple(int(v) for v in info.palette[index])
-        draw.rectangle((x, y, x + swatch, y + swatch), fill=colour, outline=FAINT)
-        draw.text((x + swatch + 8, y + swatch // 2), text, fill=INK, font=font, anchor="lm")
-    return legend
-
-
-def _stack(parts: Sequence[Image.Image], width: int, margin: int = MARGIN - GAP) -> Image.Image:
-    sheet = Image.new("RGB", (width, sum(p.height for p in parts) + 2 * margin), PAPER)
-    y = margin
-    for part in parts:
-        sheet.paste(part, (0, y))
-        y += part.height
-    return sheet
-
-
 if __name__ == "__main__":
-    cli.run(main, make_parser())
+    cli.run(main, ARGS)

@@ -27,13 +27,11 @@ from pycocotools import mask as coco_rle
 
 from tools.errors import UserError
 from tools.files import atomic_write
-from tools.mask_generator import MaskGenerator
+from tools.proposals.generator import MaskGenerator
 from tools.runs import Runs
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
-
-SAM_TYPES = ("vit_h", "vit_l", "vit_b")
 
 
 class ProposalGenerator(Protocol):
@@ -57,7 +55,7 @@ class SamGenerator:
         Args:
             model: from `load_sam`, already on its device.
             images_per_call: images that the encoder sees at a time.
-            options: of `tools.mask_generator.MaskGenerator`, such as points_per_side or pred_iou_thresh.
+            options: of `tools.proposals.generator.MaskGenerator`, such as points_per_side or pred_iou_thresh.
         """
         self.images_per_call = images_per_call
         self.generator = MaskGenerator(model, images_per_batch=images_per_call, **options)
@@ -72,7 +70,7 @@ def load_sam(checkpoint: str | os.PathLike, model_type: str, device: torch.devic
 
     Args:
         checkpoint: a file such as sam_vit_h_4b8939.pth.
-        model_type: one of `SAM_TYPES`.
+        model_type: one of `tools.options.SAM_TYPES`.
         device: where the model goes.
 
     Raises:

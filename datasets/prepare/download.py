@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from tools import cli
+from tools import parallel
 from tools.errors import UserError
 from tools.files import check_writable
 
@@ -195,7 +195,7 @@ def _continue(url: str, part: Path, size: int | None) -> bool:
 def _copy(response: IO[bytes], part: Path, start: int, length: int | None) -> None:
     with (
         _open_to_write(part, "ab" if start else "wb") as file,
-        cli.progress((), desc=part.stem, unit="B", total=length, initial=start, unit_scale=True) as progress,
+        parallel.progress((), desc=part.stem, unit="B", total=length, initial=start, unit_scale=True) as progress,
     ):
         while block := response.read(BLOCK):
             _write_block(file, block, part)
@@ -233,7 +233,7 @@ def _difference(archive: Archive, path: Path) -> str | None:
     digest = hashlib.md5(usedforsecurity=False)
     with (
         path.open("rb") as file,
-        cli.progress((), desc=f"checking {archive.name}", unit="B", total=size, unit_scale=True) as progress,
+        parallel.progress((), desc=f"checking {archive.name}", unit="B", total=size, unit_scale=True) as progress,
     ):
         while block := file.read(BLOCK):
             digest.update(block)
@@ -261,13 +261,13 @@ def _members(path: Path, staging: Path) -> Iterator[Iterator[tuple[str, int, Cal
             files = [item for item in archive.infolist() if not item.is_dir()]
             check_space(staging, sum(item.file_size for item in files) - unpacked, f"unpacking {path.name}")
             members = ((item.filename, item.file_size, functools.partial(archive.open, item)) for item in files)
-            yield cli.progress(members, desc=f"unpacking {path.name}", unit="file", total=len(files))
+            yield parallel.progress(members, desc=f"unpacking {path.name}", unit="file", total=len(files))
     else:
         check_space(staging, _length(path) - unpacked, f"unpacking {path.name}")
         with tarfile.open(path, "r:gz" if path.suffix in (".tgz", ".gz") else "r:") as archive:
             files = (item for item in archive if not item.isdir())
             members = ((item.name, item.size, functools.partial(_open_file, archive, item)) for item in files)
-            yield cli.progress(members, desc=f"unpacking {path.name}", unit="file")
+            yield parallel.progress(members, desc=f"unpacking {path.name}", unit="file")
             while archive.fileobj.read(BLOCK):  # gzip's own checksum is at its end, behind the last member
                 pass
 

@@ -1,4 +1,4 @@
-"""What `datasets.shapes` paints: six kinds of objects, their scenes, and things that stand in front.
+"""What `datasets.prepare.shapes` paints: six kinds of objects, their scenes, and things that stand in front.
 
     SCENES["sea"](brush, rng, w, h)            # fills the picture, returns the height of the horizon
     KINDS["boat"].draw(object_brush, rng)      # facing right, within about [-1, 1] in local coordinates
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from datasets.shapes_painting import (
+from datasets.prepare.shapes_painting import (
     Brush,
     any_colour,
     bar,

@@ -1,0 +1,81 @@
+"""Pictures of masks: classes painted over a photograph, a legend of their colours.
+
+save_overlay("overlays/ID.jpg", image, mask, source.info)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from tools.files import atomic_write
+
+OVERLAY_SIDE = 1280
+GAP, MARGIN, LINE = 6, 18, 26
+PAPER, INK, FAINT, EMPTY = (255, 255, 255), (28, 28, 30), (120, 120, 126), (226, 226, 229)
+
+
+def overlay(image: np.ndarray, mask: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """Paint classes over a pale grey copy of the photograph: background stays grey, ignored pixels become white.
+
+    Args:
+        image: uint8 RGB [H, W, 3].
+        mask: uint8 [H, W], 0 background, 255 ignored.
+        palette: uint8 [256, 3].
+
+    Returns:
+        uint8 RGB [H, W, 3].
+    """
+    grey = image.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+    paper = np.repeat((0.55 * grey + 70)[..., None], 3, axis=2)
+    colours = palette.astype(np.float32).copy()
+    colours[255] = 255
+    opacity = np.where(mask == 0, 0.0, 0.72)[..., None]
+    return (opacity * colours[mask] + (1 - opacity) * paper).clip(0, 255).astype(np.uint8)
+
+
+def save_overlay(path: Path, image: np.ndarray, mask: np.ndarray, info: Any) -> None:
+    """Write `overlay`, at most `OVERLAY_SIDE` pixels long, with the legend of its classes below, as a JPEG."""
+    painted = Image.fromarray(overlay(image, mask, info.palette))
+    painted.thumbnail((OVERLAY_SIDE, OVERLAY_SIDE))
+    parts = [painted, legend(info, np.unique(mask).tolist(), painted.width)]
+    sheet = stack(parts, painted.width, margin=0)
+    with atomic_write(path) as temporary:
+        sheet.save(temporary, format="JPEG", quality=92)
+
+
+def font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size=size)
+
+
+def legend(info: Any, indices: Sequence[int], width: int) -> Image.Image:
+    """Colour swatches with class names, wrapped to `width`; background is left out (it is the unpainted photograph)."""
+    entries = [("ignored" if i == info.ignore_index else info.classes[i], i) for i in indices if i != 0]
+    face, swatch, places = font(15), 16, []
+    x, y = MARGIN, GAP
+    for text, index in entries:
+        step = swatch + 8 + int(face.getlength(text)) + 22
+        if x + step > width - MARGIN and x > MARGIN:
+            x, y = MARGIN, y + LINE
+        places.append((x, y, text, index))
+        x += step
+    picture = Image.new("RGB", (width, y + LINE), PAPER)
+    draw = ImageDraw.Draw(picture)
+    for x, y, text, index in places:
+        colour = PAPER if index == info.ignore_index else tuple(int(v) for v in info.palette[index])
+        draw.rectangle((x, y, x + swatch, y + swatch), fill=colour, outline=FAINT)
+        draw.text((x + swatch + 8, y + swatch // 2), text, fill=INK, font=face, anchor="lm")
+    return picture
+
+
+def stack(parts: Sequence[Image.Image], width: int, margin: int = MARGIN - GAP) -> Image.Image:
+    sheet = Image.new("RGB", (width, sum(p.height for p in parts) + 2 * margin), PAPER)
+    y = margin
+    for part in parts:
+        sheet.paste(part, (0, y))
+        y += part.height
+    return sheet

@@ -1,0 +1,46 @@
+"""Images and maps as tensors: the value that is ignored, normalisation, sizes.
+
+inputs = normalize(images)                        # uint8 [B,3,H,W] -> what ImageNet networks take
+maps = resize_maps(logits, images.shape[-2:])     # bilinear, corners aligned
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE_INDEX = 255
+"""Value of mask pixels that are neither trained on nor evaluated."""
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def normalize(images: Tensor) -> Tensor:
+    """uint8 [B, 3, H, W] in [0, 255] -> float32 [B, 3, H, W] with ImageNet's mean 0 and deviation 1."""
+    assert images.dtype == torch.uint8, f"expected uint8 images, got {images.dtype}"
+    mean, std = _imagenet_statistics(images.device)
+    return (images.float() - mean) / std
+
+
+@functools.cache
+def _imagenet_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation in grey levels, float32 [3, 1, 1]. Kept: a copy to the device in every step would stall it."""
+    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device).mul(255).view(2, 3, 1, 1)
+    return mean, std
+
+
+def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize float maps [B, C, h, w] to (H, W), in float32: bilinear, corners aligned, as everywhere in this method."""
+    maps = maps.float()
+    if maps.shape[-2:] == tuple(size):
+        return maps
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=True)
+
+
+def fit(height: int, width: int, limit: float) -> float:
+    """The factor, at most 1, that makes an image's long side no longer than `limit` pixels."""
+    return min(1.0, limit / max(height, width))

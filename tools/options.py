@@ -1,0 +1,227 @@
+"""The flags that scripts share, and where the files of a run lie. Nothing here imports PyTorch.
+
+parser = cli.Parser(__doc__)
+options.add_common(parser)
+options.add_dataset(parser, domain_train=("train_aug", "split to train on"))
+args = parser.parse_args()
+model_path(args.tag)    # experiments/models/TAG.pth
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from tools import cli, parallel
+from tools.errors import UserError
+
+EXPERIMENTS = Path("experiments")
+"""Everything runs produce lies below this folder, in the working directory."""
+
+PSEUDO_MASK_THRESHOLD = 0.4
+"""Background threshold at which pseudo masks are made, unless inference.py is told another."""
+
+DATASETS = ("voc12", "coco14", "folder", "shapes", "deepglobe")
+OPTIMIZERS = ("sgd", "momentum", "adamw", "lion")
+CRF_BACKENDS = ("torch", "pydensecrf")
+PRIOR_METHODS = ("vanilla", "puzzle", "poc", "pnoc")
+SAM_TYPES = ("vit_h", "vit_l", "vit_b")
+MERGE_MODES = ("max_iou", "max_iou_imp", "max_iou_imp2")
+MERGE_ORDERS = ("class", "largest_overlap")
+
+
+def add_common(parser: cli.Parser) -> None:
+    """--tag --seed --device --num_workers."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--tag", required=True, help="name of this run; its files are called after it")
+    group.add_argument("--seed", type=cli.count, default=0, help="seed of all random numbers")
+    group.add_argument(
+        "--device", default="auto", help="auto (the GPU if there is one), cpu, cuda or cuda:N (not with torchrun)"
+    )
+    add_workers(group)
+
+
+def add_workers(group: argparse._ActionsContainer) -> None:
+    """--num_workers."""
+    default = min(8, os.cpu_count() or 1)
+    group.add_argument(
+        "--num_workers", type=cli.count, default=default, help="helper processes on this machine; 0: none"
+    )
+
+
+def add_dataset(parser: cli.Parser, **domains: tuple[str, str]) -> argparse._ArgumentGroup:
+    """--dataset --data_dir and one flag per entry of `domains` (flag name -> default, help); returns the group."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", default="voc12", choices=DATASETS, help="kind of dataset")
+    group.add_argument("--data_dir", type=Path, help="its folder (default: data/DATASET)")
+    for name, (default, text) in domains.items():
+        group.add_argument(f"--{name}", default=default, help=text)
+    return group
+
+
+def add_images(parser: cli.Parser, *, size: int = 512, low: int = 320, high: int = 640) -> argparse._ArgumentGroup:
+    """--image_size --min_image_size --max_image_size; returns the group, for the script's own additions."""
+    group = parser.add_argument_group("training images (pixels)")
+    group.add_argument("--image_size", type=cli.positive_int, default=size, help="side of the training crop")
+    group.add_argument(
+        "--min_image_size", type=cli.positive_int, default=low, help="smallest size of the random scaling"
+    )
+    group.add_argument(
+        "--max_image_size", type=cli.positive_int, default=high, help="largest size of the random scaling"
+    )
+    return group
+
+
+def add_network(parser: cli.Parser, *, architecture: str, mode: str) -> argparse._ArgumentGroup:
+    """The backbone's flags; returns the group, for the script's own additions."""
+    group = parser.add_argument_group("network")
+    group.add_argument("--architecture", default=architecture, help="a timm network, by name (docs/backbones.md)")
+    group.add_argument("--backbone_weights", default="imagenet", help="imagenet (timm's own), none, or a file")
+    group.add_argument(
+        "--mode",
+        choices=["fix", "normal"],
+        default=mode,
+        help="batch norm of the backbone: statistics, scales and shifts frozen, or trained; other normalisation "
+        "(ConvNeXt, transformers) is always trained",
+    )
+    cli.add_switch(group, "--dilated", False, "output stride 8 instead of 16, where the network can be dilated")
+    cli.add_switch(
+        group, "--dilate_stage4", True, "dilate the last stage; false: for public ResNet CAM priors (SETUP.md)"
+    )
+    cli.add_switch(group, "--trainable_stem", mode == "normal", "train the first convolutions (or embeddings) too")
+    cli.add_switch(group, "--trainable_stage4", True, "train the last stage of the backbone")
+    cli.add_switch(group, "--trainable_backbone", True, "train the backbone at all")
+    return group
+
+
+def add_decoder(group: argparse._ArgumentGroup) -> None:
+    """Flags of the ASPP and decoder shared by CSRM and DeepLabV3+."""
+    cli.add_switch(group, "--use_gn", True, "GroupNorm (4 groups) in new layers; false: batch norm")
+    group.add_argument("--dropout", type=cli.fraction, default=0.5, help="dropout after the ASPP")
+    group.add_argument(
+        "--decoder_channels", type=cli.positive_int, default=256, help="width of the ASPP and the branches"
+    )
+
+
+def add_optimization(
+    parser: cli.Parser, *, lr: float, wd: float, batch_size: int, max_epoch: int, alpha_bias: float
+) -> None:
+    """Optimiser, schedule and precision."""
+    group = parser.add_argument_group("optimisation")
+    group.add_argument(
+        "--batch_size", type=cli.positive_int, default=batch_size, help="images per loader and step, over all GPUs"
+    )
+    group.add_argument("--max_epoch", type=cli.positive_int, default=max_epoch, help="epochs")
+    group.add_argument("--max_steps", type=cli.positive_int, help="steps per epoch (default: one pass over the images)")
+    group.add_argument("--accumulate_steps", type=cli.positive_int, default=1, help="steps per optimiser update")
+    group.add_argument(
+        "--mixed_precision",
+        choices=["auto", "bf16", "fp16", "off"],
+        default="auto",
+        help="auto: bf16 on GPUs, off on CPUs",
+    )
+    cli.add_switch(
+        group, "--compile", False, "have torch.compile fuse the networks: slow first steps, faster later ones"
+    )
+    group.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="momentum: without Nesterov")
+    group.add_argument("--lr", type=cli.positive, default=lr, help="learning rate of pretrained weights")
+    group.add_argument("--wd", type=cli.non_negative, default=wd, help="weight decay (never on biases)")
+    group.add_argument("--momentum", type=cli.fraction, default=0.9, help="momentum of sgd and momentum")
+    cli.add_switch(group, "--nesterov", True, "Nesterov momentum in sgd")
+    group.add_argument(
+        "--lr_poly_power", type=cli.non_negative, default=0.9, help="power of the polynomial decay to zero"
+    )
+    group.add_argument(
+        "--lr_alpha_scratch", type=cli.positive, default=10.0, help="learning rate multiplier of new layers"
+    )
+    group.add_argument(
+        "--lr_alpha_bias", type=cli.positive, default=alpha_bias, help="learning rate multiplier of biases"
+    )
+    group.add_argument(
+        "--grad_max_norm", type=cli.non_negative, default=1.0, help="gradient norm is clipped at this; 0: never"
+    )
+    group.add_argument("--label_smoothing", type=cli.fraction, default=0.1, help="label smoothing of every loss")
+
+
+def add_views(group: argparse._ActionsContainer) -> None:
+    """--scales --hflip: the views of an image that are averaged at test time."""
+    group.add_argument("--scales", type=cli.numbers, default=[0.5, 1.0, 1.5, 2.0], help="image scales, comma-separated")
+    cli.add_switch(group, "--hflip", True, "also use mirrored images")
+
+
+def add_crf(group: argparse._ActionsContainer) -> None:
+    """Dense CRF flags of pseudo labels and pseudo masks."""
+    group.add_argument("--crf_t", type=cli.count, default=10, help="mean-field iterations of the dense CRF; 0: no CRF")
+    group.add_argument("--crf_gt_prob", type=cli.fraction, default=0.7, help="confidence of the hard-label unary")
+    add_crf_backend(group)
+
+
+def add_crf_backend(group: argparse._ActionsContainer) -> None:
+    """--crf_backend."""
+    group.add_argument(
+        "--crf_backend", choices=CRF_BACKENDS, default="torch", help="pydensecrf: one image at a time, on the CPU"
+    )
+
+
+def network_arguments(args: argparse.Namespace) -> dict[str, object]:
+    """The flags of `add_network` and `add_decoder` (those the script has) as arguments of `models.build_model`."""
+    renamed = {"architecture": "architecture", "backbone_weights": "weights", "mode": "batch_norm"}
+    freezing = ("trainable_stem", "trainable_stage4", "trainable_backbone")
+    kept = ("dilate_stage4", *freezing, "use_gn", "dropout", "decoder_channels")
+    arguments = {**renamed, **{name: name for name in kept}}
+    given = {argument: getattr(args, flag) for flag, argument in arguments.items() if hasattr(args, flag)}
+    return {**given, "output_stride": 8 if args.dilated else 16}
+
+
+def loader_arguments(args: argparse.Namespace) -> dict[str, object]:
+    """The training loaders' flags as arguments of `datasets.build_loader`."""
+    return {
+        "shuffle": True,
+        "drop_last": True,
+        "num_workers": -(-args.num_workers // parallel.local_world_size()),
+        "seed": args.seed,
+        "steps_per_epoch": args.max_steps,
+        "rank": parallel.rank(),
+        "world_size": parallel.world_size(),
+    }
+
+
+def optimizer_arguments(args: argparse.Namespace) -> dict[str, object]:
+    """The flags of the optimiser as arguments of `tools.optim.build_optimizer`."""
+    return {
+        "name": args.optimizer,
+        "lr": args.lr,
+        "weight_decay": args.wd,
+        "momentum": args.momentum,
+        "nesterov": args.nesterov,
+        "alpha_scratch": args.lr_alpha_scratch,
+        "alpha_bias": args.lr_alpha_bias,
+    }
+
+
+def image_sizes(args: argparse.Namespace) -> tuple[int, int, int]:
+    """--image_size, --min_image_size and --max_image_size.
+
+    Raises:
+        UserError: the smallest size is above the largest.
+    """
+    low, high = args.min_image_size, args.max_image_size
+    if low > high:
+        raise UserError(f"--min_image_size {low}: above --max_image_size {high}. Lower it, or raise the other.")
+    return args.image_size, low, high
+
+
+def data_dir(args: argparse.Namespace) -> Path:
+    """The dataset's folder: --data_dir, or data/DATASET."""
+    return args.data_dir or Path("data") / args.dataset
+
+
+def model_path(tag: str) -> Path:
+    """Where the checkpoint of run `tag` lies."""
+    return EXPERIMENTS / "models" / f"{tag}.pth"
+
+
+def predictions_dir(tag: str, domain: str) -> Path:
+    """Where predictions of run `tag` on `domain` lie."""
+    return EXPERIMENTS / "predictions" / f"{tag}@{domain}"
