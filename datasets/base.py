@@ -5,14 +5,16 @@
         image, label = source.image(image_id), source.image_label(image_id)
 
 A reader (`folder.py`, `voc12.py`) says where the files lie and which class names an image has; everything else,
-including the checks on what it finds, is shared here. Sources are read-only and picklable, so workers can hold them.
+including the checks on what it finds, is shared here (`listing.py` lists the files). Sources are read-only and
+picklable, so workers can hold them.
 """
 
 from __future__ import annotations
 
-import os
+import functools
+import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +23,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from datasets.listing import MASK_SUFFIXES, FileIndex, Likeness, first_repeated, index_files
 from tools.errors import UserError
 from tools.files import load_image, load_mask, read_lines
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
 EXIF_ORIENTATION = 0x0112
 LABEL_READERS = 16  # threads; annotation files are small, so on a network disk the latency is what costs
 
@@ -71,25 +73,43 @@ class DataSource(ABC):
         root: the dataset's folder; errors name it.
         info: classes, palette, ignore index.
         images: photograph of every id that has one.
-        splits: file of every domain, one id per line. Empty: the only domain is `train` and holds every image.
-        masks_dir: folder of ID.png masks; None: the dataset has none.
+        splits: file of every domain, one id per line. Empty: the folders `parts` of images, or else the only domain is
+            `train` and holds every image.
+        masks_dirs: folders of ID.png masks, the first that has one counts; none: the dataset has no masks.
+        parts: names of domains; each holds the images in the folder of that name.
+
+    Attributes:
+        unread: files of other kinds among the photographs.
+        label_noun: what one image's labels are called in reports.
     """
 
+    label_noun = "row"
+
     def __init__(
-        self, root: Path, *, info: DatasetInfo, images: dict[str, Path], splits: dict[str, Path], masks_dir: Path | None
+        self,
+        root: Path,
+        *,
+        info: DatasetInfo,
+        images: FileIndex,
+        splits: dict[str, Path],
+        masks_dirs: Sequence[Path],
+        parts: Sequence[str] = (),
     ) -> None:
-        if masks_dir is not None and not masks_dir.is_dir():
-            raise UserError(f"{masks_dir}: no such folder of masks (ID.png).")
+        for folder in masks_dirs:
+            if not folder.is_dir():
+                raise UserError(f"{folder}: no such folder of masks (ID.png).")
         self.root = root
         self.info = info
-        self._images = images
+        self.unread = images.others
+        self._images = images.files
         self._splits = splits
-        self._masks_dir = masks_dir
+        self._parts = parts
+        self._masks_dirs = masks_dirs
         self._labels: dict[str, np.ndarray] = {}
 
     def domains(self) -> list[str]:
         """Names of the lists of ids, sorted."""
-        return sorted(self._splits) or ["train"]
+        return sorted(self._splits) or sorted(self._parts) or ["train"]
 
     def ids(self, domain: str) -> list[str]:
         """The ids of a domain, in the order of its file.
@@ -111,8 +131,21 @@ class DataSource(ABC):
         if domain not in self.domains():
             raise UserError(f"{self.root}: no domain '{domain}'. Choose one of: {', '.join(self.domains())}.")
         if not self._splits:
-            return sorted(self._images)
-        return [self._id_of_line(line) for line in read_lines(self._splits[domain])]
+            return sorted(i for i in self._images if not self._parts or i.startswith(f"{domain}/"))
+        lines = read_lines(self._splits[domain])
+        return [self._id_of_line(unicodedata.normalize("NFC", line)) for line in lines]
+
+    def image_ids(self) -> Iterable[str]:
+        """The ids of all photographs, listed or not."""
+        return self._images.keys()
+
+    def advice(self, text: str) -> str:
+        """What to write instead of an id that has no photograph: ": ...", or nothing if none looks like it."""
+        return self._likeness.advice(text)
+
+    @functools.cached_property
+    def _likeness(self) -> Likeness:
+        return Likeness(self._images)
 
     def has_image(self, image_id: str) -> bool:
         """Whether there is a photograph of that id."""
@@ -129,8 +162,21 @@ class DataSource(ABC):
         return self._images[image_id]
 
     def mask_path(self, image_id: str) -> Path | None:
-        """Where the mask of an id is expected; None if the dataset has no masks."""
-        return None if self._masks_dir is None else self._masks_dir / f"{image_id}.png"
+        """The mask of an id, or where it is expected; None if the dataset has no masks."""
+        found = [index.files[image_id] for index in self._masks if image_id in index.files]
+        return next(iter([*found, *(folder / f"{image_id}.png" for folder in self._masks_dirs)]), None)
+
+    def stray_masks(self) -> list[Path]:
+        """Files in the folders of masks that are no photograph's mask."""
+        return [
+            path
+            for index in self._masks
+            for path in [*(path for mask_id, path in index.files.items() if mask_id not in self._images), *index.others]
+        ]
+
+    @functools.cached_property
+    def _masks(self) -> list[FileIndex]:
+        return [index_files([folder], MASK_SUFFIXES) for folder in self._masks_dirs]
 
     def image(self, image_id: str) -> np.ndarray:
         """The photograph: uint8 RGB, HxWx3, in [0, 255].
@@ -165,7 +211,7 @@ class DataSource(ABC):
         Raises:
             UserError: the dataset has no masks, or some are missing.
         """
-        if self._masks_dir is None:
+        if not self._masks_dirs:
             raise UserError(f"{self.root}: this dataset has no masks. Give a folder of ID.png masks.")
         missing = [image_id for image_id in ids if not self.mask_path(image_id).is_file()]
         if missing:
@@ -197,6 +243,10 @@ class DataSource(ABC):
             UserError: the table of labels cannot be read.
         """
 
+    def labelled_ids(self) -> Iterable[str]:
+        """The ids that the labels name, with or without a photograph, as far as they are listed."""
+        return ()
+
     @abstractmethod
     def _class_indices(self, image_id: str) -> Iterable[int]:
         """Mask indices (1..K) of the foreground classes of an image."""
@@ -213,7 +263,8 @@ class DataSource(ABC):
         missing = [image_id for image_id in ids if image_id not in self._images]
         if missing:
             raise UserError(
-                f"{path}: {len(missing)} of {len(ids)} ids have no image in {self.root}, the first is '{missing[0]}'."
+                f"{path}: {len(missing)} of {len(ids)} ids have no image in {self.root}, the first is "
+                f"'{missing[0]}'{self.advice(missing[0])}."
             )
 
     def _check_indices(self, path: Path, mask: np.ndarray) -> None:
@@ -223,75 +274,6 @@ class DataSource(ABC):
                 f"{path}: holds the value {mask[wrong][0]}, but masks hold 0..{self.info.num_classes - 1} "
                 f"or {self.info.ignore_index} (ignore)."
             )
-
-
-def index_images(folders: Iterable[Path]) -> dict[str, Path]:
-    """The photographs in `folders` and the folders inside, by id: the path from there without its suffix (`a`, `b/a`).
-
-    Listing a folder once is far cheaper than asking for 100,000 files one by one. Hidden files are left out: copies
-    from other systems are full of `._name.jpg` files that are no images.
-
-    Raises:
-        UserError: a folder is missing, two images share an id, or there is no image at all.
-    """
-    images: dict[str, Path] = {}
-    folders = list(folders)
-    for folder in folders:
-        for image_id, path in _images_in(folder):
-            if image_id in images:
-                raise UserError(f"{path}: has the same id as {images[image_id]}. Rename one.")
-            images[image_id] = path
-    if not images:
-        raise UserError(f"{folders[0]}: no images ({', '.join(IMAGE_SUFFIXES)}) in it.")
-    return images
-
-
-def index_splits(folder: Path) -> dict[str, Path]:
-    """The lists of ids (*.txt) in `folder` by domain name; empty if there is no such folder."""
-    return {path.stem: path for path in sorted(folder.glob("*.txt"))}
-
-
-def check_classes(path: Path, classes: Sequence[str]) -> tuple[str, ...]:
-    """The class names of `path`, if they can be the classes of uint8 masks.
-
-    Raises:
-        UserError: no foreground class, too many, a name given twice, or one with ';' in it.
-    """
-    repeated = first_repeated(classes)
-    if repeated is not None:
-        raise UserError(f"{path}: class '{repeated}' is listed twice. Remove one.")
-    joined = [name for name in classes if ";" in name]
-    if joined:
-        raise UserError(f"{path}: class '{joined[0]}' holds ';', which separates the classes of an image. Rename it.")
-    if not 2 <= len(classes) <= 255:
-        raise UserError(f"{path}: {len(classes)} classes. List 'background' and 1 to 254 foreground classes.")
-    return tuple(classes)
-
-
-def first_repeated(names: Iterable[str]) -> str | None:
-    """The first name that occurs a second time, None if all differ."""
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    return None
-
-
-def _images_in(folder: Path) -> Iterator[tuple[str, Path]]:
-    """(id, file) of every photograph below `folder`."""
-    for parent, folders, names in os.walk(folder, onerror=_unreadable, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        inside = Path(parent).relative_to(folder).as_posix() + "/"
-        prefix = "" if inside == "./" else inside
-        for name in names:
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
-                yield prefix + stem, Path(parent, name)
-
-
-def _unreadable(error: OSError) -> None:
-    raise UserError(f"{error.filename}: no readable folder of images ({error.strerror}).") from error
 
 
 def _upright_size(path: Path) -> tuple[int, int]:

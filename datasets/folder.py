@@ -1,6 +1,6 @@
 """Your own images: the `folder` layout, and COCO 2014 in it.
 
-    ROOT/images/ID.jpg       photographs (.jpg .jpeg .png .webp .tif .tiff); in folders too: images/b/a.jpg is `b/a`
+    ROOT/images/ID.jpg       photographs (`listing.IMAGE_SUFFIXES`); in folders too: images/b/a.jpg is `b/a`
     ROOT/classes.txt         one class name per line, background first
     ROOT/labels.csv          header `id,labels`; one row per image, class names joined by `;` (none: only background)
     ROOT/labels.json         instead of it: {"ID": ["class", "class"], ...}
@@ -10,6 +10,9 @@
 Without a table of labels, each image is of one class: the folder it lies in, `images/CLASS/...`. Then `classes.txt` may
 be left out too; the classes are the folders in alphabetical order. `images/background/` is for images that show none.
 
+If the folders in `images/` are called train, val and the like (`SPLIT_FOLDERS`), as torchvision's ImageFolder has them,
+they are the domains, unless there are lists, and the folders below them the classes.
+
 Labels and masks are looked at only when asked for, so a test set needs neither.
 """
 
@@ -17,17 +20,30 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from datasets.base import DatasetInfo, DataSource, check_classes, index_images, index_splits
+from datasets.base import DatasetInfo, DataSource
+from datasets.listing import (
+    BACKGROUND,
+    FileIndex,
+    check_classes,
+    clean_name,
+    index_images,
+    index_splits,
+    is_background,
+)
 from tools.errors import UserError
-from tools.files import atomic_write, read_lines
+from tools.files import atomic_write, read_lines, read_text
 
 LABELS_HEADER = ["id", "labels"]
-BACKGROUND = "background"
+DELIMITERS = ",;\t"  # Excel writes its lists with semicolons where the comma is the decimal sign
+TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".xls", ".xlsx", ".ods")
+SPLIT_FOLDERS = ("train", "training", "val", "valid", "validation", "test", "testing")
 COCO14_PARTS = ("train2014", "val2014")
 
 
@@ -49,32 +65,45 @@ class FolderSource(DataSource):
         own_masks = root / "masks"
         images = index_images(root / name for name in image_folders)
         self._table_path = _find_label_table(root)
+        parts = split_folders(images.files, has_table=self._table_path is not None)
+        self._class_depth = 1 if parts else 0
         super().__init__(
             root,
             info=DatasetInfo(self._read_classes(root, images)),
             images=images,
-            splits=index_splits(root / "splits"),
-            masks_dir=masks_dir or (own_masks if own_masks.is_dir() else None),
+            splits=_find_splits(root),
+            masks_dirs=[masks_dir] if masks_dir is not None else [own_masks] if own_masks.is_dir() else [],
+            parts=parts,
         )
         self._class_table: dict[str, list[int]] | None = None
 
-    def _read_classes(self, root: Path, images: Iterable[str]) -> tuple[str, ...]:
+    def _read_classes(self, root: Path, images: FileIndex) -> tuple[str, ...]:
         path = root / "classes.txt"
-        sorted_by_class = self._table_path is None and all("/" in image_id for image_id in images)
-        if path.exists() or not sorted_by_class:
+        folders = {self._class_folder(image_id) for image_id in images.files}
+        if path.exists() or self._table_path is not None or None in folders:
             return check_classes(path, read_lines(path))
-        folders = {_class_folder(image_id) for image_id in images} - {BACKGROUND}
-        return check_classes(root / "images", [BACKGROUND, *sorted(folders)])
+        parts = sorted(name for name in folders if name.casefold() in SPLIT_FOLDERS)
+        if len(parts) > 1:
+            raise UserError(
+                f"{root / 'images'}: holds folders called {' and '.join(parts)}, which are no classes. Have all images "
+                "in such folders, each with a folder per class in it; or write lists of ids to splits/."
+            )
+        classes = sorted(name for name in folders if not is_background(name))
+        return check_classes(root / "images", [BACKGROUND, *classes])
 
     def has_label(self, image_id: str) -> bool:
         """Whether the table, or the folder the image lies in, gives its label."""
         if self._table_path is None:
-            return "/" in image_id
+            return self._class_folder(image_id) is not None
         return image_id in self._read_table(self._table_path)
 
+    def labelled_ids(self) -> Iterable[str]:
+        """The ids of all rows of the table; none without a table."""
+        return () if self._table_path is None else self._read_table(self._table_path).keys()
+
     def _class_indices(self, image_id: str) -> list[int]:
-        if self._table_path is None and "/" in image_id:
-            return self._index_of_folder(_class_folder(image_id))
+        if self._table_path is None and (name := self._class_folder(image_id)) is not None:
+            return self._index_of_folder(name)
         path = self._table_path or self.root / "labels.csv"
         table = self._read_table(path)
         if image_id not in table:
@@ -86,13 +115,20 @@ class FolderSource(DataSource):
             self._class_table = read_label_table(path, self.info.classes)
         return self._class_table
 
+    def _class_folder(self, image_id: str) -> str | None:
+        """The folder that names the class of an image, None if it lies in none."""
+        folders = image_id.split("/")[self._class_depth : -1]
+        return clean_name(folders[0]) if folders else None
+
     def _index_of_folder(self, name: str) -> list[int]:
+        if is_background(name):
+            return []
         if name not in self.info.classes:
             raise UserError(
                 f"{self.root / 'images' / name}: no class of classes.txt. Rename the folder, or write a labels.csv. "
                 f"Known: {', '.join(self.info.classes)}."
             )
-        return [index for index in [self.info.classes.index(name)] if index > 0]
+        return [self.info.classes.index(name)]
 
 
 class COCO14Source(FolderSource):
@@ -112,7 +148,7 @@ class Photographs(DataSource):
 
     def __init__(self, root: Path, classes: Sequence[str]) -> None:
         images = index_images([root])
-        super().__init__(root, info=DatasetInfo(tuple(classes)), images=images, splits={}, masks_dir=None)
+        super().__init__(root, info=DatasetInfo(tuple(classes)), images=images, splits={}, masks_dirs=[])
 
     def has_label(self, image_id: str) -> bool:
         """Never."""
@@ -122,15 +158,36 @@ class Photographs(DataSource):
         raise UserError(f"{self.root}: photographs without labels.")
 
 
-def _class_folder(image_id: str) -> str:
-    return image_id.partition("/")[0]
+def split_folders(ids: Iterable[str], *, has_table: bool) -> list[str]:
+    """The folders directly below `images/`, if all of them are called like splits; none if they are not.
+
+    Without a table of labels, a single one, such as `train` with photographs of railways, is a class unless it has
+    folders in it.
+    """
+    ids = list(ids)
+    tops = {image_id.partition("/")[0] if "/" in image_id else "" for image_id in ids}
+    if not all(name.casefold() in SPLIT_FOLDERS for name in tops):
+        return []
+    is_split = has_table or len(tops) > 1 or all(image_id.count("/") > 1 for image_id in ids)
+    return sorted(tops) if is_split else []
 
 
 def _find_label_table(root: Path) -> Path | None:
     tables = [path for path in (root / "labels.csv", root / "labels.json") if path.exists()]
     if len(tables) == 2:
         raise UserError(f"{tables[0]}: there is a {tables[1].name} too. Remove one of them.")
+    others = [path for path in root.glob("[Ll][Aa][Bb][Ee][Ll][Ss].*") if path.suffix.lower() in TABLE_SUFFIXES]
+    if others and not tables:
+        raise UserError(f"{min(others)}: not read. Save it as labels.csv, with the header '{','.join(LABELS_HEADER)}'.")
     return tables[0] if tables else None
+
+
+def _find_splits(root: Path) -> dict[str, Path]:
+    splits = index_splits(root / "splits")
+    beside = [path for path in sorted(root.glob("*.txt")) if path.stem.casefold() in SPLIT_FOLDERS]
+    if beside and not splits:
+        raise UserError(f"{beside[0]}: lists of ids are read from splits/. Move it there.")
+    return splits
 
 
 def write_lists(
@@ -163,7 +220,8 @@ def read_label_table(path: Path, classes: Sequence[str]) -> dict[str, list[int]]
     """
     index_of = {name: index for index, name in enumerate(classes) if index > 0}
     table: dict[str, list[int]] = {}
-    for place, image_id, names in _json_rows(path) if path.suffix == ".json" else _csv_rows(path):
+    for place, text, names in _json_rows(path) if path.suffix == ".json" else _csv_rows(path):
+        image_id, names = unicodedata.normalize("NFC", text), [clean_name(name) for name in names]
         unknown = [name for name in names if name not in index_of]
         if unknown:
             raise UserError(f"{path}, {place}: unknown class '{unknown[0]}'. Known: {', '.join(index_of)}.")
@@ -174,17 +232,32 @@ def read_label_table(path: Path, classes: Sequence[str]) -> dict[str, list[int]]
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, str, list[str]]]:
-    """(place in the file, id, class names) of every row below the header."""
+    """(place in the file, id, class names) of every row below the header that holds anything."""
     with _open_table(path) as file:
-        reader = csv.reader(file)
-        if [name.strip() for name in next(reader, [])] != LABELS_HEADER:
-            raise UserError(f"{path}, line 1: the header must be '{','.join(LABELS_HEADER)}'.")
-        for row in filter(None, reader):
-            place = f"line {reader.line_num}"
-            if len(row) != 2:
-                raise UserError(f"{path}, {place}: expected 'id,class;class', got {len(row)} fields.")
-            image_id, labels = (field.strip() for field in row)
-            yield place, image_id, [name.strip() for name in labels.split(";") if name.strip()]
+        delimiter = _delimiter(path, file.readline())
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        for row in reader:
+            place = f"line {reader.line_num + 1}"
+            fields = [field.strip() for field in row]
+            while fields and not fields[-1]:  # a spreadsheet fills rows up to the longest, and adds empty ones
+                fields.pop()
+            if not fields:
+                continue
+            image_id, labels = fields[0], fields[1:]
+            if not image_id:
+                raise UserError(f"{path}, {place}: no id before '{labels[-1]}'. Write one, or remove the row.")
+            if len(labels) > 1 and delimiter != ";":  # which separates the classes of an image too
+                raise UserError(f"{path}, {place}: expected 'id,class;class', got {len(fields)} fields.")
+            yield place, image_id, [name.strip() for name in ";".join(labels).split(";") if name.strip()]
+
+
+def _delimiter(path: Path, header: str) -> str:
+    """What separates the fields of a table with this first line."""
+    for delimiter in DELIMITERS:
+        names = [name.strip().lower() for name in next(csv.reader([header], delimiter=delimiter), [])]
+        if names[:2] == LABELS_HEADER and not any(names[2:]):
+            return delimiter
+    raise UserError(f"{path}, line 1: the header must be '{','.join(LABELS_HEADER)}'.")
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, str, list[str]]]:
@@ -202,10 +275,14 @@ def _json_rows(path: Path) -> Iterator[tuple[str, str, list[str]]]:
 
 @contextlib.contextmanager
 def _open_table(path: Path) -> Iterator[TextIO]:
+    """The text of a table.
+
+    Raises:
+        UserError: no such file, not UTF-8, or the block finds out that it is no table.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such file. Write one row per image: 'id,labels'.")
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            yield file
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file. Write one row per image: 'id,labels'.") from error
-    except (UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not a UTF-8 table ({error}). Save it as UTF-8 CSV or JSON.") from error
+        yield io.StringIO(read_text(path), newline="")
+    except (csv.Error, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not a readable table ({error}). Save it as CSV or JSON, in UTF-8.") from error

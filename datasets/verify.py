@@ -14,8 +14,12 @@ each class occurs to OUTPUT_DIR/classes.png. Columns of the table:
     unlabelled  masks that show a class which is not in the image label
     copies      photographs that are, byte for byte, those of another id, of whatever split
 
-Exit code 2 if a photograph, label or mask is missing, unreadable or bad, or if a list is empty, repeats an id or is
-not as long as the published one. The last two columns are warnings.
+Exit code 2 if a photograph, label or mask is missing, unreadable or bad, if a list is empty, repeats an id or is not as
+long as the published one, or if there are files of masks but none is a photograph's. The last two columns are warnings,
+and so is what belongs to nothing: label rows without a photograph, photographs in no list, files that are not read,
+classes without an image; and ids in two lists of which neither is named after the other, such as train and val.
+
+    python -m datasets.verify train val --scored val ...     errors too: images of val without a mask
 """
 
 from __future__ import annotations
@@ -32,7 +36,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from datasets import build_source
-from datasets.base import DatasetInfo, DataSource, first_repeated
+from datasets.base import DatasetInfo, DataSource
+from datasets.leftovers import leftovers, unlisted
+from datasets.listing import first_repeated
 from tools import cli, options
 from tools.drawing import EMPTY, FAINT, INK, PAPER
 from tools.errors import UserError
@@ -61,6 +67,7 @@ PUBLISHED = {
 
 ERRORS = {
     "list": "lists",
+    "disguised": "masks among the photographs",
     "missing": "photographs that are missing",
     "unreadable": "photographs that cannot be read",
     "label": "labels that are missing or cannot be read",
@@ -70,6 +77,12 @@ WARNINGS = {
     "unlabelled": "masks against labels",
     "copies": "the same photograph under several ids",
     "partial": "splits with masks of some images",
+    "overlap": "lists that share photographs",
+    "rows": "labels that belong to no photograph",
+    "unread": "files among the photographs that are not read",
+    "unlisted": "photographs in no list",
+    "stray": "files among the masks that are no photograph's mask",
+    "unused": "classes",
 }
 SHOWN = 5  # findings printed of each kind
 
@@ -83,33 +96,44 @@ class Split:
         label_counts: int64 [C], images by class in their label (index 0: 0).
         pixel_counts: int64 [C], mask pixels by class, ignored ones left out.
         counts: how many images have "labels", "masks", and each kind of finding.
+        without: the ids of photographs without "labels", without "masks".
     """
 
     images: int
     label_counts: np.ndarray
     pixel_counts: np.ndarray
     counts: Counter = field(default_factory=Counter)
+    without: dict[str, list[str]] = field(default_factory=lambda: {"labels": [], "masks": []})
 
     @classmethod
     def of(cls, ids: Sequence[str], info: DatasetInfo) -> Split:
         """A list of ids of which nothing is known yet."""
         return cls(len(set(ids)), np.zeros(info.num_classes, np.int64), np.zeros(info.num_classes, np.int64))
 
-    def add(self, look: Look) -> None:
+    def add(self, image_id: str, look: Look) -> None:
         """Count one of its images."""
         self.counts.update(kind for kind, _ in look.findings)
         self.counts.update({"labels": look.has_label, "masks": look.has_mask})
+        for what, there in (("labels", look.has_label), ("masks", look.has_mask)):
+            if look.found and not there:
+                self.without[what].append(image_id)
         if look.label is not None:
             self.label_counts[1:] += look.label.astype(np.int64)
         if look.pixels is not None:
             self.pixel_counts += look.pixels
 
-    def partly(self, domain: str, what: str, use: str) -> list[str]:
-        """The sentence on a split of which only some images have labels (or masks); none if all have or none has."""
+    def incomplete(self, domain: str, what: str, use: str) -> str:
+        """The sentence on a split of which some images have no labels (or masks)."""
+        without = self.without[what]
         found = self.images - self.counts["missing"]
-        if self.counts[what] in (0, found):
-            return []
-        return [f"split '{domain}': {self.counts[what]} of {found} images have {what}, so it cannot be {use}"]
+        return (
+            f"split '{domain}': {found - len(without)} of {found} images have {what}, so it cannot be {use}; "
+            f"the first without is '{without[0]}'"
+        )
+
+    def partly(self) -> dict[str, list[str]]:
+        """`without`, if some images have labels (masks) and others have not: usually a mistake."""
+        return {what: ids for what, ids in self.without.items() if ids and self.counts[what]}
 
 
 @dataclass
@@ -138,6 +162,7 @@ def make_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
     parser.add_argument("domains", nargs="*", help="splits that must be there; all that are there are looked at")
     group = options.add_dataset(parser)
+    group.add_argument("--scored", nargs="*", default=[], metavar="DOMAIN", help="splits that must have all masks")
     group.add_argument("--output_dir", type=Path, help="folder of the report (default: experiments/data/DATASET)")
     options.add_workers(group)
     return parser
@@ -147,9 +172,9 @@ def main(args: argparse.Namespace) -> None:
     """Look at everything, print the table and the findings, write the report."""
     output_dir = check_writable(args.output_dir or options.EXPERIMENTS / "data" / args.dataset)
     source = build_source(args.dataset, options.data_dir(args))
-    for domain in args.domains:
+    for domain in [*args.domains, *args.scored]:
         source.listed_ids(domain)
-    splits, findings = verify(source, PUBLISHED.get(args.dataset, {}), args.num_workers)
+    splits, findings = verify(source, PUBLISHED.get(args.dataset, {}), args.num_workers, args.scored)
     print(f"\n{source.root}: {source.info.num_foreground} classes: {', '.join(source.info.classes[1:])}\n")
     print(table(splits, PUBLISHED.get(args.dataset, {})))
     print_findings(findings)
@@ -161,7 +186,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def verify(
-    source: DataSource, published: dict[str, Published], workers: int
+    source: DataSource, published: dict[str, Published], workers: int, scored: Sequence[str] = ()
 ) -> tuple[dict[str, Split], dict[str, list[str]]]:
     """Look at every image of every split once.
 
@@ -169,6 +194,7 @@ def verify(
         source: the dataset.
         published: what its splits must have, as far as that is known.
         workers: processes; 0: this one only.
+        scored: domains of which every image must have a mask.
 
     Returns:
         What was found in each split; and what is wrong, by kind (keys of `ERRORS` and `WARNINGS`).
@@ -184,24 +210,50 @@ def verify(
         findings["list"] += [f"split '{domain}' {fault}" for fault in list_faults(ids, published.get(domain))]
         for image_id in dict.fromkeys(ids):
             domains_of[image_id].append(domain)
-    if domains_of:
-        source.has_label(next(iter(domains_of)))  # a table that cannot be read is one error, not one per image
+    for kind, text in leftovers(source, lists):  # before the workers start: what it lists and reads, they inherit
+        findings[kind].append(text)
     copies: dict[bytes, list[str]] = defaultdict(list)
     looks = run_jobs(functools.partial(look_at, source), list(domains_of), workers, "verifying", "image")
     for (image_id, domains), look in zip(domains_of.items(), looks, strict=True):
         for kind, text in (*look.findings, *absences(image_id, look, [published.get(d) for d in domains])):
             findings[kind].append(text)
         for domain in domains:
-            splits[domain].add(look)
+            splits[domain].add(image_id, look)
         if look.digest:
             copies[look.digest].append(image_id)
     add_copies(copies.values(), domains_of, splits, findings["copies"])
     for domain in (domain for domain in splits if domain not in published):
-        findings["label"] += splits[domain].partly(domain, "labels", "learnt from")
-        findings["partial"] += splits[domain].partly(domain, "masks", "scored")
+        add_incomplete(domain, splits[domain], findings, scored=domain in scored)
+    if not published:
+        findings["unlisted"] += unlisted(source, lists)
+        findings["unused"] += unused(source.info, splits)
+    add_totals(splits, findings)
+    return splits, findings
+
+
+def add_incomplete(domain: str, split: Split, findings: dict[str, list[str]], *, scored: bool) -> None:
+    """Report that only some images of a split have labels, or masks; or that a split to be scored lacks masks."""
+    if "labels" in split.partly():
+        findings["label"].append(split.incomplete(domain, "labels", "learnt from"))
+    if scored and split.without["masks"]:
+        findings["mask"].append(split.incomplete(domain, "masks", "scored"))
+    elif "masks" in split.partly():
+        findings["partial"].append(split.incomplete(domain, "masks", "scored"))
+
+
+def unused(info: DatasetInfo, splits: dict[str, Split]) -> Iterable[str]:
+    """A sentence on every class that no labelled image shows; none if there are no labels."""
+    counts = sum(split.label_counts for split in splits.values())
+    return (f"class '{info.classes[i]}' is in no label" for i in np.flatnonzero(counts == 0) if i and counts.any())
+
+
+def add_totals(splits: dict[str, Split], findings: dict[str, list[str]]) -> None:
+    """Report what is true of the whole dataset: that nothing can be learnt from it, that no mask fits."""
     if not any(split.counts["labels"] for split in splits.values()):
         findings["label"].append("no image has a label, so nothing can be learnt")
-    return splits, findings
+    stray = findings["stray"]
+    if stray and not any(split.counts["masks"] for split in splits.values()):
+        findings["mask"].append(f"{len(stray)} files among the masks, but no photograph has one, such as {stray[0]}")
 
 
 def add_copies(
@@ -230,7 +282,7 @@ def look_at(source: DataSource, image_id: str) -> Look:
     """Read the photograph, label and mask of one id."""
     look = Look(found=source.has_image(image_id))
     if not look.found:
-        look.findings.append(("missing", f"{image_id}: no photograph"))
+        look.findings.append(("missing", f"{image_id}: no photograph{source.advice(image_id)}"))
         return look
     path = source.image_path(image_id)
     if _try(look, "unreadable", lambda: source.image(image_id)) is not None:
@@ -303,6 +355,7 @@ def write_report(folder: Path, info: DatasetInfo, splits: dict[str, Split], find
         domain: {
             "images": split.images,
             **split.counts,
+            **{f"without_{what}": ids for what, ids in split.partly().items()},
             "images_by_class": dict(zip(info.classes[1:], split.label_counts[1:].tolist(), strict=True)),
             "pixels_by_class": dict(zip(info.classes, split.pixel_counts.tolist(), strict=True)),
         }

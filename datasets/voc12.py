@@ -11,11 +11,12 @@ the "image mask" paths that many repositories of this field ship.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from datasets.base import DatasetInfo, DataSource, index_images, index_splits
+from datasets.base import DatasetInfo, DataSource
+from datasets.listing import index_files, index_images, index_splits
 from tools.errors import UserError
 
 VOC_CLASSES = (
@@ -40,6 +41,8 @@ class VOC12Source(DataSource):
         UserError: a folder or every list of ids is missing.
     """
 
+    label_noun = "annotation"
+
     def __init__(self, data_dir: Path, masks_dir: Path | None = None, classes: Sequence[str] = VOC_CLASSES) -> None:
         root = find_devkit(data_dir)
         if root is None:
@@ -49,36 +52,31 @@ class VOC12Source(DataSource):
         splits = index_splits(root / "ImageSets" / "Segmentation")
         if not splits:
             raise UserError(f"{root / 'ImageSets' / 'Segmentation'}: no lists of ids (train.txt, val.txt, ...) there.")
-        own_masks = root / "SegmentationClass"
+        own_masks = [root / "SegmentationClass", root / AUGMENTED_MASKS] if masks_dir is None else [masks_dir]
         super().__init__(
             root,
             info=DatasetInfo(tuple(classes)),
             images=index_images([root / "JPEGImages"]),
             splits=splits,
-            masks_dir=masks_dir or (own_masks if own_masks.is_dir() else None),
+            masks_dirs=[folder for folder in own_masks if folder.is_dir() or folder == masks_dir],
         )
-
-        augmented = root / AUGMENTED_MASKS
-        self._augmented = augmented if masks_dir is None and own_masks.is_dir() and augmented.is_dir() else None
-
-    def mask_path(self, image_id: str) -> Path | None:
-        """Where the mask of an id is expected; None if the dataset has no masks."""
-        path = super().mask_path(image_id)
-        return path if self._augmented is None or path.is_file() else self._augmented / path.name
+        annotations = root / "Annotations"
+        self._annotations = index_files([annotations] if annotations.is_dir() else [], (".xml",)).files
 
     def has_label(self, image_id: str) -> bool:
         """Whether there is an annotation of that id."""
-        return self._annotation(image_id).is_file()
+        return image_id in self._annotations
 
-    def _annotation(self, image_id: str) -> Path:
-        return self.root / "Annotations" / f"{image_id}.xml"
+    def labelled_ids(self) -> Iterable[str]:
+        """The ids of all annotations."""
+        return self._annotations.keys()
 
     def _id_of_line(self, line: str) -> str:
         first = line.split()[0]
         return Path(first).stem if "/" in first else first
 
     def _class_indices(self, image_id: str) -> set[int]:
-        path = self._annotation(image_id)
+        path = self._annotations.get(image_id, self.root / "Annotations" / f"{image_id}.xml")
         names = read_object_names(path)
         unknown = names - set(self.info.classes[1:])
         if unknown:

@@ -5,9 +5,10 @@
 source "$(dirname "${BASH_SOURCE[0]}")/config/env.sh"
 source runners/config/dataset.sh
 
-if [[ "$PROPOSALS" == sam ]]; then REFINE_FLAGS="--checkpoint $SAM_CHECKPOINT --model_type $SAM_TYPE $REFINE_FLAGS"; fi
+SAM=()
+if [[ "$PROPOSALS" == sam ]]; then SAM=(--checkpoint "$SAM_CHECKPOINT" --model_type "$SAM_TYPE"); fi
 run refine_sam.py --tag "$TAG_CSRM" --domain "$DOMAIN_TRAIN" --pseudo_dir "$PSEUDOS" --device "$DEVICE" \
-  --num_workers "$WORKERS" --proposals "$PROPOSALS" --mode "$MERGE_MODE" $REFINE_FLAGS
+  --num_workers "$WORKERS" --proposals "$PROPOSALS" --mode "$MERGE_MODE" ${SAM[@]+"${SAM[@]}"} $REFINE_FLAGS
 score refined "$DOMAIN_EVAL" "$REFINED"
 
 printf '\nRefined pseudo masks: %s\nNext: ./runners/4-segmentation.sh\n' "$REFINED"

@@ -132,7 +132,7 @@ def test_labels_in_json_are_those_in_csv(folder_copy: Path):
         ('{"a": {"cat": 1}}', r"labels\.json, id 'a': expected a list of class names"),
         ('["cat"]', r"labels\.json: expected \{"),
         ("3", r"labels\.json: expected \{"),
-        ('{"a": ["cat"]', r"labels\.json: not a UTF-8 table"),
+        ('{"a": ["cat"]', r"labels\.json: not a readable table"),
     ],
 )
 def test_mistakes_in_labels_json(folder_copy: Path, content: str, message: str):
@@ -277,7 +277,7 @@ MISTAKES = {
     "id labelled twice": (append("labels.csv", "a,dog\n"), r"labels\.csv, line 6: id 'a'"),
     "fields in a row": (append("labels.csv", "e,cat,dog\n"), r"labels\.csv, line 6: .*3 fields"),
     "header": (write("labels.csv", b"a,cat\n"), r"labels\.csv, line 1: .*id,labels"),
-    "labels not text": (write("labels.csv", b"id,labels\n\xff\xfe,cat\n"), r"labels\.csv: not a UTF-8 table"),
+    "labels not text": (write("labels.csv", b"id,labels\n\xff\xfe,cat\n"), r"labels\.csv: not UTF-8 text"),
     "no labels.csv": (remove("labels.csv"), r"labels\.csv: no such file"),
     "no label of an id": (write("labels.csv", b"id,labels\na,cat\n"), r"labels\.csv: no row for id 'b'"),
     "id listed twice": (append("splits/train.txt", "a\n"), r"train\.txt: id 'a' is listed twice"),

@@ -15,6 +15,8 @@ from datasets import build_source
 from datasets.base import DatasetInfo
 from datasets.verify import ERRORS, WARNINGS, Published, Split, histogram, verify
 
+SHARED = {"overlap": ["1 of 2 ids of val are in train too, the first is 'b'"]}  # in every fixture
+
 
 def look(root: Path, published: dict[str, Published] | None = None, dataset: str = "folder"):
     return verify(build_source(dataset, root), published or {}, workers=0)
@@ -27,7 +29,7 @@ def found(findings: dict[str, list[str]]) -> dict[str, list[str]]:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_sound_folder_has_no_findings_and_these_counts(folder_root, workers):
     splits, findings = verify(build_source("folder", folder_root), {}, workers)
-    assert found(findings) == {} and set(findings) == {*ERRORS, *WARNINGS}
+    assert found(findings) == SHARED and set(findings) == {*ERRORS, *WARNINGS}
     source = build_source("folder", folder_root)
     for domain, ids in SPLITS.items():
         split = splits[domain]
@@ -53,10 +55,11 @@ def test_every_fault_is_found_where_it_is(folder_copy):
     assert findings["unlabelled"] == [f"{masks / 'a.png'}: shows dog, unlike the image label"]
     assert findings["copies"] == ["a (train) = c (train)"]
     assert findings["label"] == [
-        "split 'train': 2 of 3 images have labels, so it cannot be learnt from",
-        "split 'val': 1 of 2 images have labels, so it cannot be learnt from",
+        "split 'train': 2 of 3 images have labels, so it cannot be learnt from; the first without is 'c'",
+        "split 'val': 1 of 2 images have labels, so it cannot be learnt from; the first without is 'd'",
     ]
-    assert findings["partial"] == ["split 'val': 1 of 2 images have masks, so it cannot be scored"]
+    lacking = "split 'val': 1 of 2 images have masks, so it cannot be scored; the first without is 'd'"
+    assert findings["partial"] == [lacking] and splits["val"].partly() == {"labels": ["d"], "masks": ["d"]}
     assert [text.split(": ")[0] for text in findings["mask"]] == [f"{masks / 'c.png'}"]  # now of another size
     assert splits["train"].counts["copies"] == 2 and splits["val"].counts["missing"] == 1
 
@@ -70,7 +73,7 @@ def test_labels_are_not_asked_of_a_test_split(folder_copy):
 
 def test_a_folder_without_any_label_teaches_nothing(folder_copy):
     (folder_copy / "labels.csv").unlink()
-    assert found(look(folder_copy)[1]) == {"label": ["no image has a label, so nothing can be learnt"]}
+    assert found(look(folder_copy)[1]) == SHARED | {"label": ["no image has a label, so nothing can be learnt"]}
 
 
 def test_a_leak_from_val_into_train_is_a_copy_of_two_splits(folder_copy):
@@ -92,6 +95,7 @@ def test_a_published_split_must_have_its_images_labels_and_masks(voc_copy):
         "list": ["split 'val' lists 2 images, the published list 7"],
         "mask": ["c: no mask"],
         "label": ["d: no label"],
+        "overlap": [*SHARED["overlap"], "2 of 2 ids of val are in train_aug too, the first is 'b'"],
     }
 
 
@@ -112,7 +116,7 @@ def test_the_command_prints_the_table_and_writes_the_report(folder_root, tmp_pat
     assert table[1] == ["train", "3", "-", "0", "0", "3", "3", "0", "0", "0"] and len(table[0]) == len(table[1])
     report = json.loads((tmp_path / "verify.json").read_text())
     assert report["splits"]["train"]["images_by_class"] == {"cat": 2, "dog": 2}
-    assert not any(report["findings"].values())
+    assert found(report["findings"]) == SHARED
     with Image.open(tmp_path / "classes.png") as picture:
         assert picture.size[0] > 600 and len(set(picture.convert("L").tobytes())) > 2
 

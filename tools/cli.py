@@ -71,12 +71,16 @@ def _underscored(token: str) -> str:
 def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """Call `main(args)`; a `UserError` becomes one line on stderr and exit code 2.
 
-    Of several processes (`tools.parallel`) only the first prints to stdout.
+    Of several processes (`tools.parallel`) only the first prints to stdout. Characters that the terminal's encoding
+    lacks, in names of files and classes, are printed as \\ and their numbers.
     """
     import torch  # after the flags are parsed
 
     from tools import distributed
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     quiet = contextlib.nullcontext() if parallel.is_main() else contextlib.redirect_stdout(io.StringIO())
     try:
         with quiet:

@@ -6,6 +6,7 @@ that is what lets each stage trust whatever it finds and continue where it stopp
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import os
@@ -65,21 +66,33 @@ def check_writable(folder: str | os.PathLike) -> Path:
     return folder
 
 
-def read_lines(path: str | os.PathLike) -> list[str]:
-    """The non-empty lines of a text file, stripped.
+def read_text(path: str | os.PathLike) -> str:
+    """A text file of somebody's making: UTF-8, or UTF-16 that says so at its start, as Windows writes it.
 
     Raises:
-        UserError: the file is missing, unreadable or not UTF-8 text.
+        UserError: the file is missing, unreadable or not such text.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        data = Path(path).read_bytes()
+        text = data.decode("utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
+        if "\0" in text:
+            raise UnicodeError  # no text has it; UTF-16 without its mark does
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file.") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Check what it is and its permissions.") from error
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
         raise UserError(f"{path}: not UTF-8 text. Save it as UTF-8.") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return text
+
+
+def read_lines(path: str | os.PathLike) -> list[str]:
+    """The non-empty lines of a text file, stripped.
+
+    Raises:
+        UserError: see `read_text`.
+    """
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
 def load_image(path: str | os.PathLike) -> np.ndarray:

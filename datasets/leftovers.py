@@ -1,0 +1,64 @@
+"""What is amiss with the files of a dataset as such, whatever is in them: what belongs to nothing, or to two lists.
+
+    for kind, text in leftovers(source, {"train": ["a", "b"], "val": ["b"]}):
+        ...                                   "overlap", "1 of 1 ids of val are in train too, the first is 'b'"
+
+`verify` reports it. Nothing is opened here but the lists and the table of labels.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from datasets.base import DataSource
+
+PARTS = ("train", "val", "test")  # lists with one of these in both names may overlap: train, trainval, train_aug
+_MASK_NAME = re.compile(r"(.+?)(\.\w{3,4})?[ _-]+(masks?|labels?|labelids|seg|segmentation|gt|fuse|pixel|save)", re.I)
+
+
+def leftovers(source: DataSource, lists: dict[str, Sequence[str]]) -> Iterator[tuple[str, str]]:
+    """Kind and text of every finding.
+
+    Args:
+        source: the dataset.
+        lists: ids by domain.
+
+    Raises:
+        UserError: the table of labels cannot be read.
+    """
+    images = set(source.image_ids())
+    for image_id in source.labelled_ids():
+        if image_id not in images:
+            yield "rows", f"{source.label_noun} '{image_id}' belongs to no photograph{source.advice(image_id)}"
+    for path in source.unread:
+        yield "unread", f"{path}: a kind that is not read ({path.suffix or 'no suffix'}). Convert photographs to JPEG"
+    for path in source.stray_masks():
+        yield "stray", f"{path}: no ID.png of a photograph"
+    for image_id in sorted(images):
+        named = _MASK_NAME.fullmatch(image_id)
+        if named and named[1] in images:
+            where = source.image_path(image_id)
+            yield "disguised", f"{where}: looks like the mask of {named[1]}. Move it to masks/ (ID.png) or rename it"
+    for text in overlaps(lists):
+        yield "overlap", text
+
+
+def unlisted(source: DataSource, lists: dict[str, Sequence[str]]) -> Iterable[str]:
+    """A sentence on every photograph that is in no list."""
+    listed = set(itertools.chain.from_iterable(lists.values()))
+    return (f"{source.image_path(i)}: in no list" for i in source.image_ids() if i not in listed)
+
+
+def overlaps(lists: dict[str, Sequence[str]]) -> Iterator[str]:
+    """A sentence on every two lists that share ids although their names do not say so (as train and trainval do)."""
+    for pair in itertools.combinations(lists, 2):
+        if any(part in pair[0] and part in pair[1] for part in (*PARTS, *pair)):
+            continue
+        small, large = sorted(pair, key=lambda name: (len(lists[name]), name.startswith("train")))
+        others = set(lists[large])
+        shared = [image_id for image_id in lists[small] if image_id in others]
+        if shared:
+            total = len(lists[small])
+            yield f"{len(shared)} of {total} ids of {small} are in {large} too, the first is '{shared[0]}'"

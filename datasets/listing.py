@@ -1,0 +1,225 @@
+"""Which files a dataset has: photographs, masks and lists by id; and what a name that fits none was meant to be.
+
+    index = index_images([root / "images"])
+    index.files["2024/a"]                       root/images/2024/a.jpg
+    index.others                                files of kinds that are not read, such as .heic
+    Likeness(index.files).advice("2024/a.JPG")  ": write ids without suffix (2024/a)"
+
+Names come from people, zip files and three systems. They are compared in one form (Unicode's NFC; a Mac writes é as
+two characters). Hidden files and those that file managers leave behind are passed over.
+"""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tools.errors import UserError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
+MASK_SUFFIXES = (".png",)
+BACKGROUND = "background"
+SYSTEM_NAMES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "lost+found"}
+
+
+@dataclass(frozen=True)
+class FileIndex:
+    """Files by id, and those of other kinds that lie among them."""
+
+    files: dict[str, Path]
+    others: list[Path]
+
+
+def index_images(folders: Iterable[Path]) -> FileIndex:
+    """The photographs in `folders` and the folders inside, by id: the path from there without its suffix (`a`, `b/a`).
+
+    Raises:
+        UserError: see `index_files`; or there is no image at all.
+    """
+    folders = list(folders)
+    index = index_files(folders, IMAGE_SUFFIXES)
+    if not index.files:
+        others = f", but {len(index.others)} other files such as {index.others[0].name}" if index.others else ""
+        raise UserError(f"{folders[0]}: no images ({', '.join(IMAGE_SUFFIXES)}) in it{others}.")
+    return index
+
+
+def index_files(folders: Iterable[Path], suffixes: Sequence[str]) -> FileIndex:
+    """The files with one of `suffixes` (in small or capital letters) in `folders` and the folders inside.
+
+    Listing a folder once is far cheaper than asking for 100,000 files one by one.
+
+    Raises:
+        UserError: a folder is missing or unreadable, two files share an id, a name is not UTF-8.
+    """
+    index = FileIndex({}, [])
+    for folder in folders:
+        for name, path in _files_in(folder):
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() not in suffixes:
+                index.others.append(path)
+                continue
+            file_id = unicodedata.normalize("NFC", stem)
+            if file_id in index.files:
+                raise UserError(f"{path}: has the same id as {index.files[file_id]}. Rename one.")
+            index.files[_utf8(file_id, path)] = path
+    return index
+
+
+def index_splits(folder: Path) -> dict[str, Path]:
+    """The lists of ids (*.txt) in `folder` by domain name; empty if there is no such folder, or nothing in it.
+
+    Raises:
+        UserError: the folder cannot be read, or holds files of other kinds only.
+    """
+    if not folder.is_dir():
+        return {}
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.is_file() and not _is_system(path.name))
+    except OSError as error:
+        _unreadable(error)
+    lists = {path.stem: path for path in paths if path.suffix.lower() == ".txt"}
+    if paths and not lists:
+        raise UserError(f"{paths[0]}: not a list of ids. Save it as {paths[0].stem}.txt, one id per line.")
+    return lists
+
+
+def clean_name(name: str) -> str:
+    """A class name as it is compared: Unicode's NFC, single blanks."""
+    return " ".join(unicodedata.normalize("NFC", name).split())
+
+
+def is_background(name: str) -> bool:
+    """Whether a class name says that no class is there: background, Background, _background_ (labelme's)."""
+    return name.strip("_ ").casefold() == BACKGROUND
+
+
+def check_classes(path: Path, names: Sequence[str]) -> tuple[str, ...]:
+    """The class names of `path`, if they can be the classes of uint8 masks: background first, then the others.
+
+    Raises:
+        UserError: another first name than background, no foreground class, too many, two names that differ by case
+            at most, a name for ignored pixels, or one with ';' in it.
+    """
+    classes = [clean_name(name) for name in names]
+    ignored = [name for name in classes if name.startswith("_") and name.strip("_").casefold() == "ignore"]
+    if ignored:
+        raise UserError(f"{path}: '{ignored[0]}' is no class: ignored pixels are 255 in masks. Remove it.")
+    if classes and not is_background(classes[0]):
+        raise UserError(
+            f"{path}: must begin with '{BACKGROUND}' (it begins with '{classes[0]}'), as the value of a class "
+            f"in masks is its line, counted from 0. Make '{BACKGROUND}' the first line."
+        )
+    classes[:1] = [BACKGROUND] if classes else []
+    seen: dict[str, str] = {}
+    for name in classes:
+        key = BACKGROUND if is_background(name) else name.casefold()
+        if key in seen:
+            told = "is listed twice" if seen[key] == name else f"is too much like '{seen[key]}'"
+            raise UserError(f"{path}: class '{name}' {told}. Remove or rename one.")
+        seen[key] = name
+        if ";" in name:
+            raise UserError(f"{path}: class '{name}' holds ';', which separates the classes of an image. Rename it.")
+    if not 2 <= len(classes) <= 255:
+        raise UserError(f"{path}: {len(classes)} classes. List 'background' and 1 to 254 foreground classes.")
+    return tuple(classes)
+
+
+def first_repeated(names: Iterable[str]) -> str | None:
+    """The first name that occurs a second time, None if all differ."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
+class Likeness:
+    """Finds the id that a wrong one was meant to be: with a suffix, without leading zeros, in other case ...
+
+    Args:
+        ids: those there are.
+    """
+
+    def __init__(self, ids: Iterable[str]) -> None:
+        self._ids: dict[str, str | None] = {}  # None: several look like that
+        for image_id in ids:
+            for key in {_folded(image_id), _folded(image_id.rpartition("/")[2])}:
+                self._ids[key] = None if key in self._ids else image_id
+
+    def advice(self, text: str) -> str:
+        """ "What to write instead of `text`, as ": ... (the id)"; nothing if no id looks like it."""
+        plain = text.replace("\\", "/")
+        stem = _without_suffix(plain)
+        tails = [stem] + [stem.split("/", n)[n] for n in range(1, stem.count("/") + 1)]
+        meant = next((found for tail in tails if (found := self._ids.get(_folded(tail)))), None)
+        return "" if meant is None else f": {_difference(plain, stem, meant)} ({meant})"
+
+
+def _difference(plain: str, stem: str, meant: str) -> str:
+    if plain == meant:
+        return "write '/' between folders"
+    if stem == meant:
+        return "write ids without suffix"
+    if stem.endswith(f"/{meant}"):
+        return "write ids without the folders above"
+    if meant.endswith(f"/{stem}"):
+        return "write ids with their folder"
+    if stem.casefold() == meant.casefold():
+        return "write small and capital letters as in the file's name"
+    if stem.lstrip("0") == meant.lstrip("0"):
+        return "write leading zeros (have a spreadsheet take the column for text)"
+    return "write ids as the files are called"
+
+
+def _folded(image_id: str) -> str:
+    """What ids that look alike have in common."""
+    folders, slash, name = unicodedata.normalize("NFKC", image_id).casefold().rpartition("/")
+    return folders + slash + name.strip().lstrip("0")
+
+
+def _without_suffix(name: str) -> str:
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in IMAGE_SUFFIXES else name
+
+
+def _files_in(folder: Path) -> Iterator[tuple[str, Path]]:
+    """(path from `folder`, file) of every file below it."""
+    for parent, folders, names in os.walk(folder, onerror=_unreadable, followlinks=True):
+        here = Path(parent)
+        folders[:] = sorted(name for name in folders if not _is_system(name) and not _leads_back(folder, here / name))
+        inside = here.relative_to(folder).as_posix() + "/"
+        prefix = "" if inside == "./" else inside
+        for name in sorted(names):
+            if not _is_system(name):
+                yield prefix + name, here / name
+
+
+def _is_system(name: str) -> bool:
+    """Hidden, or a file manager's: copies from other systems are full of `._name.jpg` and `Thumbs.db`."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
+def _leads_back(top: Path, folder: Path) -> bool:
+    """Whether `folder` below `top` is a link to a folder on the way to it: following that would never end."""
+    if not folder.is_symlink():
+        return False
+    target = folder.resolve()
+    on_the_way = folder.parents[: len(folder.relative_to(top).parts)]
+    return any(parent.resolve().is_relative_to(target) for parent in on_the_way)
+
+
+def _utf8(file_id: str, path: Path) -> str:
+    try:
+        file_id.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path}: the name is not UTF-8 (old zip files unpack so). Rename it.") from error
+    return file_id
+
+
+def _unreadable(error: OSError) -> None:
+    raise UserError(f"{error.filename}: no readable folder ({error.strerror}).") from error
