@@ -166,6 +166,10 @@ class DataSource(ABC):
         found = [index.files[image_id] for index in self._masks if image_id in index.files]
         return next(iter([*found, *(folder / f"{image_id}.png" for folder in self._masks_dirs)]), None)
 
+    def has_mask(self, image_id: str) -> bool:
+        """Whether there is a mask of that id."""
+        return any(image_id in index.files for index in self._masks)
+
     def stray_masks(self) -> list[Path]:
         """Files in the folders of masks that are no photograph's mask."""
         return [
@@ -213,7 +217,7 @@ class DataSource(ABC):
         """
         if not self._masks_dirs:
             raise UserError(f"{self.root}: this dataset has no masks. Give a folder of ID.png masks.")
-        missing = [image_id for image_id in ids if not self.mask_path(image_id).is_file()]
+        missing = [image_id for image_id in ids if not self.has_mask(image_id)]
         if missing:
             raise UserError(f"{self.mask_path(missing[0])}: no such mask ({len(missing)} of {len(ids)} are missing).")
 

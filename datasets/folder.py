@@ -80,8 +80,13 @@ class FolderSource(DataSource):
     def _read_classes(self, root: Path, images: FileIndex) -> tuple[str, ...]:
         path = root / "classes.txt"
         folders = {self._class_folder(image_id) for image_id in images.files}
-        if path.exists() or self._table_path is not None or None in folders:
+        if path.exists():
             return check_classes(path, read_lines(path))
+        if self._table_path is not None or None in folders:
+            raise UserError(
+                f"{path}: no such file. Write '{BACKGROUND}' and your classes, one per line; or without a table "
+                "of labels, sort all images into folders, images/CLASS/..."
+            )
         parts = sorted(name for name in folders if name.casefold() in SPLIT_FOLDERS)
         if len(parts) > 1:
             raise UserError(

@@ -34,8 +34,12 @@ def leftovers(source: DataSource, lists: dict[str, Sequence[str]]) -> Iterator[t
             yield "rows", f"{source.label_noun} '{image_id}' belongs to no photograph{source.advice(image_id)}"
     for path in source.unread:
         yield "unread", f"{path}: a kind that is not read ({path.suffix or 'no suffix'}). Convert photographs to JPEG"
-    for path in source.stray_masks():
+    strays = source.stray_masks()
+    for path in strays:
         yield "stray", f"{path}: no ID.png of a photograph"
+    if strays and not any(map(source.has_mask, images)):
+        text = f"holds {len(strays)} files, none is ID.png of a photograph, such as {strays[0].name}. Rename them"
+        yield "mask", f"{strays[0].parent}: {text}"
     for image_id in sorted(images):
         named = _MASK_NAME.fullmatch(image_id)
         if named and named[1] in images:

@@ -222,4 +222,4 @@ def _utf8(file_id: str, path: Path) -> str:
 
 
 def _unreadable(error: OSError) -> None:
-    raise UserError(f"{error.filename}: no readable folder ({error.strerror}).") from error
+    raise UserError(f"{error.filename}: no readable folder of images ({error.strerror}).") from error

@@ -227,7 +227,8 @@ def verify(
     if not published:
         findings["unlisted"] += unlisted(source, lists)
         findings["unused"] += unused(source.info, splits)
-    add_totals(splits, findings)
+    if not any(split.counts["labels"] for split in splits.values()):
+        findings["label"].append("no image has a label, so nothing can be learnt")
     return splits, findings
 
 
@@ -245,15 +246,6 @@ def unused(info: DatasetInfo, splits: dict[str, Split]) -> Iterable[str]:
     """A sentence on every class that no labelled image shows; none if there are no labels."""
     counts = sum(split.label_counts for split in splits.values())
     return (f"class '{info.classes[i]}' is in no label" for i in np.flatnonzero(counts == 0) if i and counts.any())
-
-
-def add_totals(splits: dict[str, Split], findings: dict[str, list[str]]) -> None:
-    """Report what is true of the whole dataset: that nothing can be learnt from it, that no mask fits."""
-    if not any(split.counts["labels"] for split in splits.values()):
-        findings["label"].append("no image has a label, so nothing can be learnt")
-    stray = findings["stray"]
-    if stray and not any(split.counts["masks"] for split in splits.values()):
-        findings["mask"].append(f"{len(stray)} files among the masks, but no photograph has one, such as {stray[0]}")
 
 
 def add_copies(
@@ -290,8 +282,7 @@ def look_at(source: DataSource, image_id: str) -> Look:
     look.has_label = source.has_label(image_id)
     if look.has_label:
         look.label = _try(look, "label", lambda: source.image_label(image_id))
-    mask_path = source.mask_path(image_id)
-    look.has_mask = mask_path is not None and mask_path.is_file()
+    look.has_mask = source.has_mask(image_id)
     if look.has_mask and look.digest:  # a mask is compared with its image
         mask = _try(look, "mask", lambda: source.mask(image_id))
         if mask is not None:
@@ -299,7 +290,9 @@ def look_at(source: DataSource, image_id: str) -> Look:
     if look.label is not None and look.pixels is not None:
         extra = [source.info.classes[i + 1] for i in np.flatnonzero((look.pixels[1:] > 0) & (look.label == 0))]
         if extra:
-            look.findings.append(("unlabelled", f"{mask_path}: shows {', '.join(extra)}, unlike the image label"))
+            look.findings.append(
+                ("unlabelled", f"{source.mask_path(image_id)}: shows {', '.join(extra)}, unlike the image label")
+            )
     return look
 
 

@@ -1,0 +1,381 @@
+"""Files and names as people have them: what is found, what is passed over, what is refused in which line."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command import data_flags, refusal
+from PIL import Image
+
+from datasets import build_source
+from datasets.listing import Likeness, check_classes, index_images, index_splits
+from datasets.verify import verify
+from tools.errors import UserError
+
+
+def photographs(root: Path, *names: str) -> Path:
+    """Tiny images in root/images, each of its own colour."""
+    for number, name in enumerate(names):
+        path = root / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 6), (number, 0, 0)).save(path, format="JPEG")
+    return root
+
+
+def dataset(root: Path, *names: str, labels: str | bytes = "", classes: str | bytes = "background\ncat\ndog\n") -> Path:
+    """A folder with these photographs, this table and these classes."""
+    photographs(root, *names)
+    for name, text in (("labels.csv", labels), ("classes.txt", classes)):
+        if text:
+            (root / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return root
+
+
+def findings(root: Path, **options) -> dict[str, list[str]]:
+    """What `verify` says, kinds without findings left out."""
+    found = verify(build_source("folder", root), {}, workers=0, **options)[1]
+    return {kind: texts for kind, texts in found.items() if texts}
+
+
+def labels(root: Path) -> dict[str, list[str]]:
+    """The class names of every photograph."""
+    source = build_source("folder", root)
+    classes = source.info.classes
+    return {i: [classes[k + 1] for k in np.flatnonzero(source.image_label(i))] for i in source.image_ids()}
+
+
+# Classes
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["cat", "dog"], "must begin with 'background' .it begins with 'cat'."),
+        (["apple", "background", "dog"], "must begin with 'background' .it begins with 'apple'."),
+        (["__ignore__", "_background_", "cat"], "'__ignore__' is no class: ignored pixels are 255"),
+        (["background", "cat", "_ignore_"], "'_ignore_' is no class"),
+        (["# label:color_rgb:parts:actions", "background:0,0,0::", "cat:1,2,3::"], "begins with '# label"),
+        (["0 background", "1 cat"], "begins with '0 background'"),
+        (["background,cat,dog"], "begins with 'background,cat,dog'"),
+        (["background", "_Background_", "cat"], "class '_Background_' is too much like 'background'"),
+        (["background", "cat", "Cat"], "class 'Cat' is too much like 'cat'"),
+        (["background", "wild dog", "wild \N{NO-BREAK SPACE}dog"], "class 'wild dog' is listed twice"),
+        (["background", "caf\N{LATIN SMALL LETTER E WITH ACUTE}", "cafe\N{COMBINING ACUTE ACCENT}"], "listed twice"),
+        (["background", "a;b"], "holds ';'"),
+        (["background"], "1 classes"),
+        ([], "0 classes"),
+        (["background", *map(str, range(255))], "256 classes"),
+    ],
+)
+def test_names_that_cannot_be_the_classes(names, message):
+    with pytest.raises(UserError, match=f"^classes.txt: .*{message}"):
+        check_classes(Path("classes.txt"), names)
+
+
+@pytest.mark.parametrize("first", ["background", "Background", "_background_", "__background__", "BACKGROUND"])
+def test_background_has_many_spellings_and_one_name(first):
+    assert check_classes(Path("x"), [first, "wild  dog", "_cat"]) == ("background", "wild dog", "_cat")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-8"])
+def test_classes_and_lists_as_windows_writes_them(tmp_path, encoding):
+    root = dataset(
+        tmp_path, "a.jpg", labels="id,labels\na,caf\u00e9\n", classes="background\r\ncafé \r\n".encode(encoding)
+    )
+    (root / "splits").mkdir()
+    (root / "splits" / "train.txt").write_bytes("a\r\n\r\n".encode(encoding))
+    source = build_source("folder", root)
+    assert source.info.classes == ("background", "caf\u00e9") and source.ids("train") == ["a"]
+
+
+@pytest.mark.parametrize("content", ["background\ncafé\n".encode("latin-1"), "background\ncat\n".encode("utf-16-le")])
+def test_text_in_no_known_encoding_is_refused(tmp_path, content):
+    with pytest.raises(UserError, match=r"classes\.txt: not UTF-8 text\. Save it as UTF-8\."):
+        build_source("folder", dataset(tmp_path, "a.jpg", labels="id,labels\n", classes=content))
+
+
+def test_the_first_line_is_asked_for_before_anything_is_trained(tmp_path, capsys):
+    root = dataset(tmp_path, "cat/a.jpg", "dog/b.jpg", classes="cat\ndog\n")
+    for script, *flags in (("datasets.verify",), ("train_classifier", "--tag", "a"), ("inference", "--tag", "a")):
+        assert "classes.txt: must begin with 'background'" in refusal(capsys, script, *data_flags(root), *flags)
+
+
+# Folders of classes and of splits
+
+
+def test_a_folder_called_background_is_no_class(tmp_path):
+    root = photographs(tmp_path, "Background/a.jpg", "cat/b.jpg", "dog/c.jpg")
+    assert build_source("folder", root).info.classes == ("background", "cat", "dog")
+    assert labels(root) == {"Background/a": [], "cat/b": ["cat"], "dog/c": ["dog"]}
+    (root / "classes.txt").write_text("_background_\ndog\ncat\n")
+    assert labels(root) == {"Background/a": [], "cat/b": ["cat"], "dog/c": ["dog"]}
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("Train", "valid", "test"), ("training", "validation", "testing")])
+def test_folders_of_splits_are_the_splits(tmp_path, names):
+    """torchvision's ImageFolder: images/train/CLASS, images/val/CLASS."""
+    root = photographs(
+        tmp_path, *(f"{name}/{kind}/{kind}.jpg" for name in names for kind in ("cat", "dog", "background"))
+    )
+    source = build_source("folder", root)
+    assert source.info.classes == ("background", "cat", "dog") and source.domains() == sorted(names)
+    assert source.ids(names[1]) == [f"{names[1]}/{kind}/{kind}" for kind in ("background", "cat", "dog")]
+    assert labels(root)[f"{names[0]}/cat/cat"] == ["cat"] and labels(root)[f"{names[1]}/background/background"] == []
+    assert findings(root).keys() <= {"copies"}
+
+
+def test_folders_of_splits_with_a_table_are_the_splits_too(tmp_path):
+    root = dataset(tmp_path, "train/a.jpg", "val/b.jpg", labels="id,labels\ntrain/a,cat\nval/b,dog\n")
+    source = build_source("folder", root)
+    assert source.ids("train") == ["train/a"] and source.ids("val") == ["val/b"]
+    (root / "splits").mkdir()
+    (root / "splits" / "all.txt").write_text("train/a\nval/b\n")  # lists come first
+    assert build_source("folder", root).domains() == ["all"]
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    root = photographs(tmp_path, "train/a.jpg", "boat/b.jpg")
+    assert labels(root) == {"train/a": ["train"], "boat/b": ["boat"]}
+    assert labels(photographs(tmp_path / "one", "train/a.jpg")) == {"train/a": ["train"]}
+
+
+@pytest.mark.parametrize("names", [("train/cat/a.jpg", "val/cat/b.jpg", "cat/c.jpg"), ("train/a.jpg", "test/b.jpg")])
+def test_folders_half_of_splits_are_refused(tmp_path, names):
+    with pytest.raises(
+        UserError, match=r"images: holds folders called \w+ and \w+, which are no classes|classes\.txt: no such file"
+    ):
+        build_source("folder", photographs(tmp_path, *names))
+
+
+# What is found, and what is passed over
+
+
+def test_a_link_that_leads_back_is_not_followed(tmp_path):
+    photos = photographs(tmp_path, "cat/0.jpg", "cat/1.jpg", "dog/2.jpg") / "images"
+    (photos / "photos").symlink_to(photos)
+    (photos / "cat" / "up").symlink_to(tmp_path)
+    (photos / "dog" / "again").symlink_to("../dog", target_is_directory=True)
+    root = tmp_path / "data"
+    root.mkdir()
+    (root / "images").symlink_to(photos)
+    source = build_source("folder", root)
+    assert sorted(source.image_ids()) == ["cat/0", "cat/1", "dog/2"] and source.info.classes[1:] == ("cat", "dog")
+
+
+def test_a_link_to_elsewhere_is_followed(tmp_path):
+    photographs(tmp_path / "elsewhere", "0.jpg", "1/2.jpg")
+    photographs(tmp_path, "dog/3.jpg")
+    (tmp_path / "images" / "cat").symlink_to(tmp_path / "elsewhere" / "images")
+    assert labels(tmp_path) == {"cat/0": ["cat"], "cat/1/2": ["cat"], "dog/3": ["dog"]}
+
+
+def test_files_of_systems_are_passed_over(folder_copy):
+    for name in ("images/.DS_Store", "images/Thumbs.db", "images/desktop.ini", "images/._a.jpg", "masks/._a.png",
+                 "splits/._train.txt", "splits/.DS_Store", "splits/Thumbs.db", "images/__MACOSX/x.jpg",
+                 "images/@eaDir/a.jpg/SYNOPHOTO_THUMB_M.jpg"):  # fmt: skip
+        (folder_copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder_copy / name).write_bytes(b"\x00\x05\x16\x07\xff")
+    source = build_source("folder", folder_copy)
+    assert source.domains() == ["train", "val"] and sorted(source.image_ids()) == ["a", "b", "c", "d"]
+    assert findings(folder_copy).keys() == {"overlap"}
+
+
+def test_files_of_systems_are_passed_over_in_the_devkit(voc_copy):
+    lists = voc_copy / "ImageSets" / "Segmentation"
+    for path in (
+        lists / "._train.txt",
+        voc_copy / "Annotations" / "._a.xml",
+        voc_copy / "SegmentationClass" / "._a.png",
+    ):
+        path.write_bytes(b"\x00\x05\x16\x07\xff")
+    source = build_source("voc12", voc_copy)
+    assert source.domains() == ["train", "train_aug", "val"] and list(source.labelled_ids()) == ["a", "b", "c", "d"]
+    assert source.stray_masks() == []
+
+
+def test_photographs_of_every_suffix(tmp_path):
+    names = ["a.jpg", "b.JPEG", "c.jfif", "d.jpe", "e.png", "f.WebP", "g.bmp", "h.tif", "i.TIFF"]
+    for name in names:
+        Image.new("RGB", (3, 2)).save(tmp_path / "x.bin", format="BMP")
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "x.bin").rename(tmp_path / "images" / name)
+    (tmp_path / "images" / "k.heic").touch()
+    (tmp_path / "images" / "l").touch()
+    index = index_images([tmp_path / "images"])
+    assert list(index.files) == list("abcdefghi") and [path.name for path in index.others] == ["k.heic", "l"]
+
+
+def test_a_folder_of_unread_kinds_says_what_it_holds(tmp_path):
+    (tmp_path / "a.heic").touch()
+    with pytest.raises(UserError, match=r"no images \(\.jpg, .*\) in it, but 1 other files such as a\.heic"):
+        index_images([tmp_path])
+
+
+def test_photographs_that_differ_by_suffix_only_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"a\.png: has the same id as .*a\.jfif\. Rename one"):
+        index_images([photographs(tmp_path, "a.jfif", "a.png") / "images"])
+
+
+def test_unicode_forms_are_one_name(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "café/né") for form in ("NFC", "NFD"))
+    root = dataset(tmp_path, f"{decomposed}.jpg", labels=f"id,labels\n{composed},cat\n")
+    (root / "masks" / decomposed).parent.mkdir(parents=True)
+    (root / "masks" / decomposed).parent.joinpath(f"{Path(composed).name}.png").touch()
+    Image.new("L", (8, 6)).save(root / "masks" / f"{decomposed.rpartition('/')[0]}" / f"{Path(composed).name}.png")
+    (root / "splits").mkdir()
+    (root / "splits" / "train.txt").write_text(decomposed)
+    assert labels(root) == {composed: ["cat"]}
+    source = build_source("folder", root)
+    assert source.ids("train") == [composed] and source.mask(composed).shape == (6, 8)
+
+
+def test_two_unicode_forms_of_a_name_are_refused(tmp_path):
+    names = [f"{unicodedata.normalize(form, 'é')}.jpg" for form in ("NFC", "NFD")]
+    with pytest.raises(UserError, match="has the same id as"):
+        index_images([photographs(tmp_path, *names) / "images"])
+
+
+def test_a_name_that_is_not_utf8_is_refused_by_name(tmp_path, capsys):
+    folder = os.fsencode(tmp_path) + b"/images/caf\xe9"
+    os.makedirs(folder)
+    Image.new("RGB", (3, 2)).save(tmp_path / "a.jpg")
+    os.rename(os.fsencode(tmp_path / "a.jpg"), folder + b"/a.jpg")
+    line = refusal(capsys, "datasets.verify", *data_flags(tmp_path))
+    assert r"images/caf\udce9/a.jpg: the name is not UTF-8" in line.encode(errors="backslashreplace").decode()
+
+
+# Lists of ids
+
+
+def test_lists_in_files_of_other_kinds_are_refused(tmp_path):
+    (tmp_path / "train.csv").touch()
+    with pytest.raises(UserError, match=r"train\.csv: not a list of ids\. Save it as train\.txt"):
+        index_splits(tmp_path)
+    (tmp_path / "val.TXT").touch()
+    assert list(index_splits(tmp_path)) == ["val"]
+    assert index_splits(tmp_path / "nowhere") == {}
+
+
+def test_lists_beside_the_folder_of_lists_are_refused(tmp_path):
+    root = dataset(tmp_path, "a.jpg", labels="id,labels\na,cat\n")
+    (root / "val.txt").write_text("a")
+    with pytest.raises(UserError, match=r"val\.txt: lists of ids are read from splits/\. Move it there"):
+        build_source("folder", root)
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("0001.jpg", ": write ids without suffix (0001)"),
+        ("0001.JPG", ": write ids without suffix (0001)"),
+        ("1", ": write leading zeros (have a spreadsheet take the column for text) (0001)"),
+        ("images/0001.jpg", ": write ids without the folders above (0001)"),
+        ("/data/birds/images/0001.jpg", ": write ids without the folders above (0001)"),
+        ("C:\\birds\\images\\0001.jpg", ": write ids without the folders above (0001)"),
+        ("2024\\Robin", ": write '/' between folders (2024/Robin)"),
+        ("Robin", ": write ids with their folder (2024/Robin)"),
+        ("2024/robin", ": write small and capital letters as in the file's name (2024/Robin)"),
+        ("ROBIN.PNG", ": write ids as the files are called (2024/Robin)"),
+        ("wren", ""),
+        ("0003", ""),
+        ("twin", ""),  # a/twin or b/twin
+        ("", ""),
+    ],
+)
+def test_advice_on_an_id_that_is_none(text, advice):
+    assert Likeness(["0001", "2024/Robin", "a/twin", "b/twin"]).advice(text) == advice
+
+
+def test_ids_in_lists_and_tables_that_fit_no_photograph(tmp_path):
+    root = dataset(tmp_path, "0000.jpg", "0001.jpg", "0002.jpg", labels="id,labels\n0000.jpg,cat\n0001,dog\n2,cat\n")
+    (root / "splits").mkdir()
+    (root / "splits" / "train.txt").write_text("0000.jpg\nnobody\n0001")
+    source = build_source("folder", root)
+    line = r"train\.txt: 2 of 3 ids have no image in .*, the first is '0000\.jpg': write ids without suffix \(0000\)\."
+    with pytest.raises(UserError, match=line):
+        source.ids("train")
+    found = findings(root)
+    assert found["missing"] == ["0000.jpg: no photograph: write ids without suffix (0000)", "nobody: no photograph"]
+    assert found["rows"] == [
+        "row '0000.jpg' belongs to no photograph: write ids without suffix (0000)",
+        "row '2' belongs to no photograph: write leading zeros (have a spreadsheet take the column for text) (0002)",
+    ]
+    assert found["unlisted"] == [f"{root / 'images' / name}: in no list" for name in ("0000.jpg", "0002.jpg")]
+
+
+# What belongs to nothing
+
+
+def test_lists_that_share_ids_are_named(tmp_path):
+    root = dataset(tmp_path, "a.jpg", "b.jpg", "c.jpg", labels="id,labels\na,cat\nb,dog\nc,cat;dog\n")
+    (root / "splits").mkdir()
+    for name, ids in {"train": "abc", "train_aug": "abc", "trainval": "abc", "val": "bc", "test": "c"}.items():
+        (root / "splits" / f"{name}.txt").write_text("\n".join(ids))
+    assert findings(root)["overlap"] == [
+        "1 of 1 ids of test are in train too, the first is 'c'",
+        "1 of 1 ids of test are in train_aug too, the first is 'c'",
+        "1 of 1 ids of test are in trainval too, the first is 'c'",
+        "1 of 1 ids of test are in val too, the first is 'c'",
+        "2 of 2 ids of val are in train too, the first is 'b'",
+        "2 of 2 ids of val are in train_aug too, the first is 'b'",
+    ]
+
+
+def test_files_and_classes_that_belong_to_nothing_are_warned_of(tmp_path):
+    root = dataset(tmp_path, "a.jpg", "b.heic", labels="id,labels\na,cat\nb,cat\n")
+    (root / "masks").mkdir()
+    for name in ("a.png", "b.png", "notes.txt"):
+        Image.new("L", (8, 6)).save(root / "masks" / name, format="PNG")
+    assert findings(root) == {
+        "rows": ["row 'b' belongs to no photograph"],
+        "unread": [f"{root / 'images' / 'b.heic'}: a kind that is not read (.heic). Convert photographs to JPEG"],
+        "stray": [f"{root / 'masks' / name}: no ID.png of a photograph" for name in ("b.png", "notes.txt")],
+        "unused": ["class 'dog' is in no label"],
+    }
+
+
+@pytest.mark.parametrize("name", ["a_mask.png", "a___fuse.png", "a.jpg___fuse.png", "a-seg.png", "a_labelIds.png"])
+def test_masks_among_the_photographs_are_errors(tmp_path, name):
+    found = findings(photographs(tmp_path, "cat/a.jpg", f"cat/{name}"))
+    assert [text.split(".png:")[1] for text in found["disguised"]] == [
+        " looks like the mask of cat/a. Move it to masks/ (ID.png) or rename it"
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", ["{}_mask.png", "{}.jpg", "{}.jpg.png", "{}.jpg___fuse.png", "{}.tif", "sub/{}.png", "{}_gt.PNG"]
+)
+def test_masks_under_other_names_are_an_error_before_anything_is_trained(folder_copy, name):
+    for path in sorted((folder_copy / "masks").iterdir()):
+        new = folder_copy / "masks" / name.format(path.stem)
+        new.parent.mkdir(exist_ok=True)
+        path.rename(new)
+    first = folder_copy / "masks" / name.format("a")
+    text = f"holds 4 files, none is ID.png of a photograph, such as {first.name}. Rename them"
+    assert findings(folder_copy)["mask"] == [f"{first.parent}: {text}"]
+
+
+def test_suffixes_of_masks_may_be_capital(folder_copy):
+    expected = build_source("folder", folder_copy).mask("b")
+    for path in (folder_copy / "masks").iterdir():
+        path.rename(path.with_suffix(".PNG"))
+    source = build_source("folder", folder_copy)
+    source.check_masks(["a", "b", "c", "d"])
+    np.testing.assert_array_equal(source.mask("b"), expected)
+    assert findings(folder_copy).keys() == {"overlap"}
+
+
+def test_a_split_to_be_scored_must_have_all_its_masks(folder_copy, capsys):
+    (folder_copy / "masks" / "d.png").unlink()
+    text = "split 'val': 1 of 2 images have masks, so it cannot be scored; the first without is 'd'"
+    assert findings(folder_copy)["partial"] == [text] and findings(folder_copy, scored=["val"])["mask"] == [text]
+    for path in (folder_copy / "masks").iterdir():
+        path.unlink()
+    (folder_copy / "masks" / "d.png").touch()
+    text = "split 'train': 0 of 3 images have masks, so it cannot be scored; the first without is 'a'"
+    assert text in findings(folder_copy, scored=["train"])["mask"]
+    refusal(capsys, "datasets.verify", *data_flags(folder_copy), "--scored", "train")
