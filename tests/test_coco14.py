@@ -111,24 +111,43 @@ def test_crowds_lie_below_and_the_smaller_object_on_top():
     assert not paint([], 20, 20).any()
 
 
+def test_an_empty_segmentation_counts_for_the_label_and_paints_nothing(tmp_path, capsys):
+    """As Label Studio and CVAT write boxes."""
+
+    def change(content: dict) -> None:
+        here = [a for a in content["annotations"] if a["image_id"] in (25, 42)]
+        for item in here:
+            item.update(category_id=90, segmentation=[])
+        here[0].update(category_id=13, segmentation={"counts": [], "size": [40, 50]})
+        here[1].update(segmentation=[[]])
+
+    root = write(tmp_path / "coco", change)
+    convert(root, workers=0)
+    for part, number, names in (("train2014", 25, "stop sign;toothbrush"), ("val2014", 42, "stop sign;toothbrush")):
+        image_id = coco_name(part, number)
+        assert not load_mask(root / "masks" / f"{image_id}.png").any()
+        assert f"{image_id},{names}" in read_lines(root / "labels.csv")
+    assert capsys.readouterr().out.count("json: 10 annotations have an empty segmentation") == 2
+
+
 MISTAKES: dict[str, tuple[Callable[[dict], object], str]] = {
     "unknown category": (
         lambda c: c["annotations"][0].update(category_id=2),
-        r"annotation of category 2, which is not in 'categ",
+        r"annotation of category_id 2, which is not in 'categ",
     ),
     "unknown image": (
         lambda c: c["annotations"][0].update(image_id=7),
-        r"annotation of image 7, which is not in 'images'",
+        r"annotation of image_id 7, which is not in 'images'",
     ),
-    "image twice": (lambda c: c["images"].append(c["images"][0]), r"UNIQUE constraint failed: images\.id"),
+    "image twice": (lambda c: c["images"].append(c["images"][0]), r"an id occurs twice in 'images'"),
     "no annotations": (lambda c: c.pop("annotations"), r"no 'annotations' in it"),
     "no categories": (lambda c: c.update(categories=[]), r"no 'categories' in it"),
-    "no segmentation": (lambda c: c["annotations"][3].pop("segmentation"), r"element 4 of 'annotations' lacks 'segm"),
+    "no segmentation": (lambda c: c["annotations"][3].pop("segmentation"), r"element 4 of 'annotations' lacks \['segm"),
     "captions": (
         lambda c: [a.pop("category_id") for a in c["annotations"]],
-        r"element 1 of 'annotations' lacks 'category",
+        r"not objects as COCO has them \(KeyError\('category_id'\)\)",
     ),
-    "list of numbers": (lambda c: c.update(images=[1, 2]), r"element 1 of 'images' lacks"),
+    "list of numbers": (lambda c: c.update(images=[1, 2]), "not objects as COCO has them"),
     "odd polygon": (
         lambda c: c["annotations"][0].update(segmentation="x"),
         r"COCO_train2014_\d+\.jpg: an object of this image is dam",

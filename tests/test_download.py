@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import tarfile
@@ -273,22 +274,34 @@ def test_a_member_with_a_flipped_bit_leaves_nothing(tmp_path):
         assert os.listdir(tmp_path / "out") == []
 
 
-@pytest.mark.parametrize("name", ["../outside", "top/../../outside", "/outside"])
+@pytest.mark.parametrize("name", ["../outside", "top/../../outside"])
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_a_member_that_points_outside_is_refused(tmp_path, suffix, name):
     packed = WRITERS[suffix](tmp_path / suffix, {"top/x": b"1", name: b"2"})
-    with pytest.raises(UserError, match=f"its member '{name}' points out of it"):
+    with pytest.raises(UserError, match=f"'{name}' would be extracted to .*, which is outside the destination"):
         unpack(spec(packed), packed, tmp_path / "a" / "out")
     assert os.listdir(tmp_path / "a" / "out") == [] and sorted(os.listdir(tmp_path)) == ["a", suffix]
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
-def test_links_and_devices_are_refused(tmp_path, kind):
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_an_absolute_path_is_taken_as_one_inside(tmp_path, suffix):
+    packed = WRITERS[suffix](tmp_path / suffix, {"top/x": b"1", "/outside": b"2"})
+    unpack(spec(packed), packed, tmp_path / "out")
+    assert content(tmp_path / "out") == {"top/x": b"1", "outside": b"2"}
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+@pytest.mark.parametrize("place", ["/etc/passwd", "../../secret", "y"])
+def test_links_and_devices_are_refused(tmp_path, kind, place):
+    (tmp_path / "secret").write_bytes(b"secret")
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        item = tarfile.TarInfo("top/y")
+        item.size = 1
+        archive.addfile(item, io.BytesIO(b"1"))
         item = tarfile.TarInfo("top/x")
-        item.type, item.linkname = kind, "/etc/passwd"
+        item.type, item.linkname = kind, place
         archive.addfile(item)
-    with pytest.raises(UserError, match="its member 'top/x' is a link or a device"):
+    with pytest.raises(UserError, match="a.tar: not a sound archive"):
         unpack(spec(tmp_path / "a.tar"), tmp_path / "a.tar", tmp_path / "out")
     assert os.listdir(tmp_path / "out") == []
 

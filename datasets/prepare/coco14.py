@@ -12,25 +12,23 @@
   ignored.
 * Image labels: the classes of all annotations, crowds included; also of an object the mask hides entirely.
 
-A json is streamed into a temporary database beside its output, so its size does not matter to memory; only the labels
-are held, a short list per image.
+* An annotation with an empty segmentation counts for the label, and paints nothing. How many there are is printed.
+
+A json is held in memory as pycocotools reads it: about six times its size.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import os
-import pickle
-import sqlite3
-import tempfile
-from collections.abc import Iterator, Sequence
+import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ijson
 import numpy as np
 from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
 
 from datasets.base import voc_palette
 from datasets.folder import BACKGROUND, COCO14_PARTS, write_lists
@@ -38,13 +36,12 @@ from tools.errors import UserError
 from tools.files import check_writable, save_mask
 from tools.parallel import run_jobs
 
-_TABLES = """
-PRAGMA journal_mode = OFF;
-PRAGMA synchronous = OFF;
-CREATE TABLE categories (id INTEGER PRIMARY KEY, name TEXT NOT NULL);
-CREATE TABLE images (id INTEGER PRIMARY KEY, file TEXT NOT NULL, height INTEGER NOT NULL, width INTEGER NOT NULL);
-CREATE TABLE objects (image INTEGER NOT NULL, category INTEGER NOT NULL, crowd INTEGER NOT NULL, shape BLOB NOT NULL);
-"""
+FIELDS = {
+    "categories": {"id", "name"},
+    "images": {"id", "file_name", "height", "width"},
+    "annotations": {"image_id", "category_id", "iscrowd", "segmentation"},
+}
+"""The lists of a json, and what each of their elements must have."""
 
 
 def is_converted(root: Path) -> bool:
@@ -63,28 +60,77 @@ def convert(root: Path, workers: int) -> None:
         UserError: an annotation file is missing, damaged or contradicts itself or the other; a full disk.
     """
     check_writable(root / "masks")
-    classes: list[list[str]] = []
+    classes: dict[str, list[str]] = {}
     labels: dict[str, dict[str, list[str]]] = {}
     for part in COCO14_PARTS:
         path = root / "annotations" / f"instances_{part}.json"
-        with _database(path, root) as database:
-            classes.append(_class_names(database))
-            if classes[0] != classes[-1]:
-                raise UserError(
-                    f"{path}: other categories than in instances_{COCO14_PARTS[0]}.json. Use files of one release."
-                )
-            work = functools.partial(_convert_image, database, root / "masks", _class_index(database))
-            rows = run_jobs(work, _image_ids(database), workers, f"masks of {part}", "image")
-            labels[part] = {image: [classes[0][index] for index in indices] for image, indices in rows}
+        coco = read_annotations(path)
+        classes[part] = [BACKGROUND, *(coco.cats[key]["name"] for key in sorted(coco.cats))]
+        if classes[part] != classes[COCO14_PARTS[0]]:
+            raise UserError(
+                f"{path}: other categories than in instances_{COCO14_PARTS[0]}.json. Use files of one release."
+            )
+        index_of = {key: index for index, key in enumerate(sorted(coco.cats), 1)}
+        jobs = [(coco.imgs[key], coco.imgToAnns[key]) for key in sorted(coco.imgs)]
+        work = functools.partial(_convert_image, root / "masks", index_of)
+        rows = run_jobs(work, jobs, workers, f"masks of {part}", "image")
+        labels[part] = {image: [classes[part][index] for index in indices] for image, indices in rows}
     everything = {image: names for part in COCO14_PARTS for image, names in labels[part].items()}
-    write_lists(root, classes[0], everything, {part: list(labels[part]) for part in COCO14_PARTS})
+    write_lists(root, classes[part], everything, {part: list(labels[part]) for part in COCO14_PARTS})
+
+
+def read_annotations(path: Path) -> COCO:
+    """Read an `instances_*.json`, check it, and print how many annotations have no outline.
+
+    Raises:
+        UserError: missing or damaged; an element lacks a field, is there twice, or refers to one that is not there.
+    """
+    print(f"{path}: reading")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints what it does
+            coco = COCO(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file. Unpack COCO's annotations_trainval2014.zip there.") from error
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}). Unpack it again.") from error
+    except (KeyError, TypeError, AssertionError) as error:
+        raise UserError(f"{path}: not objects as COCO has them ({error!r}). Use COCO's instances_*.json.") from error
+    for key, fields in FIELDS.items():
+        if not coco.dataset.get(key):
+            raise UserError(f"{path}: no '{key}' in it. Use COCO's instances_*.json.")
+        for number, element in enumerate(coco.dataset[key], 1):
+            if not element.keys() >= fields:
+                lacking = sorted(fields - element.keys())
+                raise UserError(f"{path}: element {number} of '{key}' lacks {lacking}. Use COCO's instances_*.json.")
+    _check_references(path, coco)
+    empty = sum(_is_empty(item["segmentation"]) for item in coco.dataset["annotations"])
+    if empty:
+        print(f"{path}: {empty} annotations have an empty segmentation: they count for the label, and paint nothing")
+    return coco
+
+
+def _check_references(path: Path, coco: COCO) -> None:
+    for key, known in (("images", coco.imgs), ("categories", coco.cats)):
+        if len(known) < len(coco.dataset[key]):
+            raise UserError(f"{path}: an id occurs twice in '{key}'. Use COCO's own file, unpacked again.")
+    for item in coco.dataset["annotations"]:
+        for key, field, known in (("images", "image_id", coco.imgs), ("categories", "category_id", coco.cats)):
+            if item[field] not in known:
+                raise UserError(
+                    f"{path}: an annotation of {field} {item[field]}, which is not in '{key}'. Unpack it again."
+                )
+
+
+def _is_empty(shape: Any) -> bool:
+    """Whether a `segmentation` has no outline: boxes drawn in Label Studio or CVAT come without one."""
+    return not any(shape) if isinstance(shape, list) else isinstance(shape, dict) and not shape.get("counts")
 
 
 def paint(objects: Sequence[tuple[int, bool, Any]], height: int, width: int) -> np.ndarray:
     """The class mask of one image: uint8 [height, width], 0 where there is no object.
 
     Args:
-        objects: class index, whether it is a crowd, and COCO's `segmentation` (polygons or RLE) of each.
+        objects: class index, whether it is a crowd, and COCO's `segmentation` (polygons or RLE, not empty) of each.
         height, width: of the image, pixels.
 
     Raises:
@@ -112,99 +158,30 @@ def _run_lengths(shape: Any, height: int, width: int) -> dict[str, Any]:
     return code
 
 
-@contextlib.contextmanager
-def _database(path: Path, folder: Path) -> Iterator[Path]:
-    """The annotations of `path` by image, in a temporary database in `folder`."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{path.stem}.") as temporary:
-        database = Path(temporary) / "annotations.sqlite"
-        print(f"{path}: reading")
-        try:
-            with contextlib.closing(sqlite3.connect(database)) as connection:
-                _fill(connection, path)
-        except sqlite3.IntegrityError as error:
-            raise UserError(f"{path}: {error}. Use COCO's own file, unpacked again.") from error
-        except sqlite3.OperationalError as error:
-            raise UserError(f"{folder}: no room to sort the annotations ({error}). Free some space.") from error
-        yield database
+def _convert_image(
+    masks: Path, index_of: dict[int, int], job: tuple[dict[str, Any], list[dict[str, Any]]]
+) -> tuple[str, list[int]]:
+    """Write one mask unless it is there; return the image's id and its class indices, ascending.
 
-
-def _fill(connection: sqlite3.Connection, path: Path) -> None:
-    connection.executescript(_TABLES)
-    columns = ("id", "file_name", "height", "width")
-    connection.executemany("INSERT INTO categories VALUES (?, ?)", _rows(path, "categories", ("id", "name")))
-    connection.executemany("INSERT INTO images VALUES (?, ?, ?, ?)", _rows(path, "images", columns))
-    objects = _rows(path, "annotations", ("image_id", "category_id", "iscrowd", "segmentation"))
-    packed = ((*row, pickle.dumps(shape, pickle.HIGHEST_PROTOCOL)) for *row, shape in objects)
-    connection.executemany("INSERT INTO objects VALUES (?, ?, ?, ?)", packed)
-    connection.execute("CREATE INDEX objects_of_image ON objects (image)")
-    connection.commit()
-    for table, column in (("images", "image"), ("categories", "category")):
-        query = f"SELECT {column} FROM objects WHERE {column} NOT IN (SELECT id FROM {table}) LIMIT 1"
-        unknown = connection.execute(query).fetchone()
-        if unknown:
-            raise UserError(
-                f"{path}: an annotation of {column} {unknown[0]}, which is not in '{table}'. Unpack it again."
-            )
-
-
-def _rows(path: Path, key: str, fields: Sequence[str]) -> Iterator[tuple]:
-    """The `fields` of every element of the list `key`, read as the file goes by.
-
-    Raises:
-        UserError: no such file, damaged JSON, a list that is missing or empty, an element without one of the fields.
+    Args:
+        masks: folder of the masks.
+        index_of: category id -> class index 1..K.
+        job: one element of "images", and its "annotations".
     """
-    number = 0
-    try:
-        with path.open("rb") as file:
-            for item in ijson.items(file, f"{key}.item", use_float=True):
-                number += 1
-                yield tuple(item[field] for field in fields)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file. Unpack COCO's annotations_trainval2014.zip there.") from error
-    except ijson.JSONError as error:
-        raise UserError(f"{path}: damaged ({' '.join(str(error).split())}). Unpack it again.") from error
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: element {number} of '{key}' lacks {error}. Use COCO's instances_*.json.") from error
-    if number == 0:
-        raise UserError(f"{path}: no '{key}' in it. Use COCO's instances_*.json.")
-
-
-def _class_names(database: Path) -> list[str]:
-    return [BACKGROUND, *(name for (name,) in _select(database, "SELECT name FROM categories ORDER BY id"))]
-
-
-def _class_index(database: Path) -> dict[int, int]:
-    """Category id -> class index 1..K."""
-    return {key: index for index, (key,) in enumerate(_select(database, "SELECT id FROM categories ORDER BY id"), 1)}
-
-
-def _image_ids(database: Path) -> list[int]:
-    return [key for (key,) in _select(database, "SELECT id FROM images ORDER BY id")]
-
-
-def _select(database: Path, query: str, *values: int) -> list[tuple]:
-    return _connection(database, os.getpid()).execute(query, values).fetchall()
-
-
-@functools.lru_cache(maxsize=1)
-def _connection(database: Path, process: int) -> sqlite3.Connection:
-    """The connection of one process: a forked worker must not go on with its parent's."""
-    return sqlite3.connect(database)
-
-
-def _convert_image(database: Path, masks: Path, class_index: dict[int, int], image: int) -> tuple[str, list[int]]:
-    """Write one mask unless it is there; return the image's id and its class indices, ascending."""
-    [(file, height, width)] = _select(database, "SELECT file, height, width FROM images WHERE id = ?", image)
-    rows = _select(database, "SELECT category, crowd, shape FROM objects WHERE image = ? ORDER BY rowid", image)
-    image_id = Path(file).stem
-    path = masks / f"{image_id}.png"
+    image, annotations = job
+    file = image["file_name"]
+    path = masks / f"{Path(file).stem}.png"
     if not path.exists():
-        objects = [(class_index[category], bool(crowd), pickle.loads(shape)) for category, crowd, shape in rows]
+        objects = [
+            (index_of[item["category_id"]], bool(item["iscrowd"]), item["segmentation"])
+            for item in annotations
+            if not _is_empty(item["segmentation"])
+        ]
         try:
-            mask = paint(objects, height, width)
+            mask = paint(objects, image["height"], image["width"])
         except ValueError as error:
             raise UserError(
                 f"{file}: an object of this image is damaged ({error}). Unpack COCO's json again."
             ) from error
         save_mask(path, mask, voc_palette())
-    return image_id, sorted({class_index[category] for category, _, _ in rows})
+    return path.stem, sorted({index_of[item["category_id"]] for item in annotations})

@@ -17,6 +17,7 @@ import hashlib
 import http.client
 import os
 import shutil
+import sys
 import tarfile
 import time
 import urllib.error
@@ -25,7 +26,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO
 
 from tools import parallel
@@ -38,11 +39,7 @@ TIMEOUT = 60.0  # seconds without a byte
 BLOCK = 1 << 20
 
 
-class _UnsafeMember(Exception):
-    """A member that is no plain file inside of the archive."""
-
-
-_UNSOUND = (_UnsafeMember, tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError)
+_UNSOUND = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError)
 
 
 @dataclass(frozen=True)
@@ -110,16 +107,23 @@ def unpack(archive: Archive, path: Path, target: Path) -> None:
     """Unpack the wanted members of the archive at `path` into `target`; goes on where an interrupted call stopped.
 
     Raises:
-        UserError: a damaged archive, members that would lie outside of `target`, a full disk, another content.
+        UserError: a damaged archive, members that would lie outside of `target`, a full disk, another content; a Python
+            without tarfile's data filter.
     """
+    if not hasattr(tarfile, "data_filter"):
+        raise UserError(f"Python {sys.version.split()[0]}: lacks tarfile's data filter. Use 3.10.12, 3.11.4 or newer.")
     staging = check_writable(target) / f".{archive.name}.unpacking"
     staging.mkdir(exist_ok=True)
     try:
         with _members(path, staging) as members:
-            for name, size, open_member in members:
-                inside = _inside(archive, name)
-                if inside is not None:
-                    _write(open_member, size, staging / inside)
+            for item, open_member in members:
+                # tarfile's own rules, also for zip files: nothing outside of the folder, no devices.
+                name = tarfile.data_filter(item, str(staging)).name
+                inside = name.removeprefix(archive.strip)
+                if item.issym() or item.islnk():
+                    raise tarfile.TarError(f"'{name}' is a link")
+                if name.startswith(archive.strip) and inside.startswith(archive.wanted):
+                    _write(open_member, item.size, staging / inside)
     except _UNSOUND as error:
         shutil.rmtree(staging)
         raise UserError(f"{path}: not a sound archive ({error}). Delete it and run again.") from error
@@ -253,45 +257,29 @@ def _by_hand(part: Path) -> str:
 
 
 @contextlib.contextmanager
-def _members(path: Path, staging: Path) -> Iterator[Iterator[tuple[str, int, Callable[[], IO[bytes]]]]]:
-    """The files of a zip or tar archive: name, size, and how to open each."""
+def _members(path: Path, staging: Path) -> Iterator[Iterator[tuple[tarfile.TarInfo, Callable[[], IO[bytes]]]]]:
+    """The files of a zip or tar archive: name and size as tarfile has them, and how to open each."""
     unpacked = sum(_length(file) for file in staging.rglob("*") if file.is_file())
     if path.suffix == ".zip":
         with zipfile.ZipFile(path) as archive:
             files = [item for item in archive.infolist() if not item.is_dir()]
             check_space(staging, sum(item.file_size for item in files) - unpacked, f"unpacking {path.name}")
-            members = ((item.filename, item.file_size, functools.partial(archive.open, item)) for item in files)
+            members = ((_tar_info(item), functools.partial(archive.open, item)) for item in files)
             yield parallel.progress(members, desc=f"unpacking {path.name}", unit="file", total=len(files))
     else:
         check_space(staging, _length(path) - unpacked, f"unpacking {path.name}")
         with tarfile.open(path, "r:gz" if path.suffix in (".tgz", ".gz") else "r:") as archive:
             files = (item for item in archive if not item.isdir())
-            members = ((item.name, item.size, functools.partial(_open_file, archive, item)) for item in files)
+            members = ((item, functools.partial(archive.extractfile, item)) for item in files)
             yield parallel.progress(members, desc=f"unpacking {path.name}", unit="file")
             while archive.fileobj.read(BLOCK):  # gzip's own checksum is at its end, behind the last member
                 pass
 
 
-def _open_file(archive: tarfile.TarFile, item: tarfile.TarInfo) -> IO[bytes]:
-    if not item.isfile():
-        raise _UnsafeMember(f"its member '{item.name}' is a link or a device")
-    return archive.extractfile(item)
-
-
-def _inside(archive: Archive, name: str) -> str | None:
-    """Where a member goes, below the target; None if it is not wanted.
-
-    Raises:
-        _UnsafeMember: it would lie outside.
-    """
-    pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts:
-        raise _UnsafeMember(f"its member '{name}' points out of it")
-    inside = pure.as_posix()
-    if not inside.startswith(archive.strip):
-        return None
-    inside = inside.removeprefix(archive.strip)
-    return inside if inside.startswith(archive.wanted) else None
+def _tar_info(item: zipfile.ZipInfo) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(item.filename)
+    info.size = item.file_size
+    return info
 
 
 def _write(open_member: Callable[[], IO[bytes]], size: int, path: Path) -> None:
@@ -302,7 +290,7 @@ def _write(open_member: Callable[[], IO[bytes]], size: int, path: Path) -> None:
         while block := source.read(BLOCK):
             _write_block(file, block, path)
     if _length(path) != size:
-        raise EOFError(f"'{path.name}' ends early")
+        raise EOFError(f"'{path.name}' has not the length it should have")
 
 
 def _move(source: Path, target: Path, last: Path) -> None:
