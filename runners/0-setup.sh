@@ -15,6 +15,6 @@ case "$DATASET" in
 shapes) "$PYTHON" -m datasets.prepare.shapes --data_dir "$DATA_DIR" --workers "$WORKERS" ;;
 voc12 | coco14 | deepglobe) run -m datasets.prepare --num_workers "$WORKERS" $PREPARE_FLAGS ;;
 esac
-run -m datasets.verify "$DOMAIN_TRAIN" "$DOMAIN_TEST" --scored $DOMAIN_EVAL $DOMAIN_SCORE --num_workers "$WORKERS" \
-  --output_dir "$REPORT/data"
+run -m datasets.verify "$DOMAIN_TRAIN" "$DOMAIN_TEST" --num_workers "$WORKERS" --output_dir "$REPORT/data" \
+  --scored ${DOMAIN_EVAL:+"$DOMAIN_EVAL"} ${DOMAIN_SCORE:+"$DOMAIN_SCORE"}
 printf '\nNext: ./runners/1-csrm.sh\n'

@@ -119,7 +119,8 @@ def test_an_empty_segmentation_counts_for_the_label_and_paints_nothing(tmp_path,
         for item in here:
             item.update(category_id=90, segmentation=[])
         here[0].update(category_id=13, segmentation={"counts": [], "size": [40, 50]})
-        here[1].update(segmentation=[[]])
+        here[1].update(segmentation=[[], [1.0, 2.0, 30.0, 30.0]])
+        here[2].update(segmentation=None)
 
     root = write(tmp_path / "coco", change)
     convert(root, workers=0)
@@ -128,6 +129,27 @@ def test_an_empty_segmentation_counts_for_the_label_and_paints_nothing(tmp_path,
         assert not load_mask(root / "masks" / f"{image_id}.png").any()
         assert f"{image_id},{names}" in read_lines(root / "labels.csv")
     assert capsys.readouterr().out.count("json: 10 annotations have an empty segmentation") == 2
+
+
+def test_empty_parts_of_an_outline_are_left_out(tmp_path):
+    def change(content: dict) -> None:
+        content["annotations"] = content["annotations"][:1]
+        square = [4.0, 4.0, 9.0, 4.0, 9.0, 9.0, 4.0, 9.0]
+        content["annotations"][0].update(segmentation=[[0.0, 0.0, 40.0, 40.0], square, []], category_id=13, iscrowd=0)
+
+    root = write(tmp_path, change)
+    convert(root, workers=0)
+    assert sorted((load_mask(path) == 2).sum() for path in (root / "masks").iterdir())[-2:] == [25, 25]
+
+
+def test_folders_before_file_names_are_left_out(tmp_path):
+    def change(content: dict) -> None:
+        for image, folder in zip(content["images"], ("images\\3\\", "a/b/", "/"), strict=False):
+            image["file_name"] = folder + image["file_name"]
+
+    convert(write(tmp_path, change), workers=0)
+    for part, numbers in COCO_NUMBERS.items():
+        assert read_lines(tmp_path / "splits" / f"{part}.txt") == [coco_name(part, number) for number in numbers]
 
 
 MISTAKES: dict[str, tuple[Callable[[dict], object], str]] = {
@@ -140,6 +162,14 @@ MISTAKES: dict[str, tuple[Callable[[dict], object], str]] = {
         r"annotation of image_id 7, which is not in 'images'",
     ),
     "image twice": (lambda c: c["images"].append(c["images"][0]), r"an id occurs twice in 'images'"),
+    "file twice": (
+        lambda c: c["images"].append(c["images"][0] | {"id": 99, "file_name": "b/" + c["images"][0]["file_name"]}),
+        r"file 'COCO\w+' occurs twice",
+    ),
+    "background": (
+        lambda c: c.update(categories=[*c["categories"], {"id": 99, "name": "Background"}]),
+        r"'Background' is too much like 'background'",
+    ),
     "no annotations": (lambda c: c.pop("annotations"), r"no 'annotations' in it"),
     "no categories": (lambda c: c.update(categories=[]), r"no 'categories' in it"),
     "no segmentation": (lambda c: c["annotations"][3].pop("segmentation"), r"element 4 of 'annotations' lacks \['segm"),

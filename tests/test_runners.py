@@ -99,3 +99,33 @@ def test_without_masks_the_report_is_a_picture_sheet_of_what_there_is(tmp_path):
     columns = f"CSRM CAM={predictions}-csrm@train_aug/cams:0.4 DeepLabV3+={predictions}-deeplab@train_aug/masks"
     assert report.startswith("report.py --domain train_aug")
     assert f" --summary --columns {columns} --dataset" in report
+
+
+def test_paths_with_blanks_are_passed_in_one_piece(tmp_path):
+    commands(tmp_path)
+    (tmp_path / "bin" / "python3").write_text("#!/bin/sh\nprintf '[%s]' \"$@\" >> calls.txt\necho >> calls.txt\n")
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").symlink_to(tmp_path / "bin" / "python3")
+    (tmp_path / "Makefile").write_text(".venv/installed:\n")
+    (tmp_path / "my prior.pth").touch()
+    paths = {
+        name: f"my {name.lower()}" for name in ("DATA_DIR", "SAM_CHECKPOINT", "MASKS", "OC_WEIGHTS", "REPORT", "NAME")
+    }
+    paths |= {"DATASET": "folder", "DOMAIN_TRAIN": "my train", "DOMAIN_EVAL": "my train", "DOMAIN_SCORE": ""}
+    called = ""
+    for runner, prior in (("0-setup", ""), ("1-csrm", "my prior.pth"), ("1-csrm", "poc"), ("3-sam-refinement", ""),
+                          ("4-segmentation", "")):  # fmt: skip
+        commands(tmp_path, runner, PRIOR=prior, **paths)
+        called += (tmp_path / "calls.txt").read_text()
+    pieces = set(called.replace("]\n", "").strip("[").split("]["))
+    expected = {
+        "my data_dir",
+        "my sam_checkpoint",
+        "my masks",
+        "my oc_weights",
+        "my prior.pth",
+        "my train",
+        "my name-csrm",
+    }
+    assert expected <= pieces and not any(piece.startswith("my") and " " not in piece for piece in pieces)
+    assert "[--scored][my train][--dataset]" in called

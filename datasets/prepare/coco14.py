@@ -11,8 +11,8 @@
   later one. Crowd regions ("a group of people") are painted as their class too, below all single objects. Nothing is
   ignored.
 * Image labels: the classes of all annotations, crowds included; also of an object the mask hides entirely.
-
-* An annotation with an empty segmentation counts for the label, and paints nothing. How many there are is printed.
+* An annotation with an empty segmentation, or one of less than three points, counts for the label, and paints nothing.
+  How many there are is printed.
 
 A json is held in memory as pycocotools reads it: about six times its size.
 """
@@ -22,8 +22,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import unicodedata
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,8 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from datasets.base import voc_palette
-from datasets.folder import BACKGROUND, COCO14_PARTS, write_lists
+from datasets.folder import COCO14_PARTS, write_lists
+from datasets.listing import BACKGROUND, check_classes
 from tools.errors import UserError
 from tools.files import check_writable, save_mask
 from tools.parallel import run_jobs
@@ -60,12 +62,12 @@ def convert(root: Path, workers: int) -> None:
         UserError: an annotation file is missing, damaged or contradicts itself or the other; a full disk.
     """
     check_writable(root / "masks")
-    classes: dict[str, list[str]] = {}
+    classes: dict[str, tuple[str, ...]] = {}
     labels: dict[str, dict[str, list[str]]] = {}
     for part in COCO14_PARTS:
         path = root / "annotations" / f"instances_{part}.json"
         coco = read_annotations(path)
-        classes[part] = [BACKGROUND, *(coco.cats[key]["name"] for key in sorted(coco.cats))]
+        classes[part] = check_classes(path, [BACKGROUND, *(coco.cats[key]["name"] for key in sorted(coco.cats))])
         if classes[part] != classes[COCO14_PARTS[0]]:
             raise UserError(
                 f"{path}: other categories than in instances_{COCO14_PARTS[0]}.json. Use files of one release."
@@ -74,7 +76,11 @@ def convert(root: Path, workers: int) -> None:
         jobs = [(coco.imgs[key], coco.imgToAnns[key]) for key in sorted(coco.imgs)]
         work = functools.partial(_convert_image, root / "masks", index_of)
         rows = run_jobs(work, jobs, workers, f"masks of {part}", "image")
-        labels[part] = {image: [classes[part][index] for index in indices] for image, indices in rows}
+        labels[part] = {}
+        for image, indices in rows:
+            if any(image in known for known in labels.values()):
+                raise UserError(f"{path}: file '{image}' occurs twice, in whatever folders. Rename one.")
+            labels[part][image] = [classes[part][index] for index in indices]
     everything = {image: names for part in COCO14_PARTS for image, names in labels[part].items()}
     write_lists(root, classes[part], everything, {part: list(labels[part]) for part in COCO14_PARTS})
 
@@ -103,7 +109,7 @@ def read_annotations(path: Path) -> COCO:
                 lacking = sorted(fields - element.keys())
                 raise UserError(f"{path}: element {number} of '{key}' lacks {lacking}. Use COCO's instances_*.json.")
     _check_references(path, coco)
-    empty = sum(_is_empty(item["segmentation"]) for item in coco.dataset["annotations"])
+    empty = sum(_outline(item["segmentation"]) is None for item in coco.dataset["annotations"])
     if empty:
         print(f"{path}: {empty} annotations have an empty segmentation: they count for the label, and paint nothing")
     return coco
@@ -121,9 +127,11 @@ def _check_references(path: Path, coco: COCO) -> None:
                 )
 
 
-def _is_empty(shape: Any) -> bool:
-    """Whether a `segmentation` has no outline: boxes drawn in Label Studio or CVAT come without one."""
-    return not any(shape) if isinstance(shape, list) else isinstance(shape, dict) and not shape.get("counts")
+def _outline(shape: Any) -> Any:
+    """A `segmentation` without its empty parts; None if nothing is left, as of boxes from Label Studio or CVAT."""
+    if isinstance(shape, list):  # two points would be a box to pycocotools
+        return [part for part in shape if not isinstance(part, list) or len(part) >= 6] or None
+    return None if not shape or (isinstance(shape, dict) and not shape.get("counts")) else shape
 
 
 def paint(objects: Sequence[tuple[int, bool, Any]], height: int, width: int) -> np.ndarray:
@@ -158,6 +166,11 @@ def _run_lengths(shape: Any, height: int, width: int) -> dict[str, Any]:
     return code
 
 
+def _image_id(file: str) -> str:
+    """The id of a `file_name`; Label Studio's hold folders, on Windows with backslashes."""
+    return unicodedata.normalize("NFC", PureWindowsPath(file).stem)
+
+
 def _convert_image(
     masks: Path, index_of: dict[int, int], job: tuple[dict[str, Any], list[dict[str, Any]]]
 ) -> tuple[str, list[int]]:
@@ -170,12 +183,11 @@ def _convert_image(
     """
     image, annotations = job
     file = image["file_name"]
-    path = masks / f"{Path(file).stem}.png"
+    path = masks / f"{_image_id(file)}.png"
     if not path.exists():
+        shapes = [(item, _outline(item["segmentation"])) for item in annotations]
         objects = [
-            (index_of[item["category_id"]], bool(item["iscrowd"]), item["segmentation"])
-            for item in annotations
-            if not _is_empty(item["segmentation"])
+            (index_of[item["category_id"]], bool(item["iscrowd"]), shape) for item, shape in shapes if shape is not None
         ]
         try:
             mask = paint(objects, image["height"], image["width"])
@@ -184,4 +196,4 @@ def _convert_image(
                 f"{file}: an object of this image is damaged ({error}). Unpack COCO's json again."
             ) from error
         save_mask(path, mask, voc_palette())
-    return path.stem, sorted({index_of[item["category_id"]] for item in annotations})
+    return _image_id(file), sorted({index_of[item["category_id"]] for item in annotations})

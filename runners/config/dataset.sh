@@ -1,5 +1,6 @@
 # One block of settings per dataset; every variable can be set in the environment. The numbers of voc12 and coco14 are
-# the published ones. Variables that end in _FLAGS, and BACKBONE*, are lists of flags, split at blanks.
+# the published ones. Variables that end in _FLAGS, and BACKBONE*, are lists of flags, split at blanks: a path with blanks
+# in them needs a link without (ln -s "/content/drive/My Drive" drive). All other paths may have blanks.
 #
 # DOMAIN_TRAIN  images and labels to learn from        DOMAIN_EVAL   the part of it whose masks score the pseudo masks
 # DOMAIN_TEST   images the final model segments        DOMAIN_SCORE  DOMAIN_TEST if it has masks
