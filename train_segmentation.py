@@ -127,6 +127,8 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
     if source is None:
         source, domain, name = Photographs(args.images, checkpoint["classes"]), "train", args.images.resolve().name
         settings["images"] = str(args.images.resolve())
+        if source.unread:
+            print(f"{len(source.unread)} files are of kinds that are not read, the first is {source.unread[0]}")
     else:
         domain = name = args.domain
         check_classes(checkpoint, source.info.classes, weights)

@@ -244,7 +244,9 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, str, list[str]]]:
         for row in reader:
             place = f"line {reader.line_num + 1}"
             fields = [field.strip() for field in row]
-            while fields and not fields[-1]:  # a spreadsheet fills rows up to the longest, and adds empty ones
+            while (
+                fields and not fields[-1]
+            ):  # spreadsheets fill rows up, leave the ends of others out, and add empty ones
                 fields.pop()
             if not fields:
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import unicodedata
 from pathlib import Path
@@ -22,7 +23,7 @@ def photographs(root: Path, *names: str) -> Path:
     for number, name in enumerate(names):
         path = root / "images" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 6), (number, 0, 0)).save(path, format="JPEG")
+        Image.new("RGB", (8, 6), (25 * number, 0, 99)).save(path, format="JPEG")
     return root
 
 
@@ -305,6 +306,79 @@ def test_ids_in_lists_and_tables_that_fit_no_photograph(tmp_path):
         "row '2' belongs to no photograph: write leading zeros (have a spreadsheet take the column for text) (0002)",
     ]
     assert found["unlisted"] == [f"{root / 'images' / name}: in no list" for name in ("0000.jpg", "0002.jpg")]
+
+
+# Tables of labels
+
+TABLES = {
+    "Excel, empty rows": "id,labels\r\na,cat\r\nb,cat;dog\r\nc,\r\n,\r\n,,,\r\n\r\n",
+    "European Excel": 'id;labels\r\na;cat\r\nb;"cat;dog"\r\nc;\r\n;\r\n',
+    "semicolons by hand": "id;labels\na;cat\nb;cat;dog\nc\n",
+    "a column per class": "id;labels;;\na;cat;;\nb;cat;dog;\nc;;;\n",
+    "tabs": "id\tlabels\na\tcat\nb\tcat; dog\nc\t\n",
+    "quotes and blanks": 'ID , Labels\n "a" , cat \n"b","cat ; dog"\nc,\n'.replace(' "a" ', '"a"'),
+    "empty columns": "id,labels,,\na,cat,,\nb,cat;dog,,\nc,,,\n",
+    "line ends of old Macs": "id,labels\ra,cat\rb,cat;dog\rc,\r",
+    "a cell of two lines": 'id,labels\na,cat\nb,"cat;\ndog"\nc,\n',
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("table", TABLES)
+def test_tables_as_spreadsheets_write_them(tmp_path, table, encoding):
+    root = dataset(tmp_path, "a.jpg", "b.jpg", "c.jpg", labels=TABLES[table].encode(encoding))
+    assert labels(root) == {"a": ["cat"], "b": ["cat", "dog"], "c": []}
+    assert findings(root) == {}
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("id,labels\na,cat,dog\n", r"line 2: expected 'id,class;class', got 3 fields"),
+        ("id\tlabels\na\tcat\tdog\n", r"line 2: expected 'id,class;class', got 3 fields"),
+        ("id,labels\n\n,cat\n", r"line 3: no id before 'cat'"),
+        ("id,labels\na,cat|dog\n", r"line 2: unknown class 'cat\|dog'"),
+        ("id,labels\na,1\n", r"line 2: unknown class '1'"),
+        ("id,labels\na,Cat\n", r"line 2: unknown class 'Cat'. Known: cat, dog"),
+        ('id,labels\na,"cat\ndog"\n', r"line 3: unknown class 'cat dog'"),
+        ('id,labels\na,"cat\nb,dog\n', r"not a readable table"),
+        ("a,cat\nb,dog\n", r"line 1: the header must be 'id,labels'"),
+        ("filename,cat,dog\na,1,0\n", r"line 1: the header must be 'id,labels'"),
+        ("id,labels,width\na,cat,3\n", r"line 1: the header must be 'id,labels'"),
+        ("\n", r"line 1: the header must be 'id,labels'"),
+        ("id,labels\na,cat\ncafé,dog\ncafe\u0301,dog\n", r"line 4: id 'café' is labelled already"),
+    ],
+)
+def test_tables_that_are_refused(tmp_path, table, message):
+    root = dataset(tmp_path, "a.jpg", labels=table)
+    with pytest.raises(UserError, match=rf"labels\.csv(, |: ){message}") as caught:
+        findings(root)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16-le"])
+def test_a_table_in_no_known_encoding_is_refused(tmp_path, encoding):
+    root = dataset(tmp_path, "a.jpg", labels="id,labels\ncafé,cat\n".encode(encoding))
+    with pytest.raises(UserError, match=r"labels\.csv: not UTF-8 text\. Save it as UTF-8"):
+        findings(root)
+
+
+@pytest.mark.parametrize("name", ["labels.tsv", "labels.xlsx", "Labels.csv", "labels.CSV"])
+def test_a_table_under_another_name_is_not_passed_over(tmp_path, name):
+    """Without it, the folders would be taken for classes."""
+    root = photographs(tmp_path, "2023/a.jpg", "2024/b.jpg")
+    (root / name).touch()
+    with pytest.raises(UserError, match=rf"{name}: not read\. Save it as labels\.csv"):
+        build_source("folder", root)
+
+
+def test_images_without_a_row_are_named(tmp_path, capsys):
+    root = dataset(tmp_path / "data", *(f"{i}.jpg" for i in range(9)), labels="id,labels\n1,cat\n2,dog\n")
+    refusal(capsys, "datasets.verify", *data_flags(root), "--output_dir", tmp_path)
+    report = json.loads((tmp_path / "verify.json").read_text())
+    assert report["splits"]["train"]["without_labels"] == list("0345678")
+    text = "split 'train': 2 of 9 images have labels, so it cannot be learnt from; the first without is '0'"
+    assert report["findings"]["label"] == [text]
 
 
 # What belongs to nothing

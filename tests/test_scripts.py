@@ -105,7 +105,10 @@ def test_the_last_model_segments_a_folder_of_photographs(chain, tmp_path, capsys
         (tmp_path / "holiday" / path).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((30, 2000 if "b" in path else 40, 3), 90, np.uint8)).save(tmp_path / "holiday" / path)
     command = ["train_segmentation", "--tag", "deeplab", "--predict", "--images", tmp_path / "holiday", *VIEWS]
+    for name in ("d.heic", "Thumbs.db"):
+        (tmp_path / "holiday" / name).touch()
     run(*command)
+    assert f"1 files are of kinds that are not read, the first is {tmp_path}/holiday/d.heic" in capsys.readouterr().out
     folder = PREDICTIONS / "deeplab@holiday"
     assert load_mask(folder / "masks" / "a.png").shape == (30, 40)
     assert not (folder / "overlays").exists()
