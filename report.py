@@ -1,11 +1,13 @@
-"""What a whole run came to: a table of mIoU per stage, `summary.json`, and a picture sheet, `gallery.png`.
+"""What a whole run came to: a page, `report.html`, a table of mIoU per stage, `summary.json`, a picture sheet,
+`gallery.png`, and a list of the masks to look at first, `review.csv`.
 
     python report.py --dataset shapes --domain train val --output_dir experiments/demo \\
         --summary prior_cam=prior.json csrm_cam=csrm.json segmentation_val=val.json \\
         --columns "CAM prior=experiments/predictions/prior@train/cams:0.25" \\
                   "Refined=experiments/predictions/sam-csrm@train" \\
                   "DeepLabV3+=experiments/predictions/seg@train/masks" \\
-                  "DeepLabV3+=experiments/predictions/seg@val/masks"
+                  "DeepLabV3+=experiments/predictions/seg@val/masks" \\
+        --review Refined --tags prior csrm seg
 
 --summary takes the files `evaluate.py --output` wrote; the table has one row for each, in that order.
 
@@ -13,18 +15,26 @@ The sheet has one block per domain, one row per image: the photograph, its groun
 the columns. A column is a folder of masks (ID.png) or of CAM files (ID.npz; shown as argmax[THRESHOLD; CAMs]). A title
 given twice is one column that looks for an image in both folders. Images that every column has are preferred; where a
 column has no prediction for an image its cell stays grey.
+
+The page has the same images and more, CAM files as heat maps, the curves of the trainings --tags, and the commands of
+the runners (`commands.tsv` in --output_dir). It is one file that opens in any browser, without a network. The order of
+its images, and `review.csv`, are about the masks of the column --review: in the list the most doubtful ones first
+(docs/review.md), on the page those of the lowest IoU, if there is ground truth.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
+import math
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tools import cli, options
+from tools import cli, options, parallel
 from tools.errors import UserError
 
 
@@ -35,7 +45,7 @@ def make_parser() -> cli.Parser:
     group.add_argument("--domain", nargs="+", default=["train"], help="splits the pictures are from, a block for each")
     group.add_argument("--num_images", type=cli.positive_int, default=6, help="pictures per split")
     group = parser.add_argument_group("report")
-    group.add_argument("--output_dir", type=Path, required=True, help="folder of summary.json and gallery.png")
+    group.add_argument("--output_dir", type=Path, required=True, help="folder of report.html and the other files")
     group.add_argument("--summary", nargs="*", default=[], metavar="STAGE=FILE", help="scores written by evaluate.py")
     group.add_argument(
         "--columns",
@@ -44,6 +54,10 @@ def make_parser() -> cli.Parser:
         metavar="TITLE=DIR[:THRESHOLD]",
         help=f"masks or CAM files to show; CAMs without a threshold are cut at {options.PSEUDO_MASK_THRESHOLD}",
     )
+    group.add_argument("--review", metavar="TITLE", help="column whose masks are to be looked over (default: the last)")
+    group.add_argument("--page_images", type=cli.positive_int, default=200, help="pictures per split on the page")
+    group.add_argument("--tags", nargs="*", default=[], metavar="TAG", help="trainings whose curves the page shows")
+    options.add_workers(group)
     return parser
 
 
@@ -54,10 +68,13 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from datasets import build_source
-from datasets.base import DataSource
+from datasets.base import DatasetInfo, DataSource
 from tools.cam import cam_labels, load_cams
 from tools.drawing import EMPTY, FAINT, GAP, INK, LINE, MARGIN, PAPER, font, legend, overlay, stack
 from tools.files import atomic_write, check_writable, load_mask, save_json
+from tools.history import read_commands, read_run
+from tools.page import Card, Layer, Page, heat_uri, mask_uri, photograph_uri, render, shares_text
+from tools.review import Row, doubt, image_iou, queue, save_queue
 
 CELL = 224  # pixels: width of a picture, and the greatest height of one
 
@@ -67,6 +84,14 @@ def main(args: argparse.Namespace) -> None:
     check_writable(args.output_dir)
     stages = {name: load_scores(Path(file)) for name, file in map(_pair, args.summary)}
     columns = parse_columns(args.columns)
+    reviewed = reviewed_column(columns, args.review)
+    page = Page(
+        title=args.output_dir.resolve().name,
+        made=f"{args.dataset} in {options.data_dir(args)}, {time.strftime('%Y-%m-%d %H:%M')}",
+        stages=stages,
+        runs=[read_run(tag) for tag in args.tags],
+        commands=read_commands(args.output_dir / "commands.tsv"),
+    )
     if stages:
         print(stage_table(stages))
         save_json(args.output_dir / "summary.json", {name: round(s["miou"], 2) for name, s in stages.items()})
@@ -79,6 +104,10 @@ def main(args: argparse.Namespace) -> None:
         with atomic_write(args.output_dir / "gallery.png") as temporary:
             sheet.save(temporary, format="PNG", optimize=True)
         print(f"Picture sheet: {args.output_dir / 'gallery.png'}")
+        page = add_images(page, source, args, columns, reviewed)
+    with atomic_write(args.output_dir / "report.html") as temporary:
+        temporary.write_text(render(page), encoding="utf-8")
+    print(f"Page: {args.output_dir / 'report.html'}")
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -262,6 +291,98 @@ def _heading(text: str, width: int) -> Image.Image:
     draw.text((MARGIN, LINE // 2), text, fill=FAINT, font=font(15), anchor="lm")
     draw.line((MARGIN, LINE - 1, width - MARGIN, LINE - 1), fill=EMPTY)
     return line
+
+
+# -- the page and the review queue ------------------------------------------------------------------------------------
+def reviewed_column(columns: Sequence[Column], title: str | None) -> Column | None:
+    """The column called `title`, or the last one; None if there are no columns.
+
+    Raises:
+        UserError: no column is called so.
+    """
+    if title is None or not columns:
+        return columns[-1] if columns else None
+    named = [column for column in columns if column.title == title]
+    if not named:
+        titles = ", ".join(column.title for column in columns)
+        raise UserError(f"--review {title}: no such column. Choose one of: {titles}.")
+    return named[0]
+
+
+def add_images(
+    page: Page, source: DataSource, args: argparse.Namespace, columns: Sequence[Column], reviewed: Column
+) -> Page:
+    """Write `review.csv` of the images that have a mask to review, and put them, or some of them, on the page."""
+    domain_of = {i: domain for domain in args.domain for i in source.ids(domain) if reviewed.file(i)}
+    jobs = functools.partial(review_row, source, columns, reviewed)
+    rows = queue(list(parallel.run_jobs(jobs, list(domain_of), args.num_workers, "reviewing", "image")))
+    save_queue(args.output_dir / "review.csv", rows, [column.title for column in columns])
+    print(f"Review queue of '{reviewed.title}': {args.output_dir / 'review.csv'}")
+    scored = any(row.ious for row in rows)
+    if scored:
+        rows.sort(key=lambda row: row.ious.get(reviewed.title, math.inf))
+    shown = thin_out(rows, args.page_images)
+    make = functools.partial(card, source, columns, domain_of)
+    return dataclasses.replace(
+        page,
+        cards=list(parallel.run_jobs(make, shown, args.num_workers, "page", "image")),
+        classes=source.info.classes,
+        palette=source.info.palette,
+        order=f"{'lowest IoU' if scored else 'most doubtful'} of '{reviewed.title}' first",
+        total=len(rows),
+        reviewed=reviewed.title,
+    )
+
+
+def review_row(source: DataSource, columns: Sequence[Column], reviewed: Column, image_id: str) -> Row:
+    """The doubt about an image, and the IoU of its masks if it has ground truth."""
+    truth, *masks = row_masks(source, columns, image_id)
+    found = {column.title: mask for column, mask in zip(columns, masks, strict=True) if mask is not None}
+    others = [mask for title, mask in found.items() if title != reviewed.title]
+    label = source.image_label(image_id) if source.has_label(image_id) else None
+    ious = {} if truth is None else {title: image_iou(truth, mask) for title, mask in found.items()}
+    return Row(image_id, doubt(found[reviewed.title], others, label), ious)
+
+
+def thin_out(rows: Sequence[Row], number: int) -> list[Row]:
+    """At most `number` rows in their order: half of them the first ones, half spread evenly over the others."""
+    if len(rows) <= number:
+        return list(rows)
+    first = -(-number // 2)
+    places = np.linspace(first, len(rows) - 1, number - first).round().astype(int)
+    return [*rows[:first], *(rows[i] for i in places)]
+
+
+def card(source: DataSource, columns: Sequence[Column], domain_of: Mapping[str, str], row: Row) -> Card:
+    """The pictures of one image for the page."""
+    info = source.info
+    truth, *masks = row_masks(source, columns, row.image_id)
+    photograph, size = photograph_uri(source.image(row.image_id))
+    layers = {} if truth is None else {"Ground truth": mask_layer(truth, size, info, None)}
+    for column, mask in zip(columns, masks, strict=True):
+        if mask is None:
+            continue
+        layers[column.title] = mask_layer(mask, size, info, row.ious.get(column.title))
+        path, _ = column.file(row.image_id)
+        if path.suffix == ".npz":
+            layers[column.title] = dataclasses.replace(layers[column.title], source=heat_uri(load_cams(path)[2]))
+    label = source.image_label(row.image_id) if source.has_label(row.image_id) else np.zeros(info.num_foreground)
+    values = {int(value) for mask in (truth, *masks) if mask is not None for value in np.unique(mask)}
+    return Card(
+        image_id=row.image_id,
+        domain=domain_of[row.image_id],
+        labels=tuple(info.classes[i + 1] for i in np.flatnonzero(label)),
+        size=size,
+        photograph=photograph,
+        layers=layers,
+        shown=frozenset(values - {0, info.ignore_index}),
+        doubt=row.doubt.score,
+    )
+
+
+def mask_layer(mask: np.ndarray, size: tuple[int, int], info: DatasetInfo, iou: float | None) -> Layer:
+    """A mask as the page shows it."""
+    return Layer(mask_uri(mask, size, info.palette), shares_text(mask, info.classes), iou)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""The stage table, summary.json and the picture sheet."""
+"""The stage table, summary.json, the picture sheet, the page and the review queue."""
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -44,7 +46,8 @@ def scores_file(path, **changes):
 
 
 def run(data, output, *flags):
-    arguments = ["--dataset", "folder", "--data_dir", str(data), "--output_dir", str(output), *map(str, flags)]
+    arguments = ["--dataset", "folder", "--data_dir", str(data), "--output_dir", str(output), "--num_workers", "0"]
+    arguments += map(str, flags)
     report.main(report.make_parser().parse_args(arguments))
 
 
@@ -61,6 +64,7 @@ def test_summary_and_table(data, tmp_path, capsys):
     assert table[3] == ["segmentation_val", "val", "3", "70.00", "58.00", "-"]
     assert len({len(line) for line in lines if line.startswith("|")}) == 1
     assert not (tmp_path / "out" / "gallery.png").exists()
+    assert "61.2" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_overlay_paints_classes_and_keeps_the_background_grey():
@@ -143,6 +147,58 @@ def test_gallery_names_masks_that_are_not_of_this_dataset(data, tmp_path, mask):
         run(data, tmp_path, "--columns", f"X={tmp_path / 'pred'}")
 
 
+def squares(folder, **widths):
+    """Masks whose left columns, as many as said, are of class 1."""
+    for name, width in widths.items():
+        mask = np.zeros(SIZE, np.uint8)
+        mask[:, :width] = 1
+        save_mask(folder / f"{name}.png", mask, voc_palette())
+
+
+def test_the_queue_is_by_doubt_and_the_page_by_iou(data, tmp_path):
+    squares(tmp_path / "refined", a=16, b=12, c=4)  # truth: a and b all class 1, c all class 2
+    squares(tmp_path / "other", a=8, b=12)
+    columns = [f"Refined={tmp_path / 'refined'}", f"Other={tmp_path / 'other'}"]
+    flags = ["--review", "Refined", "--columns", *columns]
+    run(data, tmp_path / "out", *flags)
+    with open(tmp_path / "out" / "review.csv", newline="") as file:
+        rows = {row["id"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["c", "a", "b"]
+    # c: its class, dog, is missing. a: the other mask covers half, so the IoU is 1/2 for class 1 and 0 for background.
+    assert [float(rows[i]["doubt"]) for i in "cab"] == [0.5, 0.375, 0.0]
+    assert [rows[i]["IoU Refined"] for i in "abc"] == ["100.0", "37.5", "0.0"]  # b: 12/16 and 0 for the background
+    assert [rows[i]["IoU Other"] for i in "abc"] == ["25.0", "37.5", ""]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert re.findall(r"<figcaption><b>(\w)</b>", page) == ["c", "b", "a"]
+    assert re.findall(r'data-iou="([^"]*)"', page) == ["0.0000", "0.3750", "1.0000"]
+
+
+def test_without_ground_truth_the_page_too_is_by_doubt(data, tmp_path):
+    for mask in (data / "masks").glob("*.png"):
+        mask.unlink()
+    squares(tmp_path / "refined", a=16, b=12, c=4)
+    squares(tmp_path / "other", a=8, b=12)
+    columns = [f"Other={tmp_path / 'other'}", f"Refined={tmp_path / 'refined'}"]
+    run(data, tmp_path / "out", "--page_images", 2, "--columns", *columns)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert re.findall(r"<figcaption><b>(\w)</b>", page) == ["c", "a"]  # the first, and one from the rest
+    assert "2 of 3 images" in page and "IoU" not in re.search(r'<select id="order">.*?</select>', page)[0]
+
+
+def test_cam_files_are_heat_maps_on_the_page(data, tmp_path):
+    hr_cam = np.full((1, *SIZE), 0.5, np.float32)
+    save_cams(tmp_path / "cams" / "a.npz", np.array([0, 1]), hr_cam, hr_cam)
+    run(data, tmp_path / "out", "--columns", f"CAM={tmp_path / 'cams'}:0.4")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert re.findall(r'view-2" src="data:image/(\w+).*?alt="([^"]*)"', page) == [("jpeg", "CAM of a: cat 100 %")]
+
+
+def test_thinning_keeps_the_first_half_and_spreads_the_other():
+    assert report.thin_out(list(range(5)), 5) == [0, 1, 2, 3, 4]
+    assert report.thin_out(list(range(100)), 6) == [0, 1, 2, 3, 51, 99]
+    assert report.thin_out(list(range(9)), 1) == [0]
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"miou": 3}'])
 def test_files_that_are_not_scores(data, tmp_path, content):
     (tmp_path / "bad.json").write_text(content)
@@ -156,6 +212,7 @@ def test_files_that_are_not_scores(data, tmp_path, content):
         (["--summary", "x=nowhere.json"], "nowhere.json: no such file"),
         (["--summary", "prior.json"], "not of the form NAME=PATH"),
         (["--columns", "X=nowhere:0.3"], "nowhere: no such folder"),
+        (["--columns", "X=.", "Y=.", "--review", "Z"], "--review Z: no such column. Choose one of: X, Y"),
     ],
 )
 def test_mistakes_are_named(data, tmp_path, flags, message):

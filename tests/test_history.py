@@ -1,0 +1,64 @@
+"""What is read back of a training: curves, time, settings, health; and the runners' list of commands."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from tools.checkpoint import save_checkpoint
+from tools.errors import UserError
+from tools.history import Command, read_commands, read_curves, read_run
+
+
+def log(folder, values, *, start=1, seconds=10.0):
+    """A log of one start of a training: `values` at the ends of its epochs, `seconds` apart."""
+    writer = SummaryWriter(folder)
+    now = time.time()
+    for epoch, value in enumerate(values, start):
+        writer.add_scalar("loss", value, epoch, walltime=now + seconds * (1 + epoch - start))
+        writer.add_scalar("valid/miou_cam", 10 * value, epoch, walltime=now + seconds * (1 + epoch - start))
+    writer.close()
+
+
+def test_curves_and_time_of_a_resumed_run(tmp_path):
+    log(tmp_path, [5.0, 4.0, 9.0])
+    time.sleep(1.1)  # event files are named by the second
+    log(tmp_path, [3.0, 2.0], start=3)
+    curves, seconds = read_curves(tmp_path)
+    assert curves["loss"] == [(1, 5.0), (2, 4.0), (3, 3.0), (4, 2.0)]
+    assert curves["valid/miou_cam"] == [(1, 50.0), (2, 40.0), (3, 30.0), (4, 20.0)]
+    assert seconds == pytest.approx(50, abs=1)
+
+
+def test_a_run_of_which_nothing_is_left(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = read_run("nothing")
+    assert (run.curves, run.seconds, run.settings, run.health) == ({}, None, {}, None)
+
+
+def test_settings_and_health_lie_beside_each_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "experiments" / "models" / "a.pth"
+    save_checkpoint(path, config={}, model={}, classes=["background", "cat"], epoch=1, args={"lr": 0.1})
+    path.with_suffix(".health.json").write_text(json.dumps({"kept": [0.1, 0.2]}))
+    run = read_run("a")
+    assert run.settings == {"lr": 0.1} and run.health == {"kept": [0.1, 0.2]}
+    path.with_suffix(".health.json").write_text("{")
+    with pytest.raises(UserError, match=r"a\.health\.json: not readable"):
+        read_run("a")
+
+
+def test_commands(tmp_path):
+    path = tmp_path / "commands.tsv"
+    assert read_commands(path) == []
+    path.write_text('2026-11-26T00:40:01Z\t75\t0\tpython a.py --x "1 2"\n2026-11-26T00:41:16Z\t3\t2\tpython b.py\n')
+    assert read_commands(path) == [
+        Command("2026-11-26T00:40:01Z", 75.0, 0, 'python a.py --x "1 2"'),
+        Command("2026-11-26T00:41:16Z", 3.0, 2, "python b.py"),
+    ]
+    path.write_text("something else\n")
+    with pytest.raises(UserError, match=r"commands\.tsv: not a list of commands"):
+        read_commands(path)

@@ -1,0 +1,102 @@
+"""What a training run left behind, for the report: its curves, how long it took, its settings, its health.
+
+    run = read_run("csrm")
+    run.curves["loss"]         # [(1, 2.31), (2, 1.87), ...]: epoch and value
+    run.seconds                # from the first to the last epoch's end, over all times it was started
+
+Commands that the runners gave, and how long they took, are in `commands.tsv` beside the report: start, seconds,
+exit code, command.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tools import options
+from tools.checkpoint import load_checkpoint
+from tools.errors import UserError
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run.
+
+    Attributes:
+        tag: its name.
+        curves: scalar of the TensorBoard log -> (epoch, value), ascending.
+        seconds: time spent in it; None if nothing was logged.
+        settings: the flags its checkpoint was made with.
+        health: what models/TAG.health.json holds; None if there is none.
+    """
+
+    tag: str
+    curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    seconds: float | None = None
+    settings: dict[str, object] = field(default_factory=dict)
+    health: object = None
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of a runner: when it started (ISO 8601), how long it took, how it ended."""
+
+    start: str
+    seconds: float
+    code: int
+    text: str
+
+
+def read_run(tag: str) -> Run:
+    """What is there of a run; of its files, each may be missing.
+
+    Raises:
+        UserError: one of them is damaged.
+    """
+    weights, logs = options.model_path(tag), options.EXPERIMENTS / "logs" / tag
+    curves, seconds = read_curves(logs)
+    settings = load_checkpoint(weights).get("args", {}) if weights.exists() else {}
+    return Run(tag, curves, seconds, settings, _read_health(weights.with_suffix(".health.json")))
+
+
+def read_curves(logs: Path) -> tuple[dict[str, list[tuple[float, float]]], float | None]:
+    """The scalars of a log folder, and the seconds its event files span. A resumed run replaces what it repeats."""
+    spans, curves = [], {}
+    for path in sorted(logs.glob("events.out.tfevents.*")):
+        events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+        scalars = {name: events.Scalars(name) for name in events.Tags()["scalars"]}
+        if not scalars:
+            continue
+        spans.append(max(values[-1].wall_time for values in scalars.values()) - events.FirstEventTimestamp())
+        for name, values in scalars.items():
+            curves.setdefault(name, {}).update((value.step, value.value) for value in values)
+    return {name: sorted(values.items()) for name, values in curves.items()}, sum(spans) if spans else None
+
+
+def _read_health(path: Path) -> object:
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}). Delete it; training writes it again.") from error
+
+
+def read_commands(path: Path) -> list[Command]:
+    """The rows of `commands.tsv`; none if there is no such file.
+
+    Raises:
+        UserError: not such a file.
+    """
+    if not path.exists():
+        return []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+        return [Command(start, float(seconds), int(code), text) for start, seconds, code, text in rows]
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{path}: not a list of commands ({error}). Delete it; the runners write it again.") from error
