@@ -58,9 +58,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from datasets import build_source
-from datasets.base import DatasetInfo, DataSource
+from datasets.base import DatasetInfo, DataSource, read_mask
 from tools.cam import load_cams
-from tools.files import atomic_write, check_writable, load_mask, save_json
+from tools.files import atomic_write, check_writable, save_json
 from tools.metrics import ConfusionMatrix, Scores, ThresholdSweep, scores, threshold_range
 
 IDS_PER_TASK = 64  # few enough that the progress bar moves, enough that passing the counts between processes is nothing
@@ -183,14 +183,8 @@ def read_prediction(path: Path, size: tuple[int, int], info: DatasetInfo) -> np.
     Raises:
         UserError: unreadable, of another size than `size` = (H, W), or with an index that is no class and not 255.
     """
-    prediction = load_mask(path)
+    prediction = read_mask(path, info)
     _check_size(path, prediction.shape, size)
-    foreign = prediction[(prediction >= info.num_classes) & (prediction != info.ignore_index)]
-    if foreign.size:
-        raise UserError(
-            f"{path}: class index {foreign[0]}, but the dataset's classes are 0 to {info.num_classes - 1}. "
-            "Check that --dataset is the one that was predicted."
-        )
     return prediction
 
 

@@ -146,10 +146,10 @@ if __name__ == "__main__":
 import numpy as np
 
 from datasets import DataSource, build_source
-from datasets.base import DatasetInfo
+from datasets.base import DatasetInfo, read_mask
 from tools import devices
 from tools.claims import claim, share_folder
-from tools.files import load_image, load_mask, save_mask
+from tools.files import load_image, save_mask
 from tools.merging import merge_masks
 from tools.proposals import ProposalGenerator, SamGenerator, load_proposals, load_sam, save_proposals
 from tools.proposals.files import MaskFiles
@@ -322,8 +322,8 @@ def merge_file(info: DatasetInfo, options: dict[str, object], folder: Path, job:
     Raises:
         UserError: mask and proposals differ in size, or the mask has a class that the dataset has not.
     """
-    pseudo_mask = load_mask(job.pseudo_mask)
-    before = with_ignore_last(info, pseudo_mask, job.pseudo_mask)
+    pseudo_mask = read_mask(job.pseudo_mask, info)
+    before = with_ignore_last(info, pseudo_mask)
     if not job.refined.exists():
         with claim(folder, job.refined) as mine:
             if mine and not job.refined.exists():
@@ -336,17 +336,14 @@ def merge_file(info: DatasetInfo, options: dict[str, object], folder: Path, job:
                 save_mask(job.refined, merge_masks(pseudo_mask, masks, **options), info.palette)
             elif not mine:
                 return None
-    after = with_ignore_last(info, load_mask(job.refined), job.refined)
+    after = with_ignore_last(info, read_mask(job.refined, info))
     side = info.num_classes + 1
     return np.bincount((before * side + after).ravel(), minlength=side**2).reshape(side, side)
 
 
-def with_ignore_last(info: DatasetInfo, mask: np.ndarray, path: Path) -> np.ndarray:
+def with_ignore_last(info: DatasetInfo, mask: np.ndarray) -> np.ndarray:
     """The mask as int64 with C in place of the ignore index."""
-    mask = np.where(mask == info.ignore_index, info.num_classes, mask.astype(np.int64))
-    if mask.max() > info.num_classes:
-        raise UserError(f"{path}: class {mask.max()}, but the dataset has {info.num_classes} classes. Check --dataset.")
-    return mask
+    return np.where(mask == info.ignore_index, info.num_classes, mask.astype(np.int64))
 
 
 @contextlib.contextmanager

@@ -21,13 +21,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 
 from datasets.listing import MASK_SUFFIXES, FileIndex, Likeness, first_repeated, index_files
 from tools.errors import UserError
-from tools.files import load_image, load_mask, read_lines
+from tools.files import file_orientation, load_image, load_mask, read_lines
+from tools.files import upright_size as _upright_size
 
-EXIF_ORIENTATION = 0x0112
 LABEL_READERS = 16  # threads; annotation files are small, so on a network disk the latency is what costs
 
 
@@ -194,6 +193,14 @@ class DataSource(ABC):
         """The photograph as a batch of one: uint8 RGB [1,3,H,W]."""
         return torch.tensor(self.image(image_id)).permute(2, 0, 1)[None]
 
+    def orientation(self, image_id: str) -> int:
+        """How the file of a photograph says it must be turned: its EXIF orientation, 1 (as it is) to 8.
+
+        Raises:
+            UserError: missing or unreadable.
+        """
+        return file_orientation(self.image_path(image_id))
+
     def mask(self, image_id: str) -> np.ndarray:
         """The mask: uint8 HxW, 0 background, 1..K classes, `ignore_index` ignored.
 
@@ -202,11 +209,11 @@ class DataSource(ABC):
         """
         self.check_masks([image_id])
         path = self.mask_path(image_id)
-        mask = load_mask(path)
+        mask = read_mask(path, self.info)
         size = _upright_size(self.image_path(image_id))
         if mask.shape != size:
-            raise UserError(f"{path}: {_pixels(mask.shape)}, but its image is {_pixels(size)}. Save both at one size.")
-        self._check_indices(path, mask)
+            remedy = _misfit(mask.shape, size, self.orientation(image_id))
+            raise UserError(f"{path}: {_pixels(mask.shape)}, but its image is {_pixels(size)}. {remedy}")
         return mask
 
     def check_masks(self, ids: Sequence[str]) -> None:
@@ -271,26 +278,33 @@ class DataSource(ABC):
                 f"'{missing[0]}'{self.advice(missing[0])}."
             )
 
-    def _check_indices(self, path: Path, mask: np.ndarray) -> None:
-        wrong = (mask >= self.info.num_classes) & (mask != self.info.ignore_index)
-        if wrong.any():
-            raise UserError(
-                f"{path}: holds the value {mask[wrong][0]}, but masks hold 0..{self.info.num_classes - 1} "
-                f"or {self.info.ignore_index} (ignore)."
-            )
+
+def read_mask(path: Path, info: DatasetInfo) -> np.ndarray:
+    """A mask of these classes, ground truth or not: uint8 HxW, 0 background, 1..K classes, `ignore_index` ignored.
+
+    Raises:
+        UserError: a file that is missing or unreadable, whose palette was sorted, or with an index that is no class.
+    """
+    mask = load_mask(path, info.palette, info.num_classes)
+    wrong = (mask >= info.num_classes) & (mask != info.ignore_index)
+    if wrong.any():
+        raise UserError(
+            f"{path}: holds the value {mask[wrong][0]}, but masks of this dataset hold 0..{info.num_classes - 1} "
+            f"or {info.ignore_index} (ignore). Save class indices, and check --dataset."
+        )
+    return mask
 
 
-def _upright_size(path: Path) -> tuple[int, int]:
-    """(height, width) of an image as `load_image` returns it, from the file's header only (TIFF: by decoding it)."""
-    try:
-        with Image.open(path) as image:
-            if image.format == "TIFF":  # whose size, depending on Pillow's version, is that of the turned image or not
-                image = ImageOps.exif_transpose(image)
-            width, height = image.size
-            turned = image.getexif().get(EXIF_ORIENTATION, 1) >= 5  # 5..8: quarter turns
-    except (OSError, SyntaxError) as error:
-        raise UserError(f"{path}: not a readable image ({error}). Replace or remove it.") from error
-    return (width, height) if turned else (height, width)
+def _misfit(mask: tuple[int, ...], size: tuple[int, int], orientation: int) -> str:
+    """What to do with a mask, (height, width), that has not the size of its photograph."""
+    if tuple(mask) != size[::-1]:
+        return "Save both at one size."
+    if orientation < 5:
+        return "It lies on its side: turn it."
+    return (
+        f"EXIF orientation {orientation} turns the photograph, and the mask was drawn on the unturned one: "
+        "turn the mask likewise."
+    )
 
 
 def _pixels(shape: tuple[int, ...]) -> str:

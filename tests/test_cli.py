@@ -243,7 +243,7 @@ def test_mistakes_in_the_masks(capsys, folder_copy):
     Image.fromarray(np.full((24, 40), 3, np.uint8)).save(masks / "a.png")
     assert "a.png: holds the value 3" in train()
     Image.new("RGB", (40, 24)).save(masks / "a.png")
-    assert "a.png: a RGB picture" in train()
+    assert "a.png: holds RGB colours" in train()
     (masks / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     assert "a.png: not a readable mask" in train()
     (masks / "a.png").unlink()

@@ -292,7 +292,7 @@ MISTAKES = {
     "no mask": (remove("masks/b.png"), r"b\.png: no such mask"),
     "mask of another size": (save("masks/b.png", np.zeros((30, 31), np.uint8)), r"b\.png: 31x30 pixels.*31x31"),
     "mask index": (save("masks/b.png", np.full((31, 31), 3, np.uint8)), r"b\.png: holds the value 3.*0\.\.2 or 255"),
-    "colour mask": (save("masks/b.png", np.zeros((31, 31, 3), np.uint8)), r"b\.png: a RGB picture"),
+    "colour mask": (save("masks/b.png", np.zeros((31, 31, 3), np.uint8)), r"b\.png: holds RGB colours"),
     "broken image": (write("images/b.png", b"\x89PNG no more"), r"b\.png: not a readable image"),
     "broken mask": (write("masks/b.png", b"\x89PNG no more"), r"b\.png: not a readable mask"),
 }

@@ -96,7 +96,7 @@ def test_colour_of_16_bits_comes_as_8(tmp_path):
 @pytest.mark.parametrize("kind", [np.float32, np.int32])
 def test_photographs_of_32_bits_are_refused(tmp_path, kind):
     Image.fromarray(PHOTOGRAPH[..., 0].astype(kind)).save(tmp_path / "a.tif")
-    with pytest.raises(UserError, match="a.tif: 32-bit numbers have no known range of grey"):
+    with pytest.raises(UserError, match="a.tif: signed or 32-bit numbers have no known range of grey"):
         load_image(tmp_path / "a.tif")
 
 
@@ -134,7 +134,7 @@ def test_masks_keep_their_indices_and_show_their_colours(tmp_path):
 
 def test_masks_in_colour_are_refused(tmp_path):
     Image.fromarray(PHOTOGRAPH).save(tmp_path / "a.png")
-    with pytest.raises(UserError, match="a RGB picture, but masks hold class indices"):
+    with pytest.raises(UserError, match="holds RGB colours, but masks hold class indices. Replace each"):
         load_mask(tmp_path / "a.png")
 
 

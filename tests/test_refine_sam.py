@@ -152,7 +152,7 @@ def test_masks_of_another_size_or_dataset_are_named(project):
     with pytest.raises(UserError, match=r"b.png: 9x9 pixels, but its proposals have 96x96"):
         run()
     save_mask("pseudos/b.png", np.full((96, 96), 7, np.uint8), voc_palette())
-    with pytest.raises(UserError, match=r"b.png: class 7"):
+    with pytest.raises(UserError, match=r"b.png: holds the value 7"):
         run()
 
 

@@ -8,19 +8,35 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import io
 import json
 import os
+import re
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+import simplejpeg
+from PIL import Image, UnidentifiedImageError
 
 from tools.errors import UserError
 
-_DAMAGED = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What Pillow raises for files it cannot decode; SyntaxError is its word for a broken PNG."""
+warnings.filterwarnings("ignore", module=r"PIL\.")  # remarks on metadata that nobody here reads
+
+EXIF_ORIENTATION = 0x0112
+
+STRAY_BYTES = 16
+"""So many bytes that belong to nothing may stand before a marker of a sound JPEG; some cameras write them."""
+
+_LOST = r"remature end|bad Huffman|bad arithmetic|instead of RST"
+"""What libjpeg says when a part of a picture is not in the file; its other warnings are about harmless oddities."""
+
+_NO_RANGE = "signed or 32-bit numbers have no known range of grey. Save it with 8 or 16 bits."
+_SAVE_PNG = "Save masks as PNG."
+_NOT_PNG = {"JPEG": "JPEG changes class indices: save masks as PNG, from what this one was made of."}
 
 
 @contextlib.contextmanager
@@ -96,52 +112,264 @@ def read_lines(path: str | os.PathLike) -> list[str]:
 
 
 def load_image(path: str | os.PathLike) -> np.ndarray:
-    """Read a photograph, upright (EXIF orientation applied).
+    """Read a photograph, upright (EXIF orientation applied; nothing else of the EXIF block matters).
 
     Returns:
-        uint8 RGB, HxWx3, in [0, 255]. Grey images are repeated over the channels, 16 bits are scaled to 8, transparency
-        is dropped.
+        uint8 RGB, HxWx3, in [0, 255]. Grey images are repeated over the channels, 12 and 16 bits are scaled to 8,
+        transparency and colour profiles are dropped.
 
     Raises:
-        UserError: the file is missing, is not an image that can be decoded to its end, or holds 32-bit numbers.
+        UserError: the file is missing, is not an image that can be decoded to its end, holds several pictures, or holds
+            numbers whose range is not known (signed, of 32 bits).
+    """
+    with _reading(path, "image"):
+        data = Path(path).read_bytes()
+        image = _open(io.BytesIO(data))
+        _check_single(path, image)
+        pixels = None
+        if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
+            pixels = _decode_jpeg(data, "progressive" in image.info)
+        if pixels is None:
+            pixels = _decode(path, image)
+        return _turn(pixels, orientation(image))
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an open picture, 1 (upright) to 8; 1 if it has none, or none that can be read."""
+    try:
+        value = image.getexif().get(EXIF_ORIENTATION, 1)
+        return int(value) if value in range(1, 9) else 1
+    except Exception:  # whatever Pillow meets in a block that no camera should have written
+        return 1
+
+
+def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Pixels [H, W, ...] as their EXIF orientation (TIFF 6.0, tag 274) wants them seen."""
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def upright_size(path: str | os.PathLike) -> tuple[int, int]:
+    """(height, width) of a photograph as `load_image` returns it, from the file's header only (TIFF: by decoding it).
+
+    Raises:
+        UserError: the file is missing, or is no image.
+    """
+    with _reading(path, "image"), open(path, "rb") as file:
+        image = _open(file)
+        if image.format == "TIFF":  # whose size, depending on Pillow's version, is that of the turned image or not
+            image.load()
+        width, height = image.size
+        return (width, height) if orientation(image) >= 5 else (height, width)
+
+
+def file_orientation(path: str | os.PathLike) -> int:
+    """`orientation` of a photograph's file.
+
+    Raises:
+        UserError: the file is missing, or is no image.
+    """
+    with _reading(path, "image"), open(path, "rb") as file:
+        return orientation(_open(file))
+
+
+def _open(file: BinaryIO) -> Image.Image:
+    """Open a picture. Pillow does not know a JPEG whose EXIF block has an odd resolution: that gets to see it without.
+
+    Raises:
+        UnidentifiedImageError: it is of no known format.
     """
     try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I;16") or (upright.mode == "I" and image.format == "PNG"):
-                upright = _eight_bits(upright)
-            if upright.mode in ("I", "F"):
-                raise UserError(f"{path}: 32-bit numbers have no known range of grey. Save it with 8 or 16 bits.")
-            return np.asarray(upright.convert("RGB"))
+        return Image.open(file)
+    except UnidentifiedImageError:
+        file.seek(0)
+        data = file.read()
+        block = data.find(b"\xff\xe1")
+        if not data.startswith(b"\xff\xd8") or data[block + 4 : block + 10] != b"Exif\0\0":
+            raise
+        end = block + 2 + int.from_bytes(data[block + 2 : block + 4], "big")
+        exif = Image.Exif()
+        exif.load(data[block + 4 : end])
+        image = Image.open(io.BytesIO(data[:block] + data[end:]))
+        image.getexif()[EXIF_ORIENTATION] = exif.get(EXIF_ORIENTATION, 1)
+        return image
+
+
+@contextlib.contextmanager
+def _reading(path: str | os.PathLike, what: str) -> Iterator[None]:
+    """Turn whatever a decoder raises into a UserError that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such image.") from error
-    except _DAMAGED as error:
-        raise UserError(f"{path}: not a readable image ({error}). Replace or remove it.") from error
+        raise UserError(f"{path}: no such {what}.") from error
+    except Exception as error:  # decoders of damaged files raise what they run into: struct.error, KeyError, zlib.error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "of no known format" if Path(path).stat().st_size else "an empty file"
+        raise UserError(f"{path}: not a readable {what} ({reason}). Replace or remove it.") from error
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey as 8-bit grey, white staying white. (Pillow's own conversion would cut all values at 255.)"""
-    return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+def _check_single(path: str | os.PathLike, image: Image.Image) -> None:
+    """Refuse animations and stacks, of which nobody can know the picture that is meant.
+
+    The first picture of an MPO file is the photograph (others are depth, gain or another eye); pages of a TIFF that are
+    marked as reduced (tag 254) are previews.
+    """
+    count = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    if image.format == "TIFF" and count > 1:
+        pages = []
+        for page in range(count):
+            image.seek(page)
+            pages.append(image.tag_v2.get(254, 0) & 1)
+        image.seek(0)
+        count = pages.count(0)
+    if count > 1:
+        raise UserError(f"{path}: holds {count} pictures. Save the one that is meant as a file of its own.")
 
 
-def load_mask(path: str | os.PathLike) -> np.ndarray:
-    """Read a segmentation mask stored as a palette or grey PNG.
+def _decode_jpeg(data: bytes, progressive: bool) -> np.ndarray | None:
+    """Decode a JPEG to RGB, exactly as Pillow does, but not deaf to what libjpeg says of data that break off.
+
+    Returns:
+        uint8 [H, W, 3]; None if it is of a kind that only Pillow decodes.
+
+    Raises:
+        ValueError: a part of the picture is filler or noise.
+    """
+    pixels, fault = _libjpeg(data)
+    # Perhaps only the end marker is missing; not after zeros, nor where a whole scan may be missing too.
+    if fault.startswith("Premature end") and not (progressive or data.endswith(bytes(8))):
+        pixels, fault = _libjpeg(data + b"\xff\xd9")
+    stray = re.search(r"(\d+) extraneous bytes", fault)
+    if re.search(_LOST, fault) or (stray and int(stray[1]) > STRAY_BYTES):
+        raise ValueError(f"a part of the picture is lost: {fault}")
+    return pixels
+
+
+def _libjpeg(data: bytes) -> tuple[np.ndarray | None, str]:
+    """The picture, as far as it can be had, and the first thing in the file that libjpeg finds strange."""
+    try:
+        return simplejpeg.decode_jpeg(data, "RGB"), ""
+    except ValueError as error:
+        fault = str(error)
+    with contextlib.suppress(ValueError):
+        return simplejpeg.decode_jpeg(data, "RGB", strict=False), fault
+    return None, fault
+
+
+def _decode(path: str | os.PathLike, image: Image.Image) -> np.ndarray:
+    """Decode anything else to RGB."""
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    depth = tags.get(258, (16,))[0]
+    planes, white_is_zero = tags.get(284, 1), tags.get(262, 1) == 0
+    if any(sample not in (1, 4) for sample in tags.get(339, ())):
+        raise UserError(f"{path}: {_NO_RANGE}")
+    if planes == 2 and depth > 8:
+        raise UserError(f"{path}: a TIFF of {depth} bits in separate planes. Save it interleaved, or with 8 bits.")
+    image.load()
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        grey = _eight_bits(np.asarray(image), 2**depth - 1)
+        return np.repeat((255 - grey if white_is_zero else grey)[..., None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise UserError(f"{path}: {_NO_RANGE}")
+    return np.asarray(image.convert("RGB"))
+
+
+def _eight_bits(grey: np.ndarray, white: int) -> np.ndarray:
+    """Grey in [0, `white`] as uint8, white staying white. (Pillow's own conversion would cut all values at 255.)"""
+    return ((grey.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
+
+
+def load_mask(path: str | os.PathLike, palette: np.ndarray | None = None, num_classes: int = 256) -> np.ndarray:
+    """Read a segmentation mask: a PNG of class indices, in grey (1, 8 or 16 bits) or with a palette.
+
+    Args:
+        path: the file.
+        palette: uint8 [256, 3], the colours of the classes, to find masks whose indices are no classes any more because
+            an optimiser or editor has sorted their colours.
+        num_classes: how many there are.
 
     Returns:
         uint8 HxW of class indices: 0 background, 255 ignore.
 
     Raises:
-        UserError: the file is missing, unreadable, or holds colours instead of indices.
+        UserError: the file is missing, unreadable, or not a mask of that kind.
     """
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("P", "L", "1"):
-                raise UserError(f"{path}: a {image.mode} picture, but masks hold class indices (palette or grey PNG).")
-            return np.asarray(image, dtype=np.uint8)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such mask.") from error
-    except _DAMAGED as error:
-        raise UserError(f"{path}: not a readable mask ({error}). Replace or remove it.") from error
+    with _reading(path, "mask"):
+        data = Path(path).read_bytes()
+        image = _open(io.BytesIO(data))
+        if image.format != "PNG":
+            raise UserError(f"{path}: holds {image.format} data. {_NOT_PNG.get(image.format, _SAVE_PNG)}")
+        _check_single(path, image)
+        depth, kind = data[24], data[25]  # of the header: bits per sample; 0 grey, 3 palette, others in colour
+        mask, colours, turn = np.asarray(image), _palette_of(image), orientation(image)
+    if turn != 1:
+        raise UserError(f"{path}: carries the EXIF orientation {turn}. Turn it upright and save it without.")
+    if kind not in (0, 3):
+        raise UserError(f"{path}: holds {image.mode} colours, but masks hold class indices. {_save_indices(mask)}")
+    if kind == 0 and depth in (2, 4) and mask.any():
+        raise UserError(f"{path}: grey of {depth} bits, which programs read as different indices. Save it with 8.")
+    if mask.max() > 255:
+        raise UserError(f"{path}: 16 bits, and the value {mask.max()}. Class indices end at 255: save it with 8 bits.")
+    if colours is not None and palette is not None:
+        _check_palette(path, mask, colours, palette, num_classes)
+    return mask.astype(np.uint8)
+
+
+def mask_colours(path: str | os.PathLike) -> np.ndarray | None:
+    """The colours by which a mask shows its indices: uint8 [256, 3], black where it has none; None for a grey mask.
+
+    Raises:
+        UserError: the file is missing or unreadable.
+    """
+    with _reading(path, "mask"), Image.open(path) as image:
+        return _palette_of(image)
+
+
+def _palette_of(image: Image.Image) -> np.ndarray | None:
+    if image.mode != "P":
+        return None
+    colours = np.array(image.getpalette("RGB"), dtype=np.uint8)
+    return np.pad(colours, (0, 768 - len(colours))).reshape(256, 3)
+
+
+def _save_indices(pixels: np.ndarray) -> str:
+    """What to do with a mask in colour, [H, W, 2 to 4]."""
+    if pixels.shape[2] == 2 or (pixels[..., :1] == pixels[..., :3]).all():
+        return "They are greys: save one channel, as a grey PNG of 8 bits."
+    return "Replace each colour by the index of its class, and save a palette or grey PNG."
+
+
+def _check_palette(
+    path: str | os.PathLike, mask: np.ndarray, colours: np.ndarray, palette: np.ndarray, num_classes: int
+) -> None:
+    """Refuse a mask whose colours, all of them, are those of classes, but of others than its indices.
+
+    Two colour maps are known: the dataset's, and grey i for class i (white may be any index: it is how masks of one
+    class are shown).
+    """
+    used = np.flatnonzero(np.bincount(mask.ravel(), minlength=256)).tolist()
+    shown = {index: tuple(colours[index].tolist()) for index in used}
+    classes = {tuple(palette[i].tolist()): i for i in (*range(min(num_classes, 255)), 255)}
+    greys = {(i, i, i): i for i in range(min(num_classes, 255))}
+    coloured = {index: colour for index, colour in shown.items() if colour != (255, 255, 255)}
+    for colour_map, entries in ((classes, shown), (greys, coloured)):
+        meant = {index: colour_map.get(colour) for index, colour in entries.items()}
+        distinct = len(set(meant.values())) == len(meant)
+        moved = [(index, other) for index, other in meant.items() if index != other]
+        if distinct and moved and None not in meant.values():
+            index, other = moved[0]
+            raise UserError(
+                f"{path}: index {index} has the colour of class {other}. Its palette was sorted by an optimiser or "
+                "editor: save the mask anew from its colours, or without a palette if its indices are right."
+            )
 
 
 def save_mask(path: str | os.PathLike, mask: np.ndarray, palette: np.ndarray) -> None:
