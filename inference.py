@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tools import cli, options, parallel
@@ -56,12 +57,39 @@ from torch import nn
 
 from datasets import DataSource, build_source
 from models import load_model
-from tools import devices
 from tools.cam import cam_labels, load_cams, multi_scale_cams, multi_scale_logits, save_cams, stride4_size
 from tools.checkpoint import check_classes, fingerprint
 from tools.crf import CAM_SETTINGS, mean_field, unary_from_labels
+from tools.devices import select_device
 from tools.files import claim_folder, save_mask
 from tools.maps import normalize, resize_maps
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What is written, and how it is made.
+
+    Attributes:
+        wanted: of "cams", "masks" and "pseudos".
+        cam_format: npz or npy.
+        views: of an image.
+        pseudos_from: cams or masks, the maps that pseudo masks are made of.
+        threshold: of the background, on CAMs.
+        crf: of the pseudo masks.
+    """
+
+    wanted: tuple[str, ...]
+    cam_format: str
+    views: options.Views
+    pseudos_from: str
+    threshold: float
+    crf: options.CRF
+
+    @property
+    def pseudos_name(self) -> str:
+        """The folder of the pseudo masks, named after what made them, so that two settings never mix."""
+        maps = f"t{self.threshold:g}" if self.pseudos_from == "cams" else "masks"
+        return f"pseudos-{maps}-c{self.crf.iterations}"
 
 
 class Predictor:
@@ -71,22 +99,19 @@ class Predictor:
         model: a `Classifier` or `CSRM` in eval mode.
         source: where images and labels come from.
         folder: experiments/predictions/TAG@DOMAIN.
-        long_side: pixels; the --image_size of the training, to which longer photographs are reduced here too.
-        args: the script's flags.
+        outputs: which files.
     """
 
-    def __init__(
-        self, model: nn.Module, source: DataSource, folder: Path, long_side: int, args: argparse.Namespace
-    ) -> None:
-        self.model, self.source, self.long_side, self.args = model, source, long_side, args
+    def __init__(self, model: nn.Module, source: DataSource, folder: Path, outputs: Outputs) -> None:
+        self.model, self.source, self.outputs = model, source, outputs
         self.device = next(model.parameters()).device
-        self.folders = {"cams": folder / "cams", "masks": folder / "masks", "pseudos": folder / pseudos_name(args)}
+        self.folders = {"cams": folder / "cams", "masks": folder / "masks", "pseudos": folder / outputs.pseudos_name}
         self.empty = 0  # images with classes, but without a CAM logit above 0 for any of them
 
     def path(self, kind: str, image_id: str) -> Path:
         """The file of `kind` ('cams', 'masks' or 'pseudos') of an image."""
-        suffix = ".png" if kind == "pseudos" else f".{self.args.cam_format}"
-        return self.folders[kind] / f"{image_id}{suffix}"
+        suffix = "png" if kind == "pseudos" else self.outputs.cam_format
+        return self.folders[kind] / f"{image_id}.{suffix}"
 
     def claim(self, weights: str) -> None:
         """Make the folders; refuse those that hold the files of other weights (a fingerprint) or settings.
@@ -94,49 +119,47 @@ class Predictor:
         Raises:
             UserError: see `tools.files.claim_folder`.
         """
-        views = {"weights": weights, "scales": self.args.scales, "hflip": self.args.hflip}
-        crf = {name: getattr(self.args, name) for name in ("crf_t", "crf_gt_prob", "crf_backend")}
-        pseudos = {**views, **crf, "pseudos_from": self.args.pseudos_from, "threshold": self.args.threshold}
-        for kind in self.wanted():
-            claim_folder(self.folders[kind], pseudos if kind == "pseudos" else views)
-
-    def wanted(self) -> list[str]:
-        """The kinds of files asked for."""
-        return [kind for kind in self.folders if getattr(self.args, f"save_{kind}")]
+        outputs, crf = self.outputs, self.outputs.crf
+        views = {"weights": weights, "scales": list(outputs.views.scales), "hflip": outputs.views.hflip}
+        pseudos = {"crf_t": crf.iterations, "crf_gt_prob": crf.gt_prob, "crf_backend": crf.backend}
+        pseudos |= {"pseudos_from": outputs.pseudos_from, "threshold": outputs.threshold}
+        for kind in outputs.wanted:
+            claim_folder(self.folders[kind], {**views, **pseudos} if kind == "pseudos" else views)
 
     def pending(self, ids: list[str]) -> list[str]:
         """The images of which a wanted file is missing."""
-        return [image_id for image_id in ids if not all(self.path(kind, image_id).exists() for kind in self.wanted())]
+        wanted = self.outputs.wanted
+        return [image_id for image_id in ids if not all(self.path(kind, image_id).exists() for kind in wanted)]
 
     @torch.inference_mode()
     def __call__(self, image_id: str) -> None:
         """Write the missing files of one image."""
         photograph = self.source.photograph(image_id).to(self.device)
-        for kind in self.wanted():
+        for kind in self.outputs.wanted:
             if kind != "pseudos" and not self.path(kind, image_id).exists():
                 save_cams(self.path(kind, image_id), *self._maps(kind, photograph, image_id))
-        if self.args.save_pseudos and not self.path("pseudos", image_id).exists():
+        if "pseudos" in self.outputs.wanted and not self.path("pseudos", image_id).exists():
             self._save_pseudo_mask(photograph, image_id)
 
     def _maps(self, kind: str, photograph: torch.Tensor, image_id: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         label = torch.from_numpy(self.source.image_label(image_id))
-        options = {"scales": self.args.scales, "hflip": self.args.hflip, "long_side": self.long_side}
+        views = asdict(self.outputs.views)
         if kind == "cams":
-            keys, cam, hr_cam = multi_scale_cams(cam_forward(self.model), normalize(photograph), label, **options)
+            keys, cam, hr_cam = multi_scale_cams(cam_forward(self.model), normalize(photograph), label, **views)
             self.empty += len(keys) > 1 and not hr_cam.any()
             return keys, cam, hr_cam
-        forward = lambda views: self.model(views, representations=False)["seg_logits"]  # noqa: E731
-        return segmentation_maps(multi_scale_logits(forward, normalize(photograph), **options), label)
+        forward = lambda images: self.model(images, representations=False)["seg_logits"]  # noqa: E731
+        return segmentation_maps(multi_scale_logits(forward, normalize(photograph), **views), label)
 
     def _save_pseudo_mask(self, photograph: torch.Tensor, image_id: str) -> None:
-        kind = self.args.pseudos_from
+        kind, crf = self.outputs.pseudos_from, self.outputs.crf
         stored = self.path(kind, image_id)
         keys, _, maps = load_cams(stored) if stored.exists() else self._maps(kind, photograph, image_id)
-        threshold = self.args.threshold if kind == "cams" else 1 - maps.astype(np.float32).sum(axis=0)
+        threshold = self.outputs.threshold if kind == "cams" else 1 - maps.astype(np.float32).sum(axis=0)
         labels = torch.from_numpy(cam_labels(maps, threshold)).to(self.device)
-        if self.args.crf_t and len(keys) > 1:
-            unary = unary_from_labels(labels[None], len(keys), self.args.crf_gt_prob)
-            refined = mean_field(photograph, unary, CAM_SETTINGS, self.args.crf_t, backend=self.args.crf_backend)
+        if crf.iterations and len(keys) > 1:
+            unary = unary_from_labels(labels[None], len(keys), crf.gt_prob)
+            refined = mean_field(photograph, unary, CAM_SETTINGS, crf.iterations, backend=crf.backend)
             labels = refined[0].argmax(dim=0)
         save_mask(self.path("pseudos", image_id), keys[labels.cpu().numpy()], self.source.info.palette)
 
@@ -145,12 +168,6 @@ def cam_forward(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """The model as a function from images to CAM logits, which in CSRM stops before the other branches."""
     options = {"segmentation": False} if model.config["kind"] == "csrm" else {}
     return lambda views: model(views, **options)["cams"]
-
-
-def pseudos_name(args: argparse.Namespace) -> str:
-    """The folder of the pseudo masks, named after what made them, so that two settings never mix."""
-    maps = f"t{args.threshold:g}" if args.pseudos_from == "cams" else "masks"
-    return f"pseudos-{maps}-c{args.crf_t}"
 
 
 def segmentation_maps(logits: torch.Tensor, label: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -176,7 +193,7 @@ def check_flags(args: argparse.Namespace, model: nn.Module) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Predict every image of the split that is not there yet."""
-    device = devices.select_device(args.device)
+    device = select_device(args.device)
     source = build_source(args.dataset, options.data_dir(args))
     ids = source.ids(args.domain)
     weights = args.weights or options.model_path(args.tag)
@@ -184,7 +201,15 @@ def main(args: argparse.Namespace) -> None:
     check_classes(checkpoint, source.info.classes, weights)
     check_flags(args, model)
     folder = options.predictions_dir(args.tag, args.domain)
-    predict = Predictor(model, source, folder, checkpoint["args"]["image_size"], args)
+    outputs = Outputs(
+        wanted=tuple(kind for kind in ("cams", "masks", "pseudos") if getattr(args, f"save_{kind}")),
+        cam_format=args.cam_format,
+        views=options.views(args, checkpoint["args"]["image_size"]),
+        pseudos_from=args.pseudos_from,
+        threshold=args.threshold,
+        crf=options.crf(args),
+    )
+    predict = Predictor(model, source, folder, outputs)
     predict.claim(fingerprint(weights))
     pending = predict.pending(ids)
     print(f"{len(ids)} images of '{args.domain}', {len(ids) - len(pending)} done already; writing to {folder}")
@@ -196,7 +221,7 @@ def main(args: argparse.Namespace) -> None:
             f"Warning: the CAMs of {predict.empty} of {len(mine)} images are empty; {weights} does not see their "
             "classes. Train it for longer, or at a lower learning rate (puzzle, poc, pnoc: or with a lower --w_re)."
         )
-    for kind in predict.wanted():
+    for kind in outputs.wanted:
         print(f"{kind}: {predict.folders[kind]}")
     print(
         f"Next: python refine_sam.py --tag {args.tag} --domain {args.domain} --pseudo_dir {predict.folders['pseudos']}"

@@ -102,7 +102,8 @@ from datasets.loaders import class_balance
 from datasets.transforms import PhotometricAugmentation, train_geometry
 from models import build_model
 from models.restore import restore
-from tools import devices, distributed
+from tools import distributed
+from tools.devices import select_device
 from tools.ema import Teacher, ema_decay
 from tools.maps import normalize
 from tools.priors import Opponent, PriorCriterion, Sample, random_class
@@ -203,7 +204,7 @@ def train_step(model: nn.Module, sample: Sample, criterion: PriorCriterion, prog
 def main(args: argparse.Namespace) -> None:
     """Train, epoch by epoch, and say what to do next."""
     complete(args)
-    device = devices.select_device(args.device)
+    device = select_device(args.device)
     distributed.start(device)
     source = build_source(args.dataset, options.data_dir(args))
     check_domain(source, args.domain_valid)
@@ -219,23 +220,27 @@ def main(args: argparse.Namespace) -> None:
     if args.ema:
         average = Teacher(model)
         companions["teacher"] = average.module  # under the name by which inference.py and --restore prefer it
-    if args.method == "pnoc":
-        companions["opponent"] = opponent = Opponent(ordinary, args, steps_per_epoch=len(loader))
+    run = options.training(args)
     trainer = Trainer(
-        model, args, source.info.classes, device=device, steps_per_epoch=len(loader), companions=companions
+        model, run, source.info.classes, device=device, steps_per_epoch=len(loader), companions=companions
     )
+    if args.method == "pnoc":
+        training = {"label_smoothing": args.label_smoothing, "updates": trainer.max_updates, "dtype": trainer.dtype}
+        trainer.companions["opponent"] = opponent = Opponent(ordinary, run.optimization, **training)
     for epoch in trainer.epochs():
         loader.set_epoch(epoch)
-        for batch in trainer.progress(epoch, loader):
+        for batch in trainer.batches(epoch, loader):
             sample = augment(*(batch[name].to(device, non_blocking=True) for name in ("image", "label")))
-            progress = trainer.step / (trainer.updates_per_epoch * args.max_epoch)
-            losses = trainer.losses(train_step, model, sample, criterion, progress)
-            stepped = trainer.update(losses)
+            progress = trainer.updates / trainer.max_updates
+            with trainer.autocast():
+                losses = train_step(model, sample, criterion, progress)
+            stepped = trainer.step(losses)
             if args.method == "pnoc":
-                loss = opponent.update(sample, progress, autocast=trainer.autocast(), step=stepped)
-                trainer.record({"opponent": loss})
+                trainer.record({"opponent": opponent.learn(sample, progress, autocast=trainer.autocast())})
+                if stepped:
+                    opponent.update.step()
             if args.ema and stepped:
-                average.update(model, ema_decay(trainer.step, args.ema))
+                average.update(model, ema_decay(trainer.updates, args.ema))
         if args.domain_valid:
             network = average.module if args.ema else model
             trainer.log(epoch, validate(network, source, args.domain_valid, device, args.image_size))

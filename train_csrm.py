@@ -73,7 +73,12 @@ def add_csrm(parser: cli.Parser) -> None:
         ("contra", "contrast of pixel representations"),
     ):
         group.add_argument(f"--w_{name}", type=cli.non_negative, default=1.0, help=f"weight of L_{name}: {text}")
-    group.add_argument("--contra_low_rank", type=cli.positive_int, default=3, help="classes a pixel is confusable with")
+    group.add_argument(
+        "--contra_low_rank",
+        type=cli.positive_int,
+        default=3,
+        help="most probable classes of which a pixel can be a hard negative",
+    )
     group.add_argument(
         "--contra_high_rank",
         type=cli.positive_int,
@@ -94,7 +99,8 @@ from datasets.mixing import classmix, cutmix
 from datasets.transforms import PhotometricAugmentation, crop_geometry, train_geometry
 from models import build_model
 from models.restore import restore
-from tools import devices, distributed
+from tools import distributed
+from tools.devices import select_device
 from tools.ema import Teacher, ema_decay
 from tools.losses import c2s_loss, entropy, multilabel_loss, s2c_loss, s2c_weight, unreliable_percent, unsupervised_loss
 from tools.maps import IGNORE_INDEX, normalize, resize_maps
@@ -124,23 +130,47 @@ class Targets:
     confidence: Tensor  # float32 [2B,H,W]: their probability
 
 
+@dataclass(frozen=True)
+class LossOptions:
+    """What the five losses are weighed by, and when they start.
+
+    Attributes:
+        weights: of each loss by its name; 0 switches it off.
+        label_smoothing: e of the cross entropies and of L_c.
+        s2c_sigma: teacher probability above which L_s2c takes a pixel.
+        low_rank, high_rank: of the memory bank (`tools.memory_bank.contrastive_loss`).
+        max_epoch, warmup_epochs: epochs in all, and of these the first with L_c and L_c2s only.
+    """
+
+    weights: dict[str, float]
+    label_smoothing: float
+    s2c_sigma: float
+    low_rank: int
+    high_rank: int
+    max_epoch: int
+    warmup_epochs: int
+
+
 class Criterion(nn.Module):
     """L = w_c L_c + w_c2s L_c2s + w(e) w_s2c L_s2c + w_u L_u + w_contra L_contra.
 
     During warm-up only L_c and L_c2s. A weight of 0 switches a loss off. One method per loss; each returns a scalar.
+
+    Args:
+        options: weights and schedule.
+        num_classes: background included.
+        dim: length of the representations.
     """
 
-    def __init__(self, args: argparse.Namespace, num_classes: int) -> None:
+    def __init__(self, options: LossOptions, *, num_classes: int, dim: int) -> None:
         super().__init__()
-        self.args = args
-        self.weights = {name: getattr(args, f"w_{name}") for name in ("c", "c2s", "s2c", "u", "contra")}
-        if not args.use_rep_head:
-            self.weights["contra"] = 0.0
-        self.bank = MemoryBank(num_classes=num_classes, dim=args.decoder_channels) if self.weights["contra"] else None
+        self.options = options
+        self.bank = MemoryBank(num_classes=num_classes, dim=dim) if options.weights["contra"] else None
 
     def needs_teacher(self, epoch: int) -> bool:
         """Whether this epoch's losses look at the teacher's uncertainty and representations."""
-        return epoch >= self.args.warmup_epochs and bool(self.weights["u"] or self.weights["contra"])
+        weights = self.options.weights
+        return epoch >= self.options.warmup_epochs and bool(weights["u"] or weights["contra"])
 
     def forward(self, student: dict[str, Tensor], teacher: dict[str, Tensor], targets: Targets, epoch: int) -> dict:
         """The losses of one mixed batch, by name; "loss" is their weighted sum.
@@ -149,30 +179,29 @@ class Criterion(nn.Module):
             student, teacher: outputs of `models.CSRM` for the mixed images (teacher: {} where not needed).
             epoch: counted from 0.
         """
+        options = self.options
         terms = {"c": self.classification, "c2s": self.cam_to_segmentation}
-        if epoch >= self.args.warmup_epochs:
+        if epoch >= options.warmup_epochs:
             terms |= {"s2c": self.segmentation_to_cam, "u": self.unsupervised, "contra": self.contrast}
-        losses = {name: term(student, teacher, targets, epoch) for name, term in terms.items() if self.weights[name]}
-        weights = {
-            **self.weights,
-            "s2c": self.weights["s2c"] * s2c_weight(epoch, self.args.max_epoch, self.args.warmup_epochs),
-        }
+        losses = {name: term(student, teacher, targets, epoch) for name, term in terms.items() if options.weights[name]}
+        ramp = s2c_weight(epoch, options.max_epoch, options.warmup_epochs)
+        weights = {**options.weights, "s2c": options.weights["s2c"] * ramp}
         return {"loss": sum(weights[name] * loss for name, loss in losses.items()), **losses}
 
     def classification(self, student: dict, teacher: dict, targets: Targets, epoch: int) -> Tensor:
         """L_c: image labels, both halves."""
-        return multilabel_loss(student["class_logits"], targets.image_labels, self.args.label_smoothing)
+        return multilabel_loss(student["class_logits"], targets.image_labels, self.options.label_smoothing)
 
     def cam_to_segmentation(self, student: dict, teacher: dict, targets: Targets, epoch: int) -> Tensor:
         """L_c2s: reliable CAM labels teach the segmentation branch, labeled half."""
         labeled, _ = student["seg_logits"].chunk(2)
-        return c2s_loss(labeled, targets.cam_labels, self.args.label_smoothing)
+        return c2s_loss(labeled, targets.cam_labels, self.options.label_smoothing)
 
     def segmentation_to_cam(self, student: dict, teacher: dict, targets: Targets, epoch: int) -> Tensor:
         """L_s2c: the teacher's confident labels teach the CAMs, both halves."""
-        labels = targets.teacher_labels.where(targets.confidence > self.args.s2c_sigma, IGNORE_INDEX)
+        labels = targets.teacher_labels.where(targets.confidence > self.options.s2c_sigma, IGNORE_INDEX)
         return s2c_loss(
-            student["cams"], student["seg_logits"], labels, self.args.label_smoothing, student.get("saliency")
+            student["cams"], student["seg_logits"], labels, self.options.label_smoothing, student.get("saliency")
         )
 
     def unsupervised(self, student: dict, teacher: dict, targets: Targets, epoch: int) -> Tensor:
@@ -200,13 +229,13 @@ class Criterion(nn.Module):
             targets.image_labels,
             low,
             high,
-            low_rank=self.args.contra_low_rank,
-            high_rank=self.args.contra_high_rank,
+            low_rank=self.options.low_rank,
+            high_rank=self.options.high_rank,
         )
 
     def alpha(self, epoch: int) -> float:
         """Per cent of the pixels that count as (un)certain in this epoch."""
-        return unreliable_percent(epoch, self.args.max_epoch)
+        return unreliable_percent(epoch, self.options.max_epoch)
 
 
 def nearest(labels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -214,23 +243,45 @@ def nearest(labels: Tensor, size: tuple[int, int]) -> Tensor:
     return nn.functional.interpolate(labels[:, None].float(), size, mode="nearest")[:, 0].long()
 
 
+@dataclass(frozen=True)
+class LabelOptions:
+    """How a step makes its labels.
+
+    Attributes:
+        mix: classmix, cutmix or none.
+        mix_prob: probability that a step mixes.
+        mode: labels of L_c2s: cam (CAMs and dense CRF), mp (CAMs against the teacher's background) or gt (masks).
+        foreground, background: thresholds on the CAMs, for cam.
+        sigma: probability below which a pixel is ignored, for mp.
+        crf: for cam.
+    """
+
+    mix: str
+    mix_prob: float
+    mode: str
+    foreground: float
+    background: float
+    sigma: float
+    crf: options.CRF
+
+
 def train_step(
-    batch: Batch, student: nn.Module, teacher: Teacher, criterion: Criterion, args: argparse.Namespace, epoch: int
+    batch: Batch, student: nn.Module, teacher: Teacher, criterion: Criterion, labels: LabelOptions, epoch: int
 ) -> dict[str, Tensor]:
     """One step of CSRM up to its losses: teacher labels, mixing, student, losses."""
     # 1. The teacher looks at both halves.
-    views = teacher(normalize(batch.images), representations=False)
-    seg_logits = views["seg_logits"]
+    teacher_out = teacher(normalize(batch.images), representations=False)
+    seg_logits = teacher_out["seg_logits"]
 
     # 2. Its CAMs become reliable pixel labels. Those of the unlabeled half serve only as material for mixing.
-    mixes = args.augment != "none" and random.random() < args.cutmix_prob
-    labelled = slice(None) if mixes else slice(len(batch.images) // 2)
-    cam_labels = pixel_labels(batch, views, labelled, args)
+    mixes = labels.mix != "none" and random.random() < labels.mix_prob
+    to_label = slice(None) if mixes else slice(len(batch.images) // 2)
+    cam_labels = pixel_labels(batch, teacher_out, to_label, labels)
 
     # 3. Images, image labels, CAM labels and teacher logits are mixed together.
     images, image_labels = batch.images, batch.image_labels
     if mixes:
-        mix = classmix if args.augment == "classmix" else cutmix
+        mix = classmix if labels.mix == "classmix" else cutmix
         images, cam_labels, seg_logits, image_labels = mix(images, cam_labels, seg_logits, image_labels)
 
     # 4. The teacher's labels, among the classes the image has.
@@ -238,45 +289,44 @@ def train_step(
 
     # 5. Student and teacher look at the mixed images.
     inputs = normalize(images)
-    student_outputs = student(inputs)
-    teacher_outputs = teacher(inputs) if criterion.needs_teacher(epoch) else {}
+    student_out = student(inputs)
+    teacher_out = teacher(inputs) if criterion.needs_teacher(epoch) else {}
 
     # 6. The five losses.
     targets = Targets(image_labels, cam_labels[: len(images) // 2], hard_labels, confidence)
-    return criterion(student_outputs, teacher_outputs, targets, epoch)
+    return criterion(student_out, teacher_out, targets, epoch)
 
 
-def pixel_labels(batch: Batch, views: dict[str, Tensor], images: slice, args: argparse.Namespace) -> Tensor:
-    """Label maps int64 [n,H,W] for L_c2s of the chosen images, as --c2s_mode says; 255 where not reliable."""
-    if args.c2s_mode == "gt":
+def pixel_labels(batch: Batch, teacher_out: dict[str, Tensor], images: slice, options: LabelOptions) -> Tensor:
+    """Label maps int64 [n,H,W] for L_c2s of the chosen images; 255 where not reliable."""
+    if options.mode == "gt":
         return batch.masks[images]
-    cams, labels = views["cams"][images].float(), batch.image_labels[images]
-    if args.c2s_mode == "mp":
-        logits = resize_maps(views["seg_logits"][images], batch.images.shape[-2:])
+    cams, labels = teacher_out["cams"][images].float(), batch.image_labels[images]
+    if options.mode == "mp":
+        logits = resize_maps(teacher_out["seg_logits"][images], batch.images.shape[-2:])
         background = logits.softmax(dim=1)[:, 0]
-        return mutual_promotion_labels(background, cams, labels, args.c2s_sigma, max_classes=batch.max_classes)
+        return mutual_promotion_labels(background, cams, labels, options.sigma, max_classes=batch.max_classes)
     return reliable_cam_labels(
         batch.images[images],
         cams,
         labels,
         max_classes=batch.max_classes,
-        background_threshold=args.c2s_bg,
-        foreground_threshold=args.c2s_fg,
-        gt_prob=args.crf_gt_prob,
-        crf_iterations=args.crf_t,
-        backend=args.crf_backend,
+        background_threshold=options.background,
+        foreground_threshold=options.foreground,
+        gt_prob=options.crf.gt_prob,
+        crf_iterations=options.crf.iterations,
+        backend=options.crf.backend,
     )
 
 
 def build_loaders(source: DataSource, args: argparse.Namespace) -> tuple[Loader, Loader]:
     """The labeled and the unlabeled loader: the same photographs, other crops, in other orders."""
     ids = source.ids(args.domain_train)
-    with_masks = args.c2s_mode == "gt"
     geometries = (train_geometry(*options.image_sizes(args)), crop_geometry(args.image_size))
     shared = options.loader_arguments(args)
     labeled, unlabeled = (
         build_loader(
-            ImageDataset(source, ids, geometry, with_masks=with_masks),
+            ImageDataset(source, ids, geometry, with_masks=args.c2s_mode == "gt"),
             args.batch_size,
             **{**shared, "seed": 2 * args.seed + half, "num_workers": (shared["num_workers"] + 1) // 2},
         )
@@ -299,50 +349,84 @@ def batches(labeled: Loader, unlabeled: Loader, augment: nn.Module, device: torc
         )
 
 
-def teacher_decay(args: argparse.Namespace, epoch: int, step: int, steps_per_epoch: int) -> float:
+def teacher_decay(epoch: int, step: int, *, warmup_epochs: int, updates_per_epoch: int) -> float:
     """EMA decay after optimiser step `step`: 0 (a copy of the student) up to and including the epoch after warm-up."""
-    if epoch <= args.warmup_epochs:
+    if epoch <= warmup_epochs:
         return 0.0
-    return ema_decay(step - args.warmup_epochs * steps_per_epoch)
+    return ema_decay(step - warmup_epochs * updates_per_epoch)
+
+
+def loss_options(args: argparse.Namespace) -> LossOptions:
+    """The flags of the losses."""
+    weights = {name: getattr(args, f"w_{name}") for name in ("c", "c2s", "s2c", "u", "contra")}
+    if not args.use_rep_head:
+        weights["contra"] = 0.0
+    return LossOptions(
+        weights=weights,
+        label_smoothing=args.label_smoothing,
+        s2c_sigma=args.s2c_sigma,
+        low_rank=args.contra_low_rank,
+        high_rank=args.contra_high_rank,
+        max_epoch=args.max_epoch,
+        warmup_epochs=args.warmup_epochs,
+    )
+
+
+def label_options(args: argparse.Namespace) -> LabelOptions:
+    """The flags of the labels and of mixing."""
+    return LabelOptions(
+        mix=args.augment,
+        mix_prob=args.cutmix_prob,
+        mode=args.c2s_mode,
+        foreground=args.c2s_fg,
+        background=args.c2s_bg,
+        sigma=args.c2s_sigma,
+        crf=options.crf(args),
+    )
+
+
+def build_student(args: argparse.Namespace, num_classes: int) -> nn.Module:
+    """The network, with the weights of --restore."""
+    heads = {"use_sal_head": args.use_sal_head, "use_rep_head": args.use_rep_head}
+    student = build_model("csrm", num_classes=num_classes, **options.network_arguments(args), **heads)
+    if args.restore:
+        restore(student, args.restore)
+    return student
 
 
 def main(args: argparse.Namespace) -> None:
     """Train, epoch by epoch, and say what to do next."""
-    device = devices.select_device(args.device)
+    device = select_device(args.device)
     distributed.start(device)
     source = build_source(args.dataset, options.data_dir(args))
     check_domain(source, args.domain_valid)
     labeled, unlabeled = build_loaders(source, args)
     seed_everything(args.seed)
-    heads = {"use_sal_head": args.use_sal_head, "use_rep_head": args.use_rep_head}
-    student = build_model("csrm", num_classes=source.info.num_classes, **options.network_arguments(args), **heads).to(
-        device
-    )
-    if args.restore:
-        restore(student, args.restore)
+    student = build_student(args, source.info.num_classes).to(device)
     teacher = Teacher(student)
-    criterion = Criterion(args, source.info.num_classes).to(device)
-    augment = PhotometricAugmentation()
+    criterion = Criterion(loss_options(args), num_classes=source.info.num_classes, dim=args.decoder_channels).to(device)
+    labels, augment = label_options(args), PhotometricAugmentation()
     companions = {"teacher": teacher.module}
     if criterion.bank is not None:
         companions["memory_bank"] = criterion.bank
     trainer = Trainer(
         student,
-        args,
+        options.training(args),
         source.info.classes,
         device=device,
         steps_per_epoch=len(labeled),
         loaders=2,
-        partial=True,  # during warm-up the representation branch has no loss
         companions=companions,
     )
+    warmup = {"warmup_epochs": args.warmup_epochs, "updates_per_epoch": trainer.updates_per_epoch}
     for epoch in trainer.epochs():
         labeled.set_epoch(epoch)
         unlabeled.set_epoch(epoch)
-        for batch in trainer.progress(epoch, batches(labeled, unlabeled, augment, device)):
-            losses = trainer.losses(train_step, batch, student, teacher, criterion, args, epoch)
-            if trainer.update(losses):
-                teacher.update(student, teacher_decay(args, epoch, trainer.step, trainer.updates_per_epoch))
+        for batch in trainer.batches(epoch, batches(labeled, unlabeled, augment, device)):
+            with trainer.autocast():
+                losses = train_step(batch, student, teacher, criterion, labels, epoch)
+            if trainer.step(losses):
+                teacher.update(student, teacher_decay(epoch, trainer.updates, **warmup))
         if args.domain_valid:
             trainer.log(epoch, validate(teacher.module, source, args.domain_valid, device, args.image_size))
     print(f"Next: python inference.py --tag {args.tag} --domain {args.domain_train}   (plus the data flags)")

@@ -16,6 +16,7 @@ shared by several GPUs (SETUP.md):
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 from tools import cli, options, parallel
@@ -62,10 +63,11 @@ from datasets import ImageDataset, Photographs, build_loader, build_source
 from datasets.transforms import segmentation_geometry
 from models import build_model, load_model
 from models.restore import restore
-from tools import devices, distributed
+from tools import distributed
 from tools.cam import multi_scale_logits
 from tools.checkpoint import check_classes, fingerprint
 from tools.crf import SEGMENTATION_SETTINGS, mean_field, unary_from_probabilities
+from tools.devices import select_device
 from tools.drawing import save_overlay
 from tools.files import claim_folder, load_mask, save_mask
 from tools.losses import cross_entropy
@@ -96,8 +98,14 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     )
     if args.restore:
         restore(model, args.restore)
-    trainer = Trainer(model, args, source.info.classes, device=device, steps_per_epoch=len(loader))
-    for epoch in trainer.fit(loader, lambda batch: train_step(model, batch, device, args.label_smoothing)):
+    run = options.training(args)
+    trainer = Trainer(model, run, source.info.classes, device=device, steps_per_epoch=len(loader))
+    for epoch in trainer.epochs():
+        loader.set_epoch(epoch)
+        for batch in trainer.batches(epoch, loader):
+            with trainer.autocast():
+                losses = train_step(model, batch, device, args.label_smoothing)
+            trainer.step(losses)
         if args.domain_valid:
             trainer.log(epoch, validate(model, truth, args.domain_valid, device, args.image_size))
     print(
@@ -106,15 +114,14 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
 
 @torch.inference_mode()
-def segment(model: nn.Module, photograph: torch.Tensor, long_side: int, args: argparse.Namespace) -> torch.Tensor:
-    """Class indices int64 [H,W] of a photograph, uint8 RGB [1,3,H,W]; seen at most `long_side` pixels long."""
-    forward = lambda views: model(views)["seg_logits"]  # noqa: E731
-    options = {"scales": args.scales, "hflip": args.hflip, "long_side": long_side}
-    logits = multi_scale_logits(forward, normalize(photograph), **options)
+def segment(model: nn.Module, photograph: torch.Tensor, views: options.Views, crf: options.CRF) -> torch.Tensor:
+    """Class indices int64 [H,W] of a photograph, uint8 RGB [1,3,H,W]."""
+    forward = lambda images: model(images)["seg_logits"]  # noqa: E731
+    logits = multi_scale_logits(forward, normalize(photograph), **dataclasses.asdict(views))
     probabilities = logits.softmax(dim=1)
-    if args.crf_t:
+    if crf.iterations:
         unary = unary_from_probabilities(probabilities)
-        probabilities = mean_field(photograph, unary, SEGMENTATION_SETTINGS, args.crf_t, backend=args.crf_backend)
+        probabilities = mean_field(photograph, unary, SEGMENTATION_SETTINGS, crf.iterations, backend=crf.backend)
     return probabilities[0].argmax(dim=0)
 
 
@@ -124,6 +131,8 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
     weights = args.weights or options.model_path(args.tag)
     model, checkpoint = load_model(weights, device, kinds=["segmentation", "csrm"])
     settings = {name: getattr(args, name) for name in ("scales", "hflip", "crf_t", "crf_backend")}
+    views = options.views(args, checkpoint["args"]["image_size"])
+    crf = options.CRF(iterations=args.crf_t, backend=args.crf_backend)
     if source is None:
         source, domain, name = Photographs(args.images, checkpoint["classes"]), "train", args.images.resolve().name
         settings["images"] = str(args.images.resolve())
@@ -144,7 +153,7 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
         if path.exists():
             mask = load_mask(path)
         else:
-            mask = segment(model, photograph.to(device), checkpoint["args"]["image_size"], args).cpu().numpy()
+            mask = segment(model, photograph.to(device), views, crf).cpu().numpy()
             save_mask(path, mask, source.info.palette)
         if args.save_overlays:
             image = photograph[0].permute(1, 2, 0).numpy()
@@ -159,7 +168,7 @@ def main(args: argparse.Namespace) -> None:
     """Train, or predict with --predict."""
     if args.images and not args.predict:
         raise UserError("--images: photographs to predict. Pass --predict too.")
-    device = devices.select_device(args.device)
+    device = select_device(args.device)
     (predict if args.predict else train)(args, device)
 
 

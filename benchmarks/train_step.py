@@ -99,7 +99,7 @@ def clocked(script: str, clock: Clock) -> contextlib.ExitStack:
         clock.watch(SCRIPTS[script], "forward", lambda: "student" if torch.is_grad_enabled() else "teacher"),
         clock.watch(PhotometricAugmentation, "forward", lambda: "augmentation"),
         clock.watch(torch.Tensor, "backward", lambda: "backward"),
-        clock.watch(Trainer, "update", lambda: "optimiser"),
+        clock.watch(Trainer, "step", lambda: "optimiser"),
         clock.watch(Teacher, "update", lambda: "EMA"),
         clock.watch(PriorCriterion, "__call__", lambda: "losses"),
     ]
@@ -117,7 +117,7 @@ def train(args: argparse.Namespace, folder: Path, last: contextlib.AbstractConte
     """Run the script for some epochs of `--steps` steps (or one of a single step), the last of them within `last`."""
     steps = args.steps if epochs > 1 else 1
     flags = ["--tag", f"run{id(last)}", "--data_dir", folder / "data", "--max_steps", steps, "--max_epoch", epochs]
-    progress = Trainer.progress
+    progress = Trainer.batches
 
     def measured(self, epoch, batches):
         with last if epoch == epochs - 1 else contextlib.nullcontext():
@@ -125,7 +125,7 @@ def train(args: argparse.Namespace, folder: Path, last: contextlib.AbstractConte
 
     with (
         mock.patch.object(options, "EXPERIMENTS", folder),
-        mock.patch.object(Trainer, "progress", measured),
+        mock.patch.object(Trainer, "batches", measured),
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
     ):

@@ -178,15 +178,15 @@ def work(root: Path, ports: list[int]) -> None:
 
 def call_at(patch: pytest.MonkeyPatch, number: int, action: Callable[[], None]) -> None:
     """Call `action` before the losses of the training step of this number are backpropagated."""
-    steps, update = [], training.Trainer.update
+    steps, step = [], training.Trainer.step
 
     def counting(self, losses):
         steps.append(None)
         if len(steps) == number:
             action()
-        return update(self, losses)
+        return step(self, losses)
 
-    patch.setattr(training.Trainer, "update", counting)
+    patch.setattr(training.Trainer, "step", counting)
 
 
 def kill() -> None:
@@ -266,7 +266,7 @@ def mean(results: list[dict], name: str, index: int) -> torch.Tensor:
 
 
 def joined(results: list[dict], name: str, index: int) -> torch.Tensor:
-    """The gradient DistributedDataParallel makes of those with respect to the shares, in the order of the batch."""
+    """The mean over the processes of the gradients with respect to the shares, in the order of the batch."""
     return torch.stack([each[name][index] for each in results], dim=1).flatten(0, 1) / WORLD
 
 
@@ -365,7 +365,11 @@ def test_in_a_single_process_nothing_happens():
     assert parallel.share("abc") == "abc" and parallel.is_main()
     distributed.start(torch.device("cpu"))
     distributed.stop()
-    assert distributed.Replica(nn.Linear(1, 1))(lambda a, b: a + b, 1, 2) == 3
+    layer = nn.Linear(1, 1)
+    distributed.share_model(layer)
+    layer(torch.ones(1, 1)).sum().backward()
+    distributed.average_gradients(layer.parameters())
+    assert layer.weight.grad == 1
 
 
 def test_generators_differ_by_rank_where_they_should():

@@ -11,7 +11,7 @@ from torch import nn
 
 from tools.errors import UserError
 from tools.optim import build_optimizer, parameter_groups, poly_schedule
-from tools.options import OPTIMIZERS
+from tools.options import OPTIMIZERS, Optimization
 
 
 class Network(nn.Module):
@@ -32,7 +32,7 @@ class Network(nn.Module):
 
 def test_groups_split_the_trainable_parameters_by_origin_and_kind():
     model = Network()
-    groups = parameter_groups(model, lr=1.0, weight_decay=0.5, alpha_scratch=10.0, alpha_bias=2.0)
+    groups = parameter_groups(model, Optimization("sgd", 1.0, 0.5, alpha_scratch=10.0, alpha_bias=2.0))
     conv, norm, head = *model.stage, model.head
     members = [[conv.weight, norm.weight], [conv.bias, norm.bias], [head.weight], [head.bias]]
     assert [[id(p) for p in g["params"]] for g in groups] == [[id(p) for p in m] for m in members]
@@ -43,7 +43,7 @@ def test_groups_split_the_trainable_parameters_by_origin_and_kind():
 def test_learning_rates_golden():
     golden = np.load(Path(__file__).parent / "golden" / "poly_lr.npz")
     lr, scratch, bias = (golden[name].item() for name in ("base_lr", "alpha_scratch", "alpha_bias"))
-    optimizer = build_optimizer(Network(), "sgd", lr=lr, weight_decay=0, alpha_scratch=scratch, alpha_bias=bias)
+    optimizer = build_optimizer(Network(), Optimization("sgd", lr, 0, alpha_scratch=scratch, alpha_bias=bias))
     schedule = poly_schedule(optimizer, golden["max_step"].item(), golden["power"].item())
     assert [group["name"] for group in optimizer.param_groups] == golden["groups"].tolist()
     for expected in golden["lr_used_at_each_step"]:
@@ -57,7 +57,7 @@ def test_learning_rates_golden():
 def test_every_optimizer_moves_only_what_is_trainable(name, bias):
     model = Network(bias)
     before = {key: value.clone() for key, value in model.named_parameters()}
-    optimizer = build_optimizer(model, name, lr=0.1, weight_decay=0.01)
+    optimizer = build_optimizer(model, Optimization(name, 0.1, 0.01))
     model(torch.randn(2, 3, 4, 4)).square().sum().backward()
     optimizer.step()
     for key, value in model.named_parameters():
@@ -66,7 +66,7 @@ def test_every_optimizer_moves_only_what_is_trainable(name, bias):
 
 def test_a_schedule_restored_from_its_state_goes_on_as_if_never_stopped():
     def start():
-        optimizer = build_optimizer(Network(), "sgd", lr=0.1, weight_decay=0)
+        optimizer = build_optimizer(Network(), Optimization("sgd", 0.1, 0))
         return optimizer, poly_schedule(optimizer, max_step=10)
 
     def advance(optimizer, schedule, steps):
@@ -88,7 +88,7 @@ def test_a_schedule_restored_from_its_state_goes_on_as_if_never_stopped():
 def test_weights_whose_first_gradient_comes_late_have_velocity_like_all(name):
     """v <- .9 v + g; the step is lr (g + .9 v) with Nesterov momentum, else lr v."""
     model = Network()
-    optimizer = build_optimizer(model, name, lr=0.1, weight_decay=0, alpha_scratch=1)
+    optimizer = build_optimizer(model, Optimization(name, 0.1, 0, alpha_scratch=1))
     late, early = model.head.weight, model.stage[0].weight
     start, velocity = late.detach().clone(), torch.zeros_like(late)
     for step in range(4):
@@ -103,4 +103,4 @@ def test_weights_whose_first_gradient_comes_late_have_velocity_like_all(name):
 
 def test_nesterov_without_momentum_is_a_clear_error():
     with pytest.raises(UserError, match="--momentum above 0"):
-        build_optimizer(Network(), "sgd", lr=0.1, weight_decay=0, momentum=0.0)
+        build_optimizer(Network(), Optimization("sgd", 0.1, 0, momentum=0.0))

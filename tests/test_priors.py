@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch import nn
 
 import train_classifier
 from datasets.loaders import EpochSampler, class_balance
+from tools.options import Optimization
 from tools.priors import Opponent, PriorCriterion, Sample, cut_tiles, hide_class, join_tiles, ramp, random_class
 
 SMOOTHING = 0.1
@@ -187,21 +187,20 @@ def test_maps_without_a_positive_value_hide_nothing():
 
 
 # -- two players -----------------------------------------------------------------------------------------------------
-def opponent_args(**changes) -> Namespace:
-    flags = ["--tag", "t", "--max_epoch", 2, "--lr", 0.1, "--wd", 0, "--lr_alpha_scratch", 1]
-    args = parse("train_classifier", *flags)
-    return Namespace(**{**vars(args), **changes})
+def make_opponent(ordinary: nn.Module, **changes) -> Opponent:
+    options = Optimization("sgd", lr=0.1, weight_decay=0, alpha_scratch=1, alpha_bias=2, **changes)
+    return Opponent(ordinary, options, label_smoothing=SMOOTHING, updates=8, dtype=None)
 
 
 def test_the_cam_network_learns_through_the_ordinary_classifier_and_leaves_it_alone():
     net, ordinary = Net(), Net(seed=5)
-    opponent = Opponent(ordinary, opponent_args(), steps_per_epoch=4)
+    opponent = make_opponent(ordinary)
     sample = make_sample(LABELS["several"])
     criterion = PriorCriterion("pnoc", label_smoothing=SMOOTHING, w_re=4, ordinary=ordinary)
     criterion(net, sample, progress=0.5)["oc"].backward()
     assert net.classifier.weight.grad.abs().sum() > 0
     assert ordinary.classifier.weight.grad is None
-    assert not sample.cams.requires_grad and opponent.parameters
+    assert not sample.cams.requires_grad and opponent.update.parameters
 
 
 def test_the_opponent_takes_the_step_of_plain_gradient_descent():
@@ -215,8 +214,9 @@ def test_the_opponent_takes_the_step_of_plain_gradient_descent():
     reference = 0.5 * nn.functional.binary_cross_entropy_with_logits(logits, targets)
     assert reference.item() == pytest.approx(0.5 * plain_margin(logits, sample.labels), abs=1e-5)
     reference.backward()
-    opponent = Opponent(ordinary, opponent_args(grad_max_norm=0), steps_per_epoch=4)
-    loss = opponent.update(sample, 0.5, autocast=contextlib.nullcontext(), step=True)
+    opponent = make_opponent(ordinary, grad_max_norm=0)
+    loss = opponent.learn(sample, 0.5, autocast=contextlib.nullcontext())
+    opponent.update.step()
     assert loss.item() == pytest.approx(reference.item(), abs=1e-6)
     expected = copy.classifier.weight - 1.9 * 0.1 * copy.classifier.weight.grad
     torch.testing.assert_close(ordinary.classifier.weight, expected)
@@ -229,9 +229,10 @@ def test_the_opponent_accumulates_like_the_cam_network():
     weights = []
     for accumulate in (1, 2):
         ordinary = Net(seed=5)
-        opponent = Opponent(ordinary, opponent_args(accumulate_steps=accumulate), steps_per_epoch=4)
-        for step in range(accumulate):
-            opponent.update(sample, 0.5, autocast=contextlib.nullcontext(), step=step == accumulate - 1)
+        opponent = make_opponent(ordinary, accumulate_steps=accumulate)
+        for _ in range(accumulate):
+            opponent.learn(sample, 0.5, autocast=contextlib.nullcontext())
+        opponent.update.step()
         weights.append(ordinary.classifier.weight.detach())
     torch.testing.assert_close(*weights)
 

@@ -18,7 +18,7 @@ from tools.ema import Teacher
 from tools.losses import s2c_weight
 from tools.memory_bank import MemoryBank
 from tools.pseudo_labels import reliable_cam_labels, teacher_labels
-from train_csrm import Batch, Criterion, Targets, batches, teacher_decay, train_step
+from train_csrm import Batch, Criterion, Targets, batches, label_options, loss_options, teacher_decay, train_step
 
 ALL = {"loss", "c", "c2s", "s2c", "u", "contra"}
 NUM_CLASSES = 4
@@ -52,7 +52,8 @@ def golden_inputs(golden):
 
 def golden_criterion(golden, *flags) -> Criterion:
     ranks = "--contra_low_rank", golden["low_rank"].item(), "--contra_high_rank", golden["high_rank"].item()
-    criterion = Criterion(parse("train_csrm", "--tag", "t", "--decoder_channels", 16, *ranks, *flags), num_classes=5)
+    args = parse("train_csrm", "--tag", "t", *ranks, *flags)
+    criterion = Criterion(loss_options(args), num_classes=5, dim=16)
     criterion.bank = MemoryBank(num_classes=5, dim=16, queue_size=3000, background_queue_size=3000)
     return criterion
 
@@ -97,9 +98,9 @@ def test_without_the_losses_that_ask_it_the_teacher_is_not_needed(golden, golden
 
 
 def test_a_memory_bank_is_kept_only_for_its_loss():
-    flags = "train_csrm", "--tag", "t", "--decoder_channels", 4
-    banks = [Criterion(parse(*flags, *more), 5).bank for more in ([], ["--w_contra", 0], ["--use_rep_head", "false"])]
-    assert [bank is None for bank in banks] == [False, True, True]
+    for flags, kept in (([], True), (["--w_contra", 0], False), (["--use_rep_head", "false"], False)):
+        criterion = Criterion(loss_options(parse("train_csrm", "--tag", "t", *flags)), num_classes=5, dim=4)
+        assert (criterion.bank is not None) == kept
 
 
 # -- one step ------------------------------------------------------------------------------------------------------
@@ -115,14 +116,15 @@ class Step:
         network = {"architecture": "test_resnet", "decoder_channels": 8, "batch_norm": "fix"}
         self.student = build_model("csrm", num_classes=NUM_CLASSES, **network, **heads)
         self.teacher = Teacher(self.student)
-        self.criterion = Criterion(self.args, NUM_CLASSES)
+        self.criterion = Criterion(loss_options(self.args), num_classes=NUM_CLASSES, dim=8)
+        self.labels = label_options(self.args)
         labels = torch.zeros(2 * half, NUM_CLASSES - 1)
         labels[torch.arange(2 * half), torch.arange(2 * half) % (NUM_CLASSES - 1)] = 1
         images = torch.randint(0, 256, (2 * half, 3, 48, 48), dtype=torch.uint8)
         self.batch = Batch(images, labels, 1, torch.randint(0, NUM_CLASSES, (2 * half, 48, 48)))
 
     def __call__(self, epoch: int = 1) -> dict[str, torch.Tensor]:
-        losses = train_step(self.batch, self.student, self.teacher, self.criterion, self.args, epoch)
+        losses = train_step(self.batch, self.student, self.teacher, self.criterion, self.labels, epoch)
         losses["loss"].backward()
         return losses
 
@@ -231,11 +233,11 @@ def test_batches_put_the_augmented_half_first():
 
 
 def test_the_teacher_copies_through_the_epoch_after_warm_up_then_averages():
-    args = parse("train_csrm", "--tag", "t", "--warmup_epochs", 1)
-    assert [teacher_decay(args, epoch, 4 * epoch + 1, 4) for epoch in (0, 1)] == [0, 0]
+    warmup = {"warmup_epochs": 1, "updates_per_epoch": 4}
+    assert [teacher_decay(epoch, 4 * epoch + 1, **warmup) for epoch in (0, 1)] == [0, 0]
     t = 2 * 4 + 1 - 4  # optimiser steps since warm-up ended
-    assert teacher_decay(args, 2, 2 * 4 + 1, 4) == pytest.approx(1 - 1 / (1 + t))
-    assert teacher_decay(args, 9, 4000, 4) == 0.99
+    assert teacher_decay(2, 2 * 4 + 1, **warmup) == pytest.approx(1 - 1 / (1 + t))
+    assert teacher_decay(9, 4000, **warmup) == 0.99
 
 
 def test_student_and_teacher_of_a_run(folder_root, tmp_path, monkeypatch):

@@ -139,13 +139,14 @@ def build(kind: str, parser: cli.Parser, *flags: str) -> tuple[argparse.Namespac
 )
 def test_csrm(flags, epoch):
     args, student = build("csrm", train_csrm.make_parser(), "--decoder_channels", "32", "--cutmix_prob", "1", *flags)
-    teacher, criterion = Teacher(student), train_csrm.Criterion(args, 21)
+    teacher, labels = Teacher(student), train_csrm.label_options(args)
+    criterion = train_csrm.Criterion(train_csrm.loss_options(args), num_classes=21, dim=32)
     with fake_gpu() as waits:
         for module in (student, teacher, criterion):
             move(module)
         views = torch.cat([transforms.PhotometricAugmentation()(images(2)), images(2)])
         batch = train_csrm.Batch(views, torch.empty(4, 20, device=GPU), max_classes=2, masks=None)
-        losses = train_csrm.train_step(batch, student, teacher, criterion, args, epoch)
+        losses = train_csrm.train_step(batch, student, teacher, criterion, labels, epoch)
         losses["loss"].backward()
         teacher.update(student, 0.9)
     assert len(losses) == (3 if epoch == 0 else 6 if args.w_contra else 5)

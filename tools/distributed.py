@@ -2,12 +2,14 @@
 
     torchrun --standalone --nproc_per_node 4 train_csrm.py --tag csrm ...
 
-    device = select_device(args.device)     # the GPU of this process
-    distributed.start(device)                   # joins the others
-    losses = Replica(model)(step, batch)        # gradients are averaged over the processes during backward()
+    device = select_device(args.device)            # the GPU of this process
+    distributed.start(device)                      # joins the others
+    distributed.share_model(model)
+    loss.backward()
+    distributed.average_gradients(model.parameters())
 
-DistributedDataParallel averages gradients, so one rule holds for the losses of the processes: *their mean is the loss
-of the whole batch*. A mean over equal shares is right as it is; a sum divided by a number of pixels becomes
+Gradients are averaged, so one rule holds for the losses of the processes: *their mean is the loss of the whole batch*.
+A mean over equal shares is right as it is; a sum divided by a number of pixels becomes
 `sum * world_size() / all_reduce_sum(number)`; a percentile is taken of `gather_batch(values)`. Then any number of
 processes gives the losses, and the weights, of one.
 
@@ -17,16 +19,13 @@ In a single process, whatever started it, every function here returns its argume
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from tools.parallel import world_size
 
@@ -81,46 +80,30 @@ def gather_batch(tensor: Tensor) -> Tensor:
     return torch.stack(parts, dim=1).flatten(0, 1)
 
 
-class Replica:
-    """Runs the training steps of a model of which every process has a copy, and keeps the copies equal.
+def share_model(model: nn.Module) -> None:
+    """Make the copies of a model equal to the first process's. On GPUs batch norm becomes one over the whole batch.
 
-    What DistributedDataParallel watches is a whole step, from images to losses, rather than a forward pass: then a step
-    may call the model twice (Puzzle-CAM) or leave some of its outputs aside (CSRM during warm-up).
-
-    Args:
-        model: trained in place; equal in all processes. On GPUs its batch norm becomes one over the whole batch. On
-            CPUs PyTorch has none: it is over a process's share, and the running statistics are the first process's.
-        partial: whether a step may leave some weights without gradient.
+    PyTorch has no such batch norm on CPUs: there it is over a process's share of the batch.
     """
-
-    def __init__(self, model: nn.Module, *, partial: bool = False) -> None:
-        self.ddp = None
-        if world_size() == 1:
-            return
-        if next(model.parameters()).is_cuda:
-            convert_sync_batchnorm(model)
-        self.ddp = DistributedDataParallel(_Step(model, partial), find_unused_parameters=partial)
-
-    def __call__(self, step: Callable[..., Any], *args: Any, average: bool = True) -> Any:
-        """What `step(*args)` returns: losses of this process's share of the batch.
-
-        Args:
-            average: whether backward() averages gradients; False while they are accumulated.
-        """
-        if self.ddp is None:
-            return step(*args)
-        with contextlib.nullcontext() if average else self.ddp.no_sync():
-            return self.ddp(step, *args)
+    if world_size() > 1 and next(model.parameters()).is_cuda:
+        convert_sync_batchnorm(model)
+    broadcast(model.state_dict().values())
 
 
-class _Step(nn.Module):
-    """A model as a module whose forward pass is any function that uses it."""
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Overwrite tensors, such as running statistics, with those of the first process."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
-    def __init__(self, model: nn.Module, partial: bool) -> None:
-        super().__init__()
-        self.model = model
-        # Looking for weights without gradient, DistributedDataParallel warns where there are none: here is one.
-        self.idle = nn.Parameter(next(model.parameters()).new_zeros(())) if partial else None
 
-    def forward(self, step: Callable[..., Any], *args: Any) -> Any:
-        return step(*args)
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace each gradient by its mean over the processes. All of them have gradients of the same parameters."""
+    if world_size() == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    mean = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(mean)
+    mean /= world_size()
+    for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))

@@ -13,12 +13,13 @@ gives a process its share: the mean over the processes is the loss of the whole 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.utils.checkpoint import checkpoint
 
 from tools.distributed import all_reduce_sum, gather_batch
 from tools.maps import IGNORE_INDEX, resize_maps
@@ -100,48 +101,18 @@ def cross_entropy(logits: Tensor | Sequence[Tensor], labels: Tensor, label_smoot
         labels: int64 [B, H, W].
     """
     maps = [logits] if isinstance(logits, Tensor) else logits
-    total = _FullSizeCrossEntropy.apply(labels, label_smoothing, *maps)
+    parts = list(chunks(len(labels), sum(m.shape[1] for m in maps), labels.shape[-2:]))
+    one = _summed_cross_entropy
+    if len(parts) > 1:  # full-size maps of one part at a time: they are made again in the backward pass
+        one = functools.partial(checkpoint, one, use_reentrant=False, preserve_rng_state=False)
+    total = sum(one(labels[part], label_smoothing, *(m[part] for m in maps)) for part in parts)
     return total * world_size() / all_reduce_sum((labels != IGNORE_INDEX).sum()).clamp(min=1)
 
 
-class _FullSizeCrossEntropy(torch.autograd.Function):
-    """Sum of the cross entropy over pixels, for maps smaller than their labels.
-
-    Full-size maps exist for a chunk of images only, because what is kept for the backward pass is the gradient at the
-    size of the maps. It is known at once: nothing but a factor can come between the loss and this sum.
-    """
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, labels: Tensor, label_smoothing: float, *maps: Tensor) -> Tensor:
-        size = labels.shape[-2:]
-        total = labels.new_zeros((), dtype=torch.float32)
-        needed = zip(maps, ctx.needs_input_grad[2:], strict=True)
-        gradients = [torch.empty_like(m, dtype=torch.float32) if need else None for m, need in needed]
-        for part in chunks(len(labels), sum(m.shape[1] for m in maps), size):
-            with torch.enable_grad():
-                pairs = zip(maps, gradients, strict=True)
-                inputs = [m[part].detach().float().requires_grad_(g is not None) for m, g in pairs]
-                loss = F.cross_entropy(
-                    torch.cat([resize_maps(x, size) for x in inputs], dim=1),
-                    labels[part],
-                    ignore_index=IGNORE_INDEX,
-                    label_smoothing=label_smoothing,
-                    reduction="sum",
-                )
-            total += loss.detach()
-            if loss.requires_grad:
-                loss.backward()
-                for gradient, x in zip(gradients, inputs, strict=True):
-                    if gradient is not None:
-                        gradient[part] = x.grad
-        ctx.save_for_backward(*gradients)
-        ctx.dtypes = [m.dtype for m in maps]
-        return total
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, factor: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return None, None, *(None if g is None else (g * factor).to(dtype) for g, dtype in gradients)
+def _summed_cross_entropy(labels: Tensor, label_smoothing: float, *maps: Tensor) -> Tensor:
+    """Sum of the cross entropy over the pixels of some images; the maps are upsampled and joined in the channels."""
+    logits = torch.cat([resize_maps(m, labels.shape[-2:]) for m in maps], dim=1)
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, label_smoothing=label_smoothing, reduction="sum")
 
 
 def chunks(images: int, channels: int, size: tuple[int, int]) -> Iterator[slice]:

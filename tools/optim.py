@@ -1,10 +1,8 @@
-"""Optimisers with the four parameter groups of this method, and the polynomial learning rate schedule.
+"""From gradients to weights: an optimiser with the four parameter groups of this method, and its schedule.
 
-    optimizer = build_optimizer(model, "sgd", lr=0.007, weight_decay=1e-4, alpha_scratch=10.0)
-    schedule = poly_schedule(optimizer, max_step=epochs * steps_per_epoch)
-    ...
-    optimizer.step()
-    schedule.step()    # once per optimiser step, not per epoch
+    update = Update(model, options, updates=epochs * updates_per_epoch, dtype=torch.bfloat16)
+    update.backward(loss)    # of one batch
+    update.step()            # once per `options.accumulate_steps` batches
 
 A model says which of its modules are new (not pretrained) with `scratch_modules() -> list[nn.Module]`.
 """
@@ -12,19 +10,19 @@ A model says which of its modules are new (not pretrained) with `scratch_modules
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from timm.optim import Lion
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from tools import distributed
 from tools.errors import UserError
-from tools.options import OPTIMIZERS
+from tools.options import OPTIMIZERS, Optimization
 
 
-def parameter_groups(
-    model: nn.Module, *, lr: float, weight_decay: float, alpha_scratch: float = 10.0, alpha_bias: float = 1.0
-) -> list[dict]:
+def parameter_groups(model: nn.Module, options: Optimization) -> list[dict]:
     """Trainable parameters as pretrained weights, pretrained biases, new weights, new biases, in this order.
 
     The learning rates are lr times 1, alpha_bias, alpha_scratch and alpha_scratch * alpha_bias; biases have no weight
@@ -40,37 +38,26 @@ def parameter_groups(
         {
             "name": f"{'scratch' if is_scratch else 'pretrained'} {'bias' if is_bias else 'weight'}",
             "params": members.get((is_scratch, is_bias), []),
-            "lr": lr * (alpha_scratch if is_scratch else 1) * (alpha_bias if is_bias else 1),
-            "weight_decay": 0.0 if is_bias else weight_decay,
+            "lr": options.lr * (options.alpha_scratch if is_scratch else 1) * (options.alpha_bias if is_bias else 1),
+            "weight_decay": 0.0 if is_bias else options.weight_decay,
         }
         for is_scratch in (False, True)
         for is_bias in (False, True)
     ]
 
 
-def build_optimizer(
-    model: nn.Module,
-    name: str,
-    *,
-    lr: float,
-    weight_decay: float,
-    momentum: float = 0.9,
-    nesterov: bool = True,
-    alpha_scratch: float = 10.0,
-    alpha_bias: float = 1.0,
-) -> torch.optim.Optimizer:
-    """The optimiser `name` (`tools.options.OPTIMIZERS`) over `parameter_groups`, fused where PyTorch can (not "lion").
+def build_optimizer(model: nn.Module, options: Optimization) -> torch.optim.Optimizer:
+    """The optimiser over `parameter_groups`, fused where PyTorch can (not "lion").
 
     "momentum" is "sgd" with classical momentum whatever `nesterov` says. "adamw" and "lion" use neither of the two.
 
     Raises:
         UserError: Nesterov momentum without momentum.
     """
+    name, momentum, nesterov = options.optimizer, options.momentum, options.nesterov
     if name == "sgd" and nesterov and momentum <= 0:
         raise UserError(f"--nesterov: needs --momentum above 0, not {momentum:g}. Set it, or pass --nesterov false.")
-    groups = parameter_groups(
-        model, lr=lr, weight_decay=weight_decay, alpha_scratch=alpha_scratch, alpha_bias=alpha_bias
-    )
+    groups = parameter_groups(model, options)
     builders: dict[str, Callable[[], torch.optim.Optimizer]] = {
         "sgd": lambda: _fused_sgd(groups, momentum, nesterov),
         "momentum": lambda: _fused_sgd(groups, momentum, nesterov=False),
@@ -94,3 +81,48 @@ def _fused_sgd(groups: list[dict], momentum: float, nesterov: bool) -> torch.opt
 def poly_schedule(optimizer: torch.optim.Optimizer, max_step: int, power: float = 0.9) -> LambdaLR:
     """lr * (1 - step / max_step) ** power, counted in optimiser steps; constant from the last step on, never 0."""
     return LambdaLR(optimizer, lambda step: (1 - min(step, max_step - 1) / max_step) ** power)
+
+
+class Update:
+    """Turns the gradients of a model into a change of its weights.
+
+    Args:
+        model: changed in place; lies on its device.
+        options: optimiser, learning rates, clipping.
+        updates: how often `step` will be called; the learning rate falls to 0 over them.
+        dtype: of mixed precision; float16 needs its losses scaled.
+    """
+
+    def __init__(self, model: nn.Module, options: Optimization, *, updates: int, dtype: torch.dtype | None) -> None:
+        self.options = options
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = build_optimizer(model, options)
+        self.schedule = poly_schedule(self.optimizer, updates, options.poly_power)
+        self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=dtype == torch.float16)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of one batch's loss, a scalar."""
+        self.scaler.scale(loss / self.options.accumulate_steps).backward()
+
+    def step(self) -> None:
+        """Average the gradients over the processes, clip them, change the weights, lower the learning rate."""
+        distributed.average_gradients(self.parameters)
+        if self.options.grad_max_norm:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.parameters, self.options.grad_max_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+
+    def state_dict(self) -> dict[str, dict]:
+        """What a resumed run needs."""
+        return {name: part.state_dict() for name, part in self._parts().items()}
+
+    def load_state_dict(self, state: dict[str, dict]) -> None:
+        """Go on from a `state_dict`, or from a dict that holds one."""
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+
+    def _parts(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer, "schedule": self.schedule, "scaler": self.scaler}

@@ -1,16 +1,20 @@
-"""The flags that scripts share, and where the files of a run lie. Nothing here imports PyTorch.
+"""The flags that scripts share, what they become, and where the files of a run lie.
 
-parser = cli.Parser(__doc__)
-options.add_common(parser)
-options.add_dataset(parser, domain_train=("train_aug", "split to train on"))
-args = parser.parse_args()
-model_path(args.tag)    # experiments/models/TAG.pth
+    parser = cli.Parser(__doc__)
+    options.add_common(parser)
+    options.add_optimization(parser, lr=0.1, ...)
+    args = parser.parse_args()
+    trainer = Trainer(model, options.training(args), ...)    # below main, nobody sees `args`
+    model_path(args.tag)                                     # experiments/models/TAG.pth
+
+Nothing here imports PyTorch, so that --help answers at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from tools import cli, parallel
@@ -29,6 +33,87 @@ PRIOR_METHODS = ("vanilla", "puzzle", "poc", "pnoc")
 SAM_TYPES = ("vit_h", "vit_l", "vit_b")
 MERGE_MODES = ("max_iou", "max_iou_imp", "max_iou_imp2")
 MERGE_ORDERS = ("class", "largest_overlap")
+
+
+@dataclass(frozen=True)
+class CRF:
+    """The dense CRF of pseudo labels and pseudo masks (`tools.crf`).
+
+    Attributes:
+        iterations: mean-field updates; 0: no CRF.
+        gt_prob: confidence in the labels it refines, in (0, 1).
+        backend: one of `CRF_BACKENDS`.
+    """
+
+    iterations: int = 10
+    gt_prob: float = 0.7
+    backend: str = "torch"
+
+
+@dataclass(frozen=True)
+class Views:
+    """The views of an image that are averaged at test time.
+
+    Attributes:
+        scales: relative to the image, reduced to `long_side` where it is longer.
+        hflip: each scale mirrored, too.
+        long_side: pixels; the --image_size of the training.
+    """
+
+    scales: tuple[float, ...]
+    hflip: bool
+    long_side: float
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """How gradients change weights (`tools.optim.Update`).
+
+    Attributes:
+        optimizer: one of `OPTIMIZERS`.
+        lr: learning rate of pretrained weights; times `alpha_scratch` for new layers, times `alpha_bias` for biases.
+        weight_decay: of weights; biases have none.
+        momentum, nesterov: of sgd.
+        poly_power: of the decay of the learning rate to 0; 0: it is constant.
+        grad_max_norm: the gradient's norm is clipped at this; 0: never.
+        accumulate_steps: batches per update.
+    """
+
+    optimizer: str
+    lr: float
+    weight_decay: float
+    momentum: float = 0.9
+    nesterov: bool = True
+    alpha_scratch: float = 10.0
+    alpha_bias: float = 1.0
+    poly_power: float = 0.9
+    grad_max_norm: float = 1.0
+    accumulate_steps: int = 1
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run of `tools.training.Trainer`.
+
+    Attributes:
+        tag: name of the run.
+        seed: of all random numbers.
+        batch_size: images per loader and step, over all processes.
+        max_epoch: epochs.
+        mixed_precision: auto, bf16, fp16 or off.
+        compile: whether torch.compile fuses the networks.
+        optimization: of the weights.
+        flags: the whole command line by name, plain values; kept in the checkpoint.
+    """
+
+    tag: str
+    seed: int
+    batch_size: int
+    max_epoch: int
+    mixed_precision: str
+    compile: bool
+    optimization: Optimization
+    flags: dict[str, object]
 
 
 def add_common(parser: cli.Parser) -> None:
@@ -187,17 +272,44 @@ def loader_arguments(args: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def optimizer_arguments(args: argparse.Namespace) -> dict[str, object]:
-    """The flags of the optimiser as arguments of `tools.optim.build_optimizer`."""
-    return {
-        "name": args.optimizer,
-        "lr": args.lr,
-        "weight_decay": args.wd,
-        "momentum": args.momentum,
-        "nesterov": args.nesterov,
-        "alpha_scratch": args.lr_alpha_scratch,
-        "alpha_bias": args.lr_alpha_bias,
-    }
+def crf(args: argparse.Namespace) -> CRF:
+    """The flags of `add_crf`."""
+    return CRF(iterations=args.crf_t, gt_prob=args.crf_gt_prob, backend=args.crf_backend)
+
+
+def views(args: argparse.Namespace, long_side: float) -> Views:
+    """The flags of `add_views`."""
+    return Views(scales=tuple(args.scales), hflip=args.hflip, long_side=long_side)
+
+
+def training(args: argparse.Namespace) -> Training:
+    """The flags of `add_common` and `add_optimization`."""
+    names = ("tag", "seed", "batch_size", "max_epoch", "mixed_precision", "compile")
+    return Training(
+        **{name: getattr(args, name) for name in names},
+        optimization=optimization(args),
+        flags={name: _plain(value) for name, value in vars(args).items()},
+    )
+
+
+def optimization(args: argparse.Namespace) -> Optimization:
+    """The flags of `add_optimization` that concern the weights."""
+    return Optimization(
+        optimizer=args.optimizer,
+        lr=args.lr,
+        weight_decay=args.wd,
+        momentum=args.momentum,
+        nesterov=args.nesterov,
+        alpha_scratch=args.lr_alpha_scratch,
+        alpha_bias=args.lr_alpha_bias,
+        poly_power=args.lr_poly_power,
+        grad_max_norm=args.grad_max_norm,
+        accumulate_steps=args.accumulate_steps,
+    )
+
+
+def _plain(value: object) -> object:
+    return value if isinstance(value, (int, float, str, bool, list, type(None))) else str(value)
 
 
 def image_sizes(args: argparse.Namespace) -> tuple[int, int, int]:

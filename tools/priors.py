@@ -16,19 +16,17 @@ A plain classifier looks at the most telling part of an object only. What makes 
 
 from __future__ import annotations
 
-import argparse
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tools import devices, distributed, options
+from tools import distributed
 from tools.losses import multilabel_loss
 from tools.maps import resize_maps
-from tools.optim import build_optimizer, poly_schedule
-from tools.options import PRIOR_METHODS
+from tools.optim import Update
+from tools.options import PRIOR_METHODS, Optimization
 
 
 @dataclass
@@ -93,70 +91,56 @@ class PriorCriterion:
 class Opponent:
     """P-NOC's ordinary classifier, which learns in turn with the CAM network.
 
-    Outside `update` its weights take no gradient: the CAM network's loss passes through it without changing it.
+    Outside `learn` its weights take no gradient: the CAM network's loss passes through it without changing it.
 
     Args:
         model: the ordinary classifier, trained in place; always in evaluation mode, as its batch norm is frozen.
-        args: the flags of `options.add_optimization`; the CAM network's apply.
-        steps_per_epoch: batches per epoch.
+        options: those of the CAM network.
+        label_smoothing: of its loss.
+        updates: how often it will be changed.
+        dtype: of mixed precision.
     """
 
-    def __init__(self, model: nn.Module, args: argparse.Namespace, *, steps_per_epoch: int) -> None:
-        self.model, self.args = model.eval(), args
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.replica = distributed.Replica(model)
-        self.optimizer = build_optimizer(model, **options.optimizer_arguments(args))
-        updates = -(-steps_per_epoch // args.accumulate_steps) * args.max_epoch
-        self.schedule = poly_schedule(self.optimizer, updates, args.lr_poly_power)
-        device = next(model.parameters()).device
-        is_scaled = devices.autocast_dtype(args.mixed_precision, device) == torch.float16
-        self.scaler = torch.amp.GradScaler(device.type, enabled=is_scaled)
-        self._learn(False)
+    def __init__(
+        self,
+        model: nn.Module,
+        options: Optimization,
+        *,
+        label_smoothing: float,
+        updates: int,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.model, self.label_smoothing = model.eval(), label_smoothing
+        distributed.share_model(model)
+        self.update = Update(model, options, updates=updates, dtype=dtype)
+        self._take_gradients(False)
 
     def state_dict(self) -> dict[str, dict]:
         """What an unfinished checkpoint keeps: the network, and the state of its training."""
-        return {name: part.state_dict() for name, part in self._parts().items()}
+        return {"model": self.model.state_dict(), **self.update.state_dict()}
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
         """Go on from a `state_dict`."""
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+        self.model.load_state_dict(state["model"])
+        self.update.load_state_dict(state)
 
-    def _parts(self) -> dict[str, Any]:
-        return {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule, "scaler": self.scaler}
-
-    def update(self, sample: Sample, progress: float, *, autocast: AbstractContextManager, step: bool) -> Tensor:
-        """Backpropagate the loss of one batch; with `step` (every `accumulate_steps` batches), step the optimiser.
+    def learn(self, sample: Sample, progress: float, *, autocast: AbstractContextManager) -> Tensor:
+        """Backpropagate the loss of one batch: all classes must be found where the hidden class's CAM is below .2.
 
         Returns:
-            The loss, its weight included: all classes are to be found in the image without the pixels where the CAM of
-            the hidden class is above .2.
+            The loss, its weight included. `update.step` changes the weights.
         """
-        self._learn(True)
+        self._take_gradients(True)
         with autocast:
-            loss = self.replica(self._loss, sample, progress, average=step)
-        self.scaler.scale(loss / self.args.accumulate_steps).backward()
-        self._learn(False)
-        if step:
-            self._step()
+            images = hide_class(sample.images, sample.cams, sample.hidden, threshold=0.2)
+            logits = self.model(images)["class_logits"]
+            loss = ramp(progress, 0.0, 1.0) * multilabel_loss(logits, sample.labels, self.label_smoothing)
+        self.update.backward(loss)
+        self._take_gradients(False)
         return loss.detach()
 
-    def _loss(self, sample: Sample, progress: float) -> Tensor:
-        images = hide_class(sample.images, sample.cams, sample.hidden, threshold=0.2)
-        logits = self.model(images)["class_logits"]
-        return ramp(progress, 0.0, 1.0) * multilabel_loss(logits, sample.labels, self.args.label_smoothing)
-
-    def _step(self) -> None:
-        if self.args.grad_max_norm:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.parameters, self.args.grad_max_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.schedule.step()
-
-    def _learn(self, on: bool) -> None:
-        for parameter in self.parameters:
+    def _take_gradients(self, on: bool) -> None:
+        for parameter in self.update.parameters:
             parameter.requires_grad_(on)
 
 

@@ -1,10 +1,11 @@
-"""The loop around a training step: epochs, resume, mixed precision, clipping, schedule, logs, checkpoints.
+"""The loop around a training step: epochs, resume, mixed precision, updates, logs, checkpoints.
 
-    trainer = Trainer(model, args, info, steps_per_epoch=46)
+    trainer = Trainer(model, options.training(args), classes, device=device, steps_per_epoch=46)
     for epoch in trainer.epochs():
-        for batch in trainer.progress(epoch, loader):
-            losses = trainer.losses(step, batch)    # dict of scalars; "loss" is the one to minimise
-            trainer.update(losses)
+        for batch in trainer.batches(epoch, loader):
+            with trainer.autocast():
+                losses = train_step(model, batch)    # dict of scalars; "loss" is the one to minimise
+            trainer.step(losses)                     # backward, clip, optimiser, schedule
 
 A run killed at any moment and started again with the same command continues after its last finished epoch and ends with
 the same weights: every epoch seeds all generators from (seed, epoch). Started by torchrun, several processes train
@@ -13,12 +14,11 @@ together (`tools.distributed`); a run may go on with another number of them. The
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ from tools.checkpoint import check_classes, load_checkpoint, save_checkpoint
 from tools.devices import autocast_dtype
 from tools.errors import UserError
 from tools.files import check_writable
-from tools.optim import build_optimizer, poly_schedule
+from tools.optim import Update
 
 SAME_FLAGS = (
     *("seed", "batch_size", "max_epoch", "max_steps", "accumulate_steps", "optimizer", "lr", "wd"),
@@ -49,12 +49,11 @@ class Trainer:
 
     Args:
         model: trained in place; has `config` and `scratch_modules()`.
-        args: the script's flags (see `options.add_common`, `options.add_optimization`).
+        run: the options of the run.
         classes: their names, background first; they go into the checkpoint.
         device: where the model lies.
         steps_per_epoch: batches per epoch.
-        loaders: how many loaders of `--batch_size` images a batch comes from; for the speed reported.
-        partial: whether a step may leave some weights without gradient.
+        loaders: how many loaders of `run.batch_size` images a batch comes from; for the speed reported.
         companions: what else is kept in the checkpoint, by name: modules such as the teacher, or what has a
             `state_dict` and a `load_state_dict` like one.
     """
@@ -62,30 +61,28 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        args: argparse.Namespace,
+        run: options.Training,
         classes: Sequence[str],
         *,
         device: torch.device,
         steps_per_epoch: int,
         loaders: int = 1,
-        partial: bool = False,
         companions: dict[str, Any] | None = None,
     ) -> None:
-        self.model, self.args, self.classes, self.device = model, args, tuple(classes), device
-        self.steps_per_epoch, self.images_per_step = steps_per_epoch, loaders * args.batch_size
+        self.model, self.run, self.classes, self.device = model, run, tuple(classes), device
+        self.steps_per_epoch, self.images_per_step = steps_per_epoch, loaders * run.batch_size
         self.companions = companions or {}
-        if args.compile:  # the teacher too
+        if run.compile:  # the teacher too
             for module in (model, *self.companions.values()):
                 if isinstance(module, nn.Module):
                     module.compile()
-        self.replica = distributed.Replica(model, partial=partial)
-        self.optimizer = build_optimizer(model, **options.optimizer_arguments(args))
-        self.updates_per_epoch = -(-steps_per_epoch // args.accumulate_steps)
-        self.schedule = poly_schedule(self.optimizer, self.updates_per_epoch * args.max_epoch, args.lr_poly_power)
-        self.dtype = autocast_dtype(args.mixed_precision, device)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.path = options.model_path(args.tag)
-        self.step = self.batch = 0
+        distributed.share_model(model)
+        self.dtype = autocast_dtype(run.mixed_precision, device)
+        self.updates_per_epoch = -(-steps_per_epoch // run.optimization.accumulate_steps)
+        self.max_updates = self.updates_per_epoch * run.max_epoch
+        self.update = Update(model, run.optimization, updates=self.max_updates, dtype=self.dtype)
+        self.path = options.model_path(run.tag)
+        self.updates = self.batch = 0  # optimiser steps of the run, batches of the epoch
         self.sums: dict[str, torch.Tensor] = {}
 
     # -- epochs ---------------------------------------------------------------------------------------------------
@@ -95,13 +92,13 @@ class Trainer:
         first = self._resume()
         if distributed.all_reduce_sum(torch.tensor(first, device=self.device)) != first * parallel.world_size():
             raise UserError(f"{self.path}: not the same file in all processes. Run them in one shared folder.")
-        if first == self.args.max_epoch:
+        if first == self.run.max_epoch:
             print(f"{self.path}: already trained; nothing to do. Choose another --tag, or delete it to train again.")
             return
-        logs = check_writable(options.EXPERIMENTS / "logs" / self.args.tag)
+        logs = check_writable(options.EXPERIMENTS / "logs" / self.run.tag)
         self.writer = SummaryWriter(logs, purge_step=first + 1) if parallel.is_main() else None
-        for epoch in range(first, self.args.max_epoch):
-            seed_everything(self.args.seed, epoch + 1, parallel.rank())
+        for epoch in range(first, self.run.max_epoch):
+            seed_everything(self.run.seed, epoch + 1, parallel.rank())
             self.model.train()
             yield epoch
             if parallel.is_main():
@@ -110,30 +107,23 @@ class Trainer:
             self.writer.close()
         print(f"Model: {self.path}")
 
-    def fit(self, loader: Any, step: Callable[[dict], dict[str, torch.Tensor]]) -> Iterator[int]:
-        """The loop of a script with one loader: `step` turns a batch into losses. Yields each epoch at its end."""
-        for epoch in self.epochs():
-            loader.set_epoch(epoch)
-            for batch in self.progress(epoch, loader):
-                self.update(self.losses(step, batch))
-            yield epoch
-
-    def progress(self, epoch: int, batches: Iterable) -> Iterator:
+    def batches(self, epoch: int, batches: Iterable) -> Iterator:
         """Yield the batches of an epoch under a progress bar; then log the mean losses and the speed."""
         self.sums, self.batch, start = {}, 0, time.perf_counter()
-        title = f"epoch {epoch + 1}/{self.args.max_epoch}"
+        title = f"epoch {epoch + 1}/{self.run.max_epoch}"
         bar = parallel.progress(batches, desc=title, unit="step", total=self.steps_per_epoch)
         every = max(1, self.steps_per_epoch // 20)
         for batch in bar:
             yield batch
             if self.batch % every == 0:  # reading a loss waits for the device: seldom
                 bar.set_postfix(loss=f"{self.means()['loss']:.3f}", refresh=False)
+        distributed.broadcast(self.model.buffers())
         rate = self.batch / (time.perf_counter() - start)
         means = self.means()
         self.log(epoch, means)
         text = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
         speed = f"{rate:.2f} steps/s  {rate * self.images_per_step:.1f} images/s"
-        tqdm.write(f"{title}  {text}  lr {self.schedule.get_last_lr()[0]:.2e}  {speed}")
+        tqdm.write(f"{title}  {text}  lr {self.update.schedule.get_last_lr()[0]:.2e}  {speed}")
 
     def means(self) -> dict[str, float]:
         """Mean of each loss over the batches of the epoch so far, of all processes.
@@ -147,8 +137,8 @@ class Trainer:
         if not all(math.isfinite(mean) for mean in means.values()):
             values = ", ".join(f"{name} {mean:g}" for name, mean in means.items())
             raise UserError(
-                f"--lr {self.args.lr:g}: training diverged ({values}). Lower it, or pass --mixed_precision off, "
-                "and start under another --tag."
+                f"--lr {self.run.optimization.lr:g}: training diverged ({values}). Lower it, or pass "
+                "--mixed_precision off, and start under another --tag."
             )
         return means
 
@@ -163,40 +153,28 @@ class Trainer:
         """Automatic mixed precision for the forward passes."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
-    def losses(self, step: Callable[..., dict[str, torch.Tensor]], *args: Any) -> dict[str, torch.Tensor]:
-        """What `step(*args)` gives in mixed precision: the losses of a batch, or of this process's share of one."""
-        with self.autocast():
-            return self.replica(step, *args, average=self._updates_after(self.batch + 1))
+    def step(self, losses: dict[str, torch.Tensor]) -> bool:
+        """Backpropagate `losses["loss"]`; change the weights every `accumulate_steps` batches and after the last one.
 
-    def _updates_after(self, batch: int) -> bool:
-        """Whether the weights change after this batch of the epoch (counted from 1)."""
-        return batch % self.args.accumulate_steps == 0 or batch == self.steps_per_epoch
-
-    def record(self, losses: dict[str, torch.Tensor]) -> None:
-        """Add the losses of a batch to the means that the end of the epoch reports."""
-        for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
-
-    def update(self, losses: dict[str, torch.Tensor]) -> bool:
-        """Backpropagate `losses["loss"]`; every `accumulate_steps` batches, clip and step the optimiser.
+        Args:
+            losses: scalars of this process's share of a batch; all are reported.
 
         Returns:
             Whether the weights changed.
         """
         self.record(losses)
         self.batch += 1
-        self.scaler.scale(losses["loss"] / self.args.accumulate_steps).backward()
-        if not self._updates_after(self.batch):
+        self.update.backward(losses["loss"])
+        if self.batch % self.run.optimization.accumulate_steps and self.batch != self.steps_per_epoch:
             return False
-        if self.args.grad_max_norm:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.args.grad_max_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.schedule.step()
-        self.step += 1
+        self.update.step()
+        self.updates += 1
         return True
+
+    def record(self, losses: dict[str, torch.Tensor]) -> None:
+        """Add the losses of a batch to the means that the end of the epoch reports."""
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
     def _save(self, epoch: int) -> None:
@@ -204,16 +182,14 @@ class Trainer:
             "config": self.model.config,
             "model": self.model.state_dict(),
             **{name: companion.state_dict() for name, companion in self.companions.items()},
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            **self.update.state_dict(),
             "classes": list(self.classes),
-            "args": {name: _plain(value) for name, value in vars(self.args).items()},
+            "args": self.run.flags,
             "epoch": epoch,
-            "max_epoch": self.args.max_epoch,
-            "step": self.step,
+            "max_epoch": self.run.max_epoch,
+            "step": self.updates,
         }
-        if epoch == self.args.max_epoch:
+        if epoch == self.run.max_epoch:
             content = {name: value for name, value in content.items() if name not in RESUME_ONLY}
         save_checkpoint(self.path, **content)
 
@@ -223,20 +199,18 @@ class Trainer:
         checkpoint = load_checkpoint(self.path)
         check_classes(checkpoint, self.classes, self.path)
         self._check_same_run(checkpoint)
-        if checkpoint["epoch"] == self.args.max_epoch:
-            return self.args.max_epoch
+        if checkpoint["epoch"] == self.run.max_epoch:
+            return self.run.max_epoch
         self.model.load_state_dict(checkpoint["model"])
         for name, companion in self.companions.items():
             companion.load_state_dict(checkpoint[name])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.scaler.load_state_dict(checkpoint["scaler"])
-        self.schedule.load_state_dict(checkpoint["schedule"])
-        self.step = checkpoint["step"]
-        print(f"{self.path}: continuing after epoch {checkpoint['epoch']} of {self.args.max_epoch}.")
+        self.update.load_state_dict(checkpoint)
+        self.updates = checkpoint["step"]
+        print(f"{self.path}: continuing after epoch {checkpoint['epoch']} of {self.run.max_epoch}.")
         return checkpoint["epoch"]
 
     def _check_same_run(self, checkpoint: dict) -> None:
-        flags = {flag: getattr(self.args, flag) for flag in SAME_FLAGS if hasattr(self.args, flag)}
+        flags = {flag: self.run.flags[flag] for flag in SAME_FLAGS if flag in self.run.flags}
         ours = {**self.model.config, **flags}
         theirs = {**checkpoint["args"], **checkpoint["config"]}
         for name, value in ours.items():
@@ -258,7 +232,3 @@ def seed_everything(seed: int, epochs_begun: int = 0, rank: int = 0) -> None:
     np.random.seed(value)
     own = [seed, epochs_begun, rank] if rank else [seed, epochs_begun]
     torch.manual_seed(int(np.random.SeedSequence(own).generate_state(1)[0]))
-
-
-def _plain(value: object) -> object:
-    return value if isinstance(value, (int, float, str, bool, list, type(None))) else str(value)
