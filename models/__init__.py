@@ -1,4 +1,4 @@
-"""The three networks, rebuilt from the arguments kept in a checkpoint.
+"""The three networks, rebuilt from the configuration kept in a checkpoint.
 
     model = build_model("csrm", architecture="resnest101e", num_classes=21, weights="imagenet", batch_norm="fix")
     same_network = build_model(**model.config)    # the weights come from model.state_dict()
@@ -10,8 +10,8 @@ part of the pretrained backbone with `scratch_modules()`.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import nn
 
 from models.backbone import Backbone
 from models.classifier import Classifier
+from models.config import CSRMConfig, DecoderConfig, NetworkConfig
 from models.csrm import CSRM
 from models.deeplab import DeepLabV3Plus
 from tools.checkpoint import load_checkpoint
@@ -27,30 +28,21 @@ from tools.errors import UserError
 
 __all__ = ["Backbone", "CSRM", "Classifier", "DeepLabV3Plus", "build_model", "load_model"]
 
-KINDS: dict[str, type[nn.Module]] = {"classifier": Classifier, "csrm": CSRM, "segmentation": DeepLabV3Plus}
+KINDS: dict[str, tuple[type[nn.Module], type[NetworkConfig]]] = {
+    "classifier": (Classifier, NetworkConfig),
+    "csrm": (CSRM, CSRMConfig),
+    "segmentation": (DeepLabV3Plus, DecoderConfig),
+}
+"""The networks and their configurations."""
 
 
-def build_model(
-    kind: str,
-    *,
-    architecture: str,
-    num_classes: int,
-    weights: str = "none",
-    output_stride: int = 16,
-    batch_norm: str = "normal",
-    dilate_stage4: bool = True,
-    trainable_stem: bool = True,
-    trainable_stage4: bool = True,
-    trainable_backbone: bool = True,
-    **head: Any,
-) -> nn.Module:
+def build_model(kind: str, *, weights: str = "none", **options: Any) -> nn.Module:
     """Build a network.
 
     Args:
         kind: "classifier", "csrm" or "segmentation".
-        architecture, weights, output_stride, batch_norm, dilate_stage4, trainable_*: see `Backbone`.
-        num_classes: of a segmentation map, background included (K+1).
-        head: keyword arguments of the network's own class.
+        weights: of the backbone: "imagenet", "none" or a file; see `Backbone`.
+        options: fields of the kind's configuration (`models.config`); `architecture` and `num_classes` are required.
 
     Returns:
         The network. Its `config` (plain values, defaults filled in) rebuilds it with `build_model(**config)`; `weights`
@@ -58,22 +50,13 @@ def build_model(
 
     Raises:
         UserError: see `Backbone`.
+        TypeError: an option that this kind of network does not have.
     """
     assert kind in KINDS, f"kind must be one of {sorted(KINDS)}, got {kind!r}"
-    backbone = {
-        "architecture": architecture,
-        "output_stride": output_stride,
-        "batch_norm": batch_norm,
-        "dilate_stage4": dilate_stage4,
-        "trainable_stem": trainable_stem,
-        "trainable_stage4": trainable_stage4,
-        "trainable_backbone": trainable_backbone,
-    }
-    network = KINDS[kind]
-    arguments = inspect.signature(network).bind(Backbone(weights=weights, **backbone), num_classes=num_classes, **head)
-    arguments.apply_defaults()
-    model = network(*arguments.args, **arguments.kwargs)
-    model.config = {"kind": kind, "weights": "none", **backbone, **arguments.kwargs}
+    network, config_type = KINDS[kind]
+    config = config_type(**options)
+    model = network(Backbone(config, weights), config)
+    model.config = {"kind": kind, "weights": "none", **asdict(config)}
     # Convolutions follow the layout of their weights; this one is a quarter faster on CPUs and what tensor cores want.
     return model.to(memory_format=torch.channels_last)
 

@@ -1,6 +1,6 @@
 """Any timm network with feature maps as a feature extractor: convolutional, dilated where it can be, or a transformer.
 
-    backbone = Backbone("resnet50", weights="imagenet", output_stride=16)
+    backbone = Backbone(BackboneConfig(architecture="resnet50", output_stride=16), weights="imagenet")
     low, high = backbone(images)    # [B,256,H/4,W/4], [B,2048,H/16,W/16]
 
 Freezing is part of the network: what `batch_norm="fix"` and the `trainable_*` switches freeze has no gradients, and
@@ -11,30 +11,67 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models import is_model_in_modules
 from timm.models.resnest import ResNestBottleneck
 from torch import nn
 
+from models.config import BackboneConfig
 from models.restore import restore
 from tools.errors import UserError
 
 LOW_LEVEL_STRIDE = 4
 """Stride of the features the decoders take from stage 1."""
 
-WAYS = (
-    {"num_classes": 0, "dynamic_img_size": True},
-    {"num_classes": 0, "strict_img_size": False},
-    {"num_classes": 0},
-    {"features_only": True},
-)
-"""How timm is asked for a network that it cannot dilate, in this order: any image size comes first."""
 
-_REFUSALS = (AssertionError, AttributeError, RuntimeError, TypeError, ValueError)
-"""How timm says no; it depends on the model."""
+@dataclass(frozen=True)
+class Rule:
+    """How timm networks of some families become a backbone.
+
+    Attributes:
+        families: modules of `timm.models`, separated by blanks.
+        dilates: timm can replace strides by dilation (`output_stride`).
+        arguments: what timm must be told besides, so that images may have any size.
+        whole: the network refuses sides that are no multiples of its patches.
+    """
+
+    families: str
+    dilates: bool = False
+    arguments: dict[str, Any] = field(default_factory=dict)
+    whole: bool = False
+
+
+RULES = (
+    Rule(  # convolutions
+        "byobnet convnext cspnet cspnext efficientnet hardcorenas inception_next mobilenetv3 mobilevit nfnet regnet "
+        "res2net resnest resnet resnetv2 rexnet sknet xception_aligned",
+        dilates=True,
+    ),
+    Rule(  # convolutions that timm cannot dilate, pyramids of attention, XCiT
+        "convmixer cpubone davit densenet dpn edgenext efficientvim efficientvit_mit efficientvit_msra fasternet "
+        "fastvit focalnet ghostnet hgnet iformer lcnetv2 lowformer mambaout metaformer mobilenetv5 mvitv2 nasnet "
+        "nextvit pnasnet pvt_v2 rdnet repghost repvit selecsls senet sequencer shvit starnet swiftformer tiny_vit "
+        "twins vgg vovnet xception xcit"
+    ),
+    Rule("csatv2 deepseek_vit dla hrnet naflexvit qwen3_vit tresnet", whole=True),
+    Rule(
+        "deit eva vision_transformer vision_transformer_hybrid vitamin",
+        arguments={"dynamic_img_size": True},
+        whole=True,
+    ),
+    Rule(
+        "swin_transformer swin_transformer_v2 swin_transformer_v2_cr",
+        arguments={"strict_img_size": False},
+        whole=True,
+    ),
+)
+"""Families not named here take images of one size only, have no feature maps, or were not tried."""
 
 
 class Backbone(nn.Module):
@@ -44,58 +81,38 @@ class Backbone(nn.Module):
     their "stage-1" features are those of a block a quarter of the way up, which `Trunk` enlarges.
 
     Args:
-        architecture: name of a timm model.
+        config: which network, and what of it is dilated and trained.
         weights: "imagenet" (downloaded by timm), "none", or a file with a state dict.
-        output_stride: asked for: 16 (the last stage is dilated) or 8 (the last two are). The attribute of this name
-            says what was obtained.
-        batch_norm: "fix" keeps running statistics, scales and shifts as loaded; "normal" trains them. Other kinds of
-            normalisation keep no statistics and are trained like any layer.
-        dilate_stage4: False leaves the last stage undilated at stride 1, as public ResNet CAM priors were trained.
-        trainable_stem: train the layers before stage 1 (transformers: patch and position embedding).
-        trainable_stage4: train the last stage.
-        trainable_backbone: train anything at all; False overrides the two above.
 
     Raises:
-        UserError: timm does not know the architecture, or it has no feature maps, or takes images of one size only; the
-            weights cannot be had; or a part is to be frozen that it does not have.
+        UserError: timm does not know the architecture, or no rule says how to take feature maps of images of any size
+            from it; the weights cannot be had; or a part is to be frozen that it does not have.
     """
 
-    def __init__(
-        self,
-        architecture: str,
-        *,
-        weights: str = "none",
-        output_stride: int = 16,
-        batch_norm: str = "normal",
-        dilate_stage4: bool = True,
-        trainable_stem: bool = True,
-        trainable_stage4: bool = True,
-        trainable_backbone: bool = True,
-    ) -> None:
+    def __init__(self, config: BackboneConfig, weights: str = "none") -> None:
         super().__init__()
-        assert output_stride in (8, 16), f"output_stride must be 8 or 16, got {output_stride}"
-        assert batch_norm in ("fix", "normal"), f"batch_norm must be 'fix' or 'normal', got {batch_norm!r}"
-        self.architecture = architecture
-        self.net, way = _create(architecture, output_stride)
-        self._choose_features()
-        if self.output_stride != output_stride:
-            print(f"{architecture}: cannot be dilated; output stride {self.output_stride} instead of {output_stride}.")
-        self.batch_norm = batch_norm
-        self._trainable = (trainable_stem, trainable_stage4, trainable_backbone)
-        if self._single_stride and not trainable_stage4:
-            raise UserError(f"--trainable_stage4 false: {architecture} has no stages. Drop it.")
-        if not dilate_stage4:
-            if "output_stride" not in way:
-                raise UserError(f"--dilate_stage4 false: {architecture} is not dilated. Drop it.")
+        self.config = config
+        rule = _rule(config.architecture)
+        self.net = _create(config, rule, pretrained=weights == "imagenet")
+        self._choose_features(rule)
+        self._check_switches(rule)
+        if rule.dilates and not config.dilate_stage4:
             self._undilate_stage4()
-        if weights == "imagenet":
-            self.net.load_state_dict(_download(architecture, way).state_dict())
-        elif weights != "none":
+        if weights not in ("imagenet", "none"):
             if not Path(weights).is_file():
                 raise UserError(f"--backbone_weights {weights}: no such file. Pass a file, 'imagenet' or 'none'.")
             restore(self, weights)
         for frozen in self._frozen():
             frozen.requires_grad_(False)
+
+    def _check_switches(self, rule: Rule) -> None:
+        name, wanted = self.config.architecture, self.config.output_stride
+        if self.output_stride != wanted:
+            print(f"{name}: cannot be dilated; output stride {self.output_stride} instead of {wanted}.")
+        if self._single_stride and not self.config.trainable_stage4:
+            raise UserError(f"--trainable_stage4 false: {name} has no stages. Drop it.")
+        if not rule.dilates and not self.config.dilate_stage4:
+            raise UserError(f"--dilate_stage4 false: {name} is not dilated. Drop it.")
 
     def _undilate_stage4(self) -> None:
         layers, ends = self._layers()
@@ -104,11 +121,11 @@ class Backbone(nn.Module):
             conv.padding = tuple(p // d for p, d in zip(conv.padding, conv.dilation, strict=True))
             conv.dilation = (1, 1)
 
-    def _choose_features(self) -> None:
-        """Pick the two feature maps, and find out with two tiny images whether sides must be rounded up.
+    def _choose_features(self, rule: Rule) -> None:
+        """Pick the two feature maps, and find out with a tiny image whether sides must be rounded up.
 
         Raises:
-            UserError: the network gives none of the right size.
+            UserError: they are not of the size that timm says.
         """
         info = self.net.feature_info
         stages = info if isinstance(info, list) else info.get_dicts()
@@ -119,24 +136,19 @@ class Backbone(nn.Module):
         self._low = len(strides) // 4 if self._single_stride else self._first
         self.low_stride, self.output_stride = strides[self._low], strides[-1]
         self.low_channels, self.channels = stages[self._low]["num_chs"], stages[-1]["num_chs"]
-        self._rounds_up = False
+        self._rounds_up = rule.whole
         if not self._fits():
             self._rounds_up = True
             if not self._fits():
-                raise _refusal(self.architecture)
+                raise _refusal(self.config.architecture)
 
     @torch.no_grad()
     def _fits(self) -> bool:
         """Whether an image with sides that are no multiples of the stride gives maps of ceil(side / stride)."""
         size = [2 * self.output_stride + 1, 3 * self.output_stride + 1]
-        training = self.training
         self.net.eval()
-        try:
-            maps = self(torch.zeros(1, 3, *size))
-        except _REFUSALS:
-            return False
-        finally:
-            self.net.train(training)
+        maps = self(torch.zeros(1, 3, *size))
+        self.net.train()
         expected = [(1, self.low_channels, *_cells(size, self.low_stride)), (1, self.channels, 3, 4)]
         return [tuple(map_.shape) for map_ in maps] == expected
 
@@ -187,17 +199,17 @@ class Backbone(nn.Module):
 
     def _frozen(self) -> Iterator[nn.Module | nn.Parameter]:
         """What never trains. Found anew each time: SyncBatchNorm conversion replaces modules."""
-        stem, stage4, backbone = self._trainable
-        if not backbone:
+        config = self.config
+        if not config.trainable_backbone:
             yield self.net
             return
-        layers, ends = ([], []) if stem and stage4 else self._layers()
-        if not stem:
+        layers, ends = ([], []) if config.trainable_stem and config.trainable_stage4 else self._layers()
+        if not config.trainable_stem:
             yield from layers[: ends[self._first - 1] + 1 if self._first else ends[0]]
             yield from self.net.parameters(recurse=False)  # position embedding and tokens
-        if not stage4:
+        if not config.trainable_stage4:
             yield from layers[ends[-2] + 1 :]
-        if self.batch_norm == "fix":
+        if config.batch_norm == "fix":
             yield from (m for m in self.net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
 
     def _layers(self) -> tuple[list[nn.Module], list[int]]:
@@ -212,61 +224,58 @@ class Backbone(nn.Module):
             inside = module.named_children() if name in nested and name not in self._outputs else [("", module)]
             layers.update({f"{name}.{child}".rstrip("."): layer for child, layer in inside})
         # timm renames `stages.0` to `stages_0` when it takes features from a network.
-        names = [name.replace("_", ".") for name in layers]
-        try:
-            return list(layers.values()), [names.index(name.replace("_", ".")) for name in self._outputs]
-        except ValueError as error:
+        index = {name.replace("_", "."): i for i, name in enumerate(layers)}
+        outputs = [name.replace("_", ".") for name in self._outputs]
+        if not index.keys() >= set(outputs):
             raise UserError(
-                f"--trainable_stem / --trainable_stage4 false: {self.architecture} is no chain of stages. "
+                f"--trainable_stem / --trainable_stage4 false: {self.config.architecture} is no chain of stages. "
                 "Pass true, or --trainable_backbone false."
-            ) from error
+            )
+        return list(layers.values()), [index[name] for name in outputs]
 
 
 def _cells(size: list[int] | torch.Size, stride: int) -> list[int]:
     return [-(-side // stride) for side in size]
 
 
-def _create(architecture: str, output_stride: int) -> tuple[nn.Module, dict]:
-    """The network, dilated if it can be, and the arguments that timm made it of."""
+def _rule(architecture: str) -> Rule:
     if not timm.is_model(architecture):
         close = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
         remedy = f"Did you mean {', '.join(close)}?" if close else "timm.list_models() lists those it knows."
         raise UserError(f"--architecture {architecture}: timm has no such model. {remedy}")
-    dilated = {"features_only": True, "output_stride": output_stride}
-    for way in (dilated, *WAYS):
-        try:
-            net = _build(architecture, way)
-        except _REFUSALS:
-            continue
-        if way is not dilated or net.feature_info.reduction()[-1] == output_stride:
-            return net, way
+    for rule in RULES:
+        if is_model_in_modules(architecture, rule.families.split()):
+            return rule
     raise _refusal(architecture)
 
 
 def _refusal(architecture: str) -> UserError:
     return UserError(
-        f"--architecture {architecture}: no feature maps for images of any size. Choose another, such as "
+        f"--architecture {architecture}: no known way to feature maps for images of any size. Choose another, such as "
         "resnet50, resnest101e, convnext_tiny or vit_small_patch16_224 (docs/backbones.md)."
     )
 
 
-def _build(architecture: str, way: dict, pretrained: bool = False) -> nn.Module:
-    net = timm.create_model(architecture, pretrained=pretrained, **way)
-    if not way.get("features_only"):
-        # Without its head, which takes no part in the loss; the last normalisation stays.
+def _create(config: BackboneConfig, rule: Rule, pretrained: bool) -> nn.Module:
+    """The network as timm makes it: of those that dilate a list of stages, of others the whole without its head."""
+    if rule.dilates:
+        arguments = {"features_only": True, "output_stride": config.output_stride}
+    else:
+        arguments = {"num_classes": 0, **rule.arguments}
+    try:
+        net = timm.create_model(config.architecture, pretrained=pretrained, **arguments)
+    except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise
+        raise UserError(
+            f"--backbone_weights imagenet: timm could not download ImageNet weights of {config.architecture}. "
+            "Pass a file with --backbone_weights FILE, or none."
+        ) from error
+    if not rule.dilates:
+        # The head takes no part in the loss; the last normalisation stays.
         net.prune_intermediate_layers(1, prune_norm=False, prune_head=True)
     _keep_resnest_pooling(net)
     return net
-
-
-def _download(architecture: str, way: dict) -> nn.Module:
-    try:
-        return _build(architecture, way, pretrained=True)
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"--backbone_weights imagenet: timm could not download ImageNet weights of {architecture}. "
-            "Pass a file with --backbone_weights FILE, or none."
-        ) from error
 
 
 def _keep_resnest_pooling(net: nn.Module) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from models.backbone import Backbone
+from models.config import NetworkConfig
 from models.layers import init_kaiming
 
 
@@ -27,13 +28,13 @@ class Classifier(nn.Module):
 
     Args:
         backbone: features.
-        num_classes: background included; the classifier has one output less.
+        config: number of classes.
     """
 
-    def __init__(self, backbone: Backbone, *, num_classes: int) -> None:
+    def __init__(self, backbone: Backbone, config: NetworkConfig) -> None:
         super().__init__()
         self.backbone = backbone
-        self.classifier = cam_classifier(backbone.channels, num_classes)
+        self.classifier = cam_classifier(backbone.channels, config.num_classes)
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Classify images.

@@ -14,6 +14,7 @@ from torch import nn
 
 from models.backbone import Backbone
 from models.classifier import cam_classifier
+from models.config import CSRMConfig
 from models.layers import SegmentationBranch, Trunk, conv_norm_relu, init_kaiming
 
 
@@ -24,40 +25,23 @@ class CSRM(nn.Module):
 
     Args:
         backbone: features.
-        num_classes: background included (K+1).
-        decoder_channels: width of the ASPP and of the branches, and length D of the representations.
-        use_gn: GroupNorm (4 groups) in new layers; False: batch norm.
-        dropout: probability after the ASPP.
-        use_rep_head: add the representation branch.
-        use_sal_head: add a saliency head.
+        config: number of classes, widths, and which heads there are.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        *,
-        num_classes: int,
-        decoder_channels: int = 256,
-        use_gn: bool = True,
-        dropout: float = 0.5,
-        use_rep_head: bool = True,
-        use_sal_head: bool = False,
-    ) -> None:
+    def __init__(self, backbone: Backbone, config: CSRMConfig) -> None:
         super().__init__()
+        width = config.decoder_channels
         self.backbone = backbone
-        self.classifier = cam_classifier(backbone.channels, num_classes)
-        self.trunk = Trunk(backbone, decoder_channels=decoder_channels, dropout=dropout, use_gn=use_gn)
-        self.segmentation = SegmentationBranch(
-            self.trunk.channels, num_classes, channels=decoder_channels, use_gn=use_gn
-        )
+        self.classifier = cam_classifier(backbone.channels, config.num_classes)
+        self.trunk = Trunk(backbone, config)
+        self.segmentation = SegmentationBranch(self.trunk.channels, config)
         self.representation = self.saliency = None
-        if use_rep_head:
+        if config.use_rep_head:
             self.representation = nn.Sequential(
-                conv_norm_relu(self.trunk.channels, decoder_channels, 3, use_gn=use_gn),
-                nn.Conv2d(decoder_channels, decoder_channels, 1),
+                conv_norm_relu(self.trunk.channels, width, 3, use_gn=config.use_gn), nn.Conv2d(width, width, 1)
             )
             init_kaiming(self.representation)
-        if use_sal_head:
+        if config.use_sal_head:
             self.saliency = nn.Conv2d(self.trunk.channels, 1, 1)
             init_kaiming(self.saliency)
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from models.backbone import Backbone
+from models.config import DecoderConfig
 from models.layers import SegmentationBranch, Trunk
 
 
@@ -19,27 +20,14 @@ class DeepLabV3Plus(nn.Module):
 
     Args:
         backbone: features.
-        num_classes: background included (K+1).
-        decoder_channels: width of the ASPP and of the decoder.
-        use_gn: GroupNorm (4 groups) in new layers; False: batch norm.
-        dropout: probability after the ASPP.
+        config: number of classes, width, dropout and normalisation.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        *,
-        num_classes: int,
-        decoder_channels: int = 256,
-        use_gn: bool = True,
-        dropout: float = 0.5,
-    ) -> None:
+    def __init__(self, backbone: Backbone, config: DecoderConfig) -> None:
         super().__init__()
         self.backbone = backbone
-        self.trunk = Trunk(backbone, decoder_channels=decoder_channels, dropout=dropout, use_gn=use_gn)
-        self.segmentation = SegmentationBranch(
-            self.trunk.channels, num_classes, channels=decoder_channels, use_gn=use_gn
-        )
+        self.trunk = Trunk(backbone, config)
+        self.segmentation = SegmentationBranch(self.trunk.channels, config)
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Segment images.

@@ -1,7 +1,7 @@
 """Layers that CSRM and DeepLabV3+ add to a backbone.
 
-    trunk = Trunk(backbone)
-    seg_logits = SegmentationBranch(trunk.channels, num_classes=21)(trunk(*backbone(images), images.shape[-2:]))
+    trunk = Trunk(backbone, config)
+    seg_logits = SegmentationBranch(trunk.channels, config)(trunk(*backbone(images), images.shape[-2:]))
 
 They start from Kaiming-normal weights and are normalised in groups, because small batches of mixed crops make poor
 batch statistics.
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.backbone import LOW_LEVEL_STRIDE, Backbone
+from models.config import DecoderConfig
 from tools.errors import UserError
 
 GROUPS = 4
@@ -102,25 +103,20 @@ class Trunk(nn.Module):
 
     Args:
         backbone: whose feature maps it takes; not kept.
-        decoder_channels: width of the ASPP.
-        dropout: probability after the ASPP.
-        use_gn: GroupNorm instead of batch norm.
+        config: width of the ASPP, dropout and normalisation.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        *,
-        decoder_channels: int = 256,
-        dropout: float = 0.5,
-        use_gn: bool = True,
-    ) -> None:
+    def __init__(self, backbone: Backbone, config: DecoderConfig) -> None:
         super().__init__()
-        self.channels = decoder_channels + LOW_LEVEL_CHANNELS
+        self.channels = config.decoder_channels + LOW_LEVEL_CHANNELS
         self.aspp = ASPP(
-            backbone.channels, decoder_channels, output_stride=backbone.output_stride, dropout=dropout, use_gn=use_gn
+            backbone.channels,
+            config.decoder_channels,
+            output_stride=backbone.output_stride,
+            dropout=config.dropout,
+            use_gn=config.use_gn,
         )
-        self.low = conv_norm_relu(backbone.low_channels, LOW_LEVEL_CHANNELS, 1, use_gn=use_gn)
+        self.low = conv_norm_relu(backbone.low_channels, LOW_LEVEL_CHANNELS, 1, use_gn=config.use_gn)
         init_kaiming(self)
 
     def forward(self, low: torch.Tensor, high: torch.Tensor, image_size: torch.Size) -> torch.Tensor:
@@ -138,12 +134,13 @@ def _enlarge(maps: torch.Tensor, size: list[int]) -> torch.Tensor:
 class SegmentationBranch(nn.Sequential):
     """Two 3x3 convolutions, each followed by dropout .1, and the 1x1 that gives the class logits."""
 
-    def __init__(self, in_channels: int, num_classes: int, *, channels: int = 256, use_gn: bool = True) -> None:
+    def __init__(self, in_channels: int, config: DecoderConfig) -> None:
+        channels = config.decoder_channels
         super().__init__(
-            conv_norm_relu(in_channels, channels, 3, use_gn=use_gn),
+            conv_norm_relu(in_channels, channels, 3, use_gn=config.use_gn),
             nn.Dropout(0.1),
-            conv_norm_relu(channels, channels, 3, use_gn=use_gn),
+            conv_norm_relu(channels, channels, 3, use_gn=config.use_gn),
             nn.Dropout(0.1),
-            nn.Conv2d(channels, num_classes, 1),
+            nn.Conv2d(channels, config.num_classes, 1),
         )
         init_kaiming(self)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from models import Backbone, build_model
+from models.config import BackboneConfig
 from models.restore import load_state_dict, restore
 from tools.errors import UserError
 
@@ -19,6 +20,10 @@ def build(kind: str, seed: int, architecture: str = "test_resnet", num_classes: 
     torch.manual_seed(seed)
     width = {} if kind == "classifier" else {"decoder_channels": 8}
     return build_model(kind, architecture=architecture, num_classes=num_classes, **width)
+
+
+def backbone_of(architecture: str, weights: str = "none") -> Backbone:
+    return Backbone(BackboneConfig(architecture=architecture), weights)
 
 
 def same(first: nn.Module, second: nn.Module) -> bool:
@@ -66,11 +71,11 @@ def test_a_timm_file_gives_the_whole_backbone(tmp_path, architecture, suffix):
     half = {k: v.half() if v.is_floating_point() else v for k, v in whole.state_dict().items()}  # a smaller file
     file = tmp_path / f"weights.{suffix}"
     torch.save(half, file) if suffix == "pth" else save_file(half, file)
-    backbone = Backbone(architecture, weights=str(file))
+    backbone = backbone_of(architecture, weights=str(file))
     torch.testing.assert_close(
         backbone.state_dict()[next(iter(backbone.state_dict()))], next(iter(half.values())).float()
     )
-    report = restore(Backbone(architecture), file)
+    report = restore(backbone_of(architecture), file)
     assert report.missing == [] and report.mismatched == {}
     assert any(name.startswith(("fc.", "classifier.", "head.")) for name in report.unused)
     assert all(p.dtype == torch.float32 for p in backbone.parameters())
@@ -79,7 +84,7 @@ def test_a_timm_file_gives_the_whole_backbone(tmp_path, architecture, suffix):
 def test_a_csrm_checkpoint_serves_as_backbone_weights(tmp_path):
     model = build("csrm", 0)
     torch.save(wrap_checkpoint(model.state_dict()), tmp_path / "csrm.pth")
-    assert same(Backbone("test_resnet", weights=str(tmp_path / "csrm.pth")), model.backbone)
+    assert same(backbone_of("test_resnet", weights=str(tmp_path / "csrm.pth")), model.backbone)
 
 
 def test_a_classifier_of_other_classes_keeps_its_initial_value_and_says_so(tmp_path, capsys):
@@ -140,4 +145,4 @@ def test_missing_files_name_the_file_or_the_flag(tmp_path):
     with pytest.raises(UserError, match=r"none\.pth: no such file"):
         load_state_dict(tmp_path / "none.pth")
     with pytest.raises(UserError, match="--backbone_weights imagnet: no such file"):
-        Backbone("test_resnet", weights="imagnet")
+        backbone_of("test_resnet", weights="imagnet")
