@@ -19,7 +19,8 @@ column has no prediction for an image its cell stays grey.
 The page has the same images and more, CAM files as heat maps, the curves of the trainings --tags, and the commands of
 the runners (`commands.tsv` in --output_dir). It is one file that opens in any browser, without a network. The order of
 its images, and `review.csv`, are about the masks of the column --review: in the list the most doubtful ones first
-(docs/review.md), on the page those of the lowest IoU, if there is ground truth.
+(docs/review.md), on the page those of the lowest IoU, if there is ground truth. A page of fewer images than there are
+shows the first ones, and as many from all over the rest.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def make_parser() -> cli.Parser:
     group.add_argument("--summary", nargs="*", default=[], metavar="STAGE=FILE", help="scores written by evaluate.py")
     group.add_argument(
         "--columns",
-        nargs="+",
+        nargs="*",
         default=[],
         metavar="TITLE=DIR[:THRESHOLD]",
         help=f"masks or CAM files to show; CAMs without a threshold are cut at {options.PSEUDO_MASK_THRESHOLD}",
@@ -321,7 +322,8 @@ def add_images(
     scored = any(row.ious for row in rows)
     if scored:
         rows.sort(key=lambda row: row.ious.get(reviewed.title, math.inf))
-    shown = thin_out(rows, args.page_images)
+    preferred = {i for domain in args.domain for i in complete(source.ids(domain), columns)}
+    shown = thin_out([row for row in rows if row.image_id in preferred], args.page_images)
     make = functools.partial(card, source, columns, domain_of)
     return dataclasses.replace(
         page,

@@ -45,5 +45,6 @@ run inference.py --tag "$TAG_CSRM" --domain "$DOMAIN_TRAIN" --pseudos_from "$PSE
   --crf_t "$CRF_T" $RUN_FLAGS $VIEW_FLAGS
 score csrm_cam "$DOMAIN_EVAL" "$PREDICTIONS/$TAG_CSRM@$DOMAIN_TRAIN/cams" --mode cams
 score pseudo "$DOMAIN_EVAL" "$PSEUDOS"
+report
 
 printf '\nPseudo masks: %s\nNext: ./runners/3-sam-refinement.sh\n' "$PSEUDOS"

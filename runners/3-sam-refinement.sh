@@ -10,5 +10,6 @@ if [[ "$PROPOSALS" == sam ]]; then SAM=(--checkpoint "$SAM_CHECKPOINT" --model_t
 run refine_sam.py --tag "$TAG_CSRM" --domain "$DOMAIN_TRAIN" --pseudo_dir "$PSEUDOS" --device "$DEVICE" \
   --num_workers "$WORKERS" --proposals "$PROPOSALS" --mode "$MERGE_MODE" ${SAM[@]+"${SAM[@]}"} $REFINE_FLAGS
 score refined "$DOMAIN_EVAL" "$REFINED"
+report
 
 printf '\nRefined pseudo masks: %s\nNext: ./runners/4-segmentation.sh\n' "$REFINED"

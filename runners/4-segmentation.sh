@@ -13,19 +13,6 @@ run train_segmentation.py --tag "$TAG_SEG" --domain_train "$DOMAIN_TRAIN" --mask
 run train_segmentation.py --tag "$TAG_SEG" --predict --domain "$DOMAIN_TEST" $RUN_FLAGS $VIEW_FLAGS
 score segmentation_val "$DOMAIN_SCORE" "$PREDICTIONS/$TAG_SEG@$DOMAIN_TEST/masks"
 
-scores=()
-for stage in prior_cam csrm_cam pseudo refined segmentation_val; do
-  if [[ -f "$REPORT/$stage.json" ]]; then scores+=("$stage=$REPORT/$stage.json"); fi
-done
-
-# The other columns of the picture sheet exist for training images only: a few of them are segmented too.
-SHEET=${DOMAIN_EVAL:-$DOMAIN_TRAIN}
-run train_segmentation.py --tag "$TAG_SEG" --predict --domain "$SHEET" --max_images 48 $RUN_FLAGS $VIEW_FLAGS
-columns=()
-show() { if [[ -d "$2" ]]; then columns+=("$1=$2${3:-}"); fi; }
-show "CAM prior" "$PREDICTIONS/$TAG_PRIOR@$DOMAIN_TRAIN/cams" :0.3
-show "CSRM CAM" "$PREDICTIONS/$TAG_CSRM@$DOMAIN_TRAIN/cams" ":$THRESHOLD"
-show "Pseudo mask" "$PSEUDOS"
-show "Refined" "$REFINED"
-show "DeepLabV3+" "$PREDICTIONS/$TAG_SEG@$SHEET/masks"
-run report.py --domain "$SHEET" --output_dir "$REPORT" --summary ${scores[@]+"${scores[@]}"} --columns "${columns[@]}"
+# The other columns of the report exist for training images only: some of them are segmented too.
+run train_segmentation.py --tag "$TAG_SEG" --predict --domain "$SHEET" --max_images 200 $RUN_FLAGS $VIEW_FLAGS
+report

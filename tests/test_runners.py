@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tools.history import read_commands
+
 ROOT = Path(__file__).parent.parent
 LAUNCHER = "-m torch.distributed.run --standalone --nproc_per_node "
 
@@ -52,6 +54,7 @@ def test_a_prior_is_trained_and_csrm_starts_from_it(tmp_path, prior):
         f"inference.py {name}-prior",
         f"train_csrm.py {name}-csrm {models(f'{name}-prior')}",
         f"inference.py {name}-csrm",
+        "report.py",
     ]
 
 
@@ -77,28 +80,53 @@ def test_several_gpus_share_training_and_prediction_but_not_scoring(tmp_path):
         "torchrun 4 inference.py voc12-csrm",
         "evaluate.py",
         "evaluate.py",
+        "report.py",
     ]
 
 
 def test_a_file_is_restored_and_a_misspelt_method_is_refused(tmp_path):
     (tmp_path / "prior.pth").touch()
     called, _ = commands(tmp_path, PRIOR="prior.pth")
-    assert called == ["train_csrm.py voc12-csrm prior.pth", "inference.py voc12-csrm"]
+    assert called == ["train_csrm.py voc12-csrm prior.pth", "inference.py voc12-csrm", "report.py"]
     called, process = commands(tmp_path, PRIOR="puzle")
     assert called == [] and process.returncode == 2
     assert process.stderr == "PRIOR=puzle: no such file. Choose vanilla, puzzle, poc, pnoc or a file of weights.\n"
 
 
-def test_without_masks_the_report_is_a_picture_sheet_of_what_there_is(tmp_path):
+def test_the_report_shows_what_there_is_after_every_stage(tmp_path):
     predictions = "experiments/predictions/voc12"
-    for name in ("csrm@train_aug/cams", "deeplab@train_aug/masks"):
+    for name in ("csrm@train_aug/cams", "csrm@train_aug/pseudos-t0.4-c10", "deeplab@train_aug/masks"):
         (tmp_path / f"{predictions}-{name}").mkdir(parents=True)
-    called, process = commands(tmp_path, "4-segmentation", DOMAIN_SCORE="")
-    assert process.returncode == 0 and "evaluate.py" not in called
-    report = (tmp_path / "calls.txt").read_text().splitlines()[-1]
-    columns = f"CSRM CAM={predictions}-csrm@train_aug/cams:0.4 DeepLabV3+={predictions}-deeplab@train_aug/masks"
-    assert report.startswith("report.py --domain train_aug")
-    assert f" --summary --columns {columns} --dataset" in report
+    (tmp_path / "experiments/logs/voc12-csrm").mkdir(parents=True)
+    (tmp_path / "experiments/reports/voc12").mkdir(parents=True)
+    (tmp_path / "experiments/reports/voc12/pseudo.json").touch()
+    columns = (
+        f"CSRM CAM={predictions}-csrm@train_aug/cams:0.4 Pseudo mask={predictions}-csrm@train_aug/pseudos-t0.4-c10"
+    )
+    columns += f" DeepLabV3+={predictions}-deeplab@train_aug/masks"
+    for runner in ("1-csrm", "3-sam-refinement", "4-segmentation"):
+        called, process = commands(tmp_path, runner, DOMAIN_SCORE="", WORKERS="3")
+        assert process.returncode == 0 and "evaluate.py" not in called
+        assert (tmp_path / "calls.txt").read_text().splitlines()[-1] == (
+            "report.py --domain train_aug --output_dir experiments/reports/voc12 --num_workers 3 --summary "
+            f"pseudo=experiments/reports/voc12/pseudo.json --tags voc12-csrm --columns {columns} "
+            "--review Pseudo mask --dataset voc12 --data_dir data/voc12"
+        )
+    (tmp_path / f"{predictions}-csrm@train_aug/sam-regions-max_iou_imp2").mkdir()
+    commands(tmp_path, "3-sam-refinement")
+    assert "--review Refined --dataset" in (tmp_path / "calls.txt").read_text()
+
+
+def test_commands_are_listed_with_their_time_and_exit_code(tmp_path):
+    commands(tmp_path, DATA_DIR="my data", PRIOR="puzle")
+    commands(tmp_path, "3-sam-refinement", DATA_DIR="my data")
+    (tmp_path / "bin" / "python3").write_text("#!/bin/sh\nexit 7\n")
+    _, process = commands(tmp_path, "3-sam-refinement")
+    assert process.returncode == 7
+    refined, report, failed = read_commands(tmp_path / "experiments/reports/voc12/commands.tsv")
+    assert refined.code == 0 and 0 <= refined.seconds < 9 and refined.start.endswith("Z")
+    assert refined.text.startswith("python3 refine_sam.py --tag voc12-csrm") and r"my\ data" in refined.text
+    assert report.text.startswith("python3 report.py") and failed.code == 7
 
 
 def test_paths_with_blanks_are_passed_in_one_piece(tmp_path):

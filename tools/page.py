@@ -290,19 +290,18 @@ def _gallery(page: Page, titles: Sequence[str]) -> str:
     choices = "".join(f'<option value="{value}">{text}</option>' for value, text in orders)
     cards = "".join(_card(card, titles, page.reviewed) for card in page.cards)
     return Template(GALLERY).substitute(
-        buttons=buttons, legend=legend, choices=choices, cards=cards, order=escape(page.order), count=_count(page)
+        buttons=buttons,
+        legend=legend,
+        choices=choices,
+        cards=cards,
+        order=escape(page.order),
+        shown=len(page.cards),
+        total=page.total,
     )
 
 
-def _count(page: Page) -> str:
-    """How many images are shown, and of how many; `report.thin_out` chose them."""
-    if len(page.cards) == page.total:
-        return f"{page.total} images"
-    return f"{len(page.cards)} of {page.total} images (half of them the first ones, half from all over the rest)"
-
-
 GALLERY = """<section id="gallery"><h2>Images</h2>
-<p>$count, $order. Keys: <kbd>1</kbd>–<kbd>9</kbd> or <kbd>←</kbd> <kbd>→</kbd> change the view, <kbd>Enter</kbd>
+<p>$shown of $total images, $order. Keys: <kbd>1</kbd>–<kbd>9</kbd> or <kbd>←</kbd> <kbd>→</kbd> change the view, <kbd>Enter</kbd>
 enlarges a picture, <kbd>↑</kbd> <kbd>↓</kbd> go to the next one, <kbd>Esc</kbd> closes it.</p>
 <div class="tools"><label>Opacity <input type="range" id="opacity" min="0" max="100" value="65"></label>
 <label>Order <select id="order">$choices</select></label>

@@ -72,6 +72,7 @@ esac
 if [[ -n "$SAM_CHECKPOINT" ]]; then : "${PROPOSALS:=sam}"; else : "${PROPOSALS:=regions}"; fi
 
 PREDICTIONS=experiments/predictions
+SHEET=${DOMAIN_EVAL:-$DOMAIN_TRAIN}  # the split whose images the report shows
 THRESHOLD=$(printf %g "$THRESHOLD")  # as inference.py names the folder
 if [[ "$PSEUDOS_FROM" == cams ]]; then PSEUDOS=t$THRESHOLD; else PSEUDOS=masks; fi
 PSEUDOS=$PREDICTIONS/$TAG_CSRM@$DOMAIN_TRAIN/pseudos-$PSEUDOS-c$CRF_T

@@ -19,7 +19,8 @@ TAG_PRIOR=$NAME-prior TAG_CSRM=$NAME-csrm TAG_SEG=$NAME-deeplab  # checkpoints a
 PYTHON=python3
 if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; fi
 
-# run SCRIPT FLAGS...: show the command, then run it on the dataset; on several GPUs if the script can.
+# run SCRIPT FLAGS...: show the command, then run it on the dataset; on several GPUs if the script can. The report lists
+# it with its time and exit code.
 run() {
   local launcher=("$PYTHON")
   case "$GPUS $1" in
@@ -28,7 +29,12 @@ run() {
   esac
   local command=("${launcher[@]}" "$@" --dataset "$DATASET" --data_dir "$DATA_DIR")
   printf '\n$'; printf ' %q' "${command[@]}"; printf '\n'
-  "${command[@]}"
+  local start began=$SECONDS code=0
+  start=$(date -u +%Y-%m-%dT%H:%M:%SZ)
+  "${command[@]}" || code=$?
+  mkdir -p "$REPORT"
+  { printf '%s\t%d\t%d\t' "$start" $((SECONDS - began)) "$code"; printf '%q ' "${command[@]}"; echo; } >> "$REPORT/commands.tsv"
+  return "$code"
 }
 
 # score STAGE DOMAIN FOLDER FLAGS...: evaluate the predictions in FOLDER; the report of the last stage collects the
@@ -37,4 +43,24 @@ score() {
   if [[ -n "$2" ]]; then
     run evaluate.py --domain "$2" --pred_dir "$3" --output "$REPORT/$1.json" --num_workers "$WORKERS" "${@:4}"
   fi
+}
+
+# report: the page, picture sheet and review queue of the stages so far.
+report() {
+  local stage tag scores=() tags=() columns=() review=()
+  for stage in prior_cam csrm_cam pseudo refined segmentation_val; do
+    if [[ -f "$REPORT/$stage.json" ]]; then scores+=("$stage=$REPORT/$stage.json"); fi
+  done
+  for tag in "$TAG_PRIOR" "$TAG_CSRM" "$TAG_SEG"; do
+    if [[ -d "experiments/logs/$tag" ]]; then tags+=("$tag"); fi
+  done
+  show() { if [[ -d "$2" ]]; then columns+=("$1=$2${3:-}"); fi; }
+  show "CAM prior" "$PREDICTIONS/$TAG_PRIOR@$DOMAIN_TRAIN/cams" :0.3
+  show "CSRM CAM" "$PREDICTIONS/$TAG_CSRM@$DOMAIN_TRAIN/cams" ":$THRESHOLD"
+  show "Pseudo mask" "$PSEUDOS"
+  show "Refined" "$REFINED"
+  show "DeepLabV3+" "$PREDICTIONS/$TAG_SEG@$SHEET/masks"
+  if [[ -d "$REFINED" ]]; then review=(--review Refined); elif [[ -d "$PSEUDOS" ]]; then review=(--review "Pseudo mask"); fi
+  run report.py --domain "$SHEET" --output_dir "$REPORT" --num_workers "$WORKERS" --summary ${scores[@]+"${scores[@]}"} \
+    --tags ${tags[@]+"${tags[@]}"} --columns ${columns[@]+"${columns[@]}"} ${review[@]+"${review[@]}"}
 }
