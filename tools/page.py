@@ -301,8 +301,8 @@ def _gallery(page: Page, titles: Sequence[str]) -> str:
 
 
 GALLERY = """<section id="gallery"><h2>Images</h2>
-<p>$shown of $total images, $order. Keys: <kbd>1</kbd>–<kbd>9</kbd> or <kbd>←</kbd> <kbd>→</kbd> change the view, <kbd>Enter</kbd>
-enlarges a picture, <kbd>↑</kbd> <kbd>↓</kbd> go to the next one, <kbd>Esc</kbd> closes it.</p>
+<p>$shown of $total images, $order. Keys: <kbd>1</kbd>–<kbd>9</kbd> or <kbd>←</kbd> <kbd>→</kbd> change the view,
+<kbd>Enter</kbd> enlarges a picture, <kbd>↑</kbd> <kbd>↓</kbd> go to the next one, <kbd>Esc</kbd> closes it.</p>
 <div class="tools"><label>Opacity <input type="range" id="opacity" min="0" max="100" value="65"></label>
 <label>Order <select id="order">$choices</select></label>
 <ul class="classes">$legend</ul></div>
