@@ -7,7 +7,8 @@ training images, to make the pseudo masks a segmentation model learns from, neve
 Writes to experiments/predictions/TAG@DOMAIN/
 
     cams/ID.npz         class activation maps: arrays keys, cam (stride 4), hr_cam (image size), values in [0, 1]
-    masks/ID.npz        the same arrays from CSRM's segmentation branch: softmax over background and the image's classes
+    masks/ID.npz        the same arrays from CSRM's segmentation branch: probabilities of the image's classes, read as
+                        in training (--teacher_labels of train_csrm.py)
     pseudos-.../ID.png  pseudo masks: argmax of [threshold; CAMs], refined by a dense CRF; class indices
 
 The network's shape is read from the checkpoint. Started again, it continues with the images that are missing. Under
@@ -73,6 +74,7 @@ class Outputs:
         wanted: of "cams", "masks" and "pseudos".
         cam_format: npz or npy.
         views: of an image.
+        reading: of the segmentation branch, one of `tools.options.READINGS`: that of its training.
         pseudos_from: cams or masks, the maps that pseudo masks are made of.
         threshold: of the background, on CAMs.
         crf: of the pseudo masks.
@@ -81,6 +83,7 @@ class Outputs:
     wanted: tuple[str, ...]
     cam_format: str
     views: options.Views
+    reading: str
     pseudos_from: str
     threshold: float
     crf: options.CRF
@@ -149,13 +152,14 @@ class Predictor:
             self.empty += len(keys) > 1 and not hr_cam.any()
             return keys, cam, hr_cam
         forward = lambda images: self.model(images, representations=False)["seg_logits"]  # noqa: E731
-        return segmentation_maps(multi_scale_logits(forward, normalize(photograph), **views), label)
+        logits = multi_scale_logits(forward, normalize(photograph), **views)
+        return segmentation_maps(logits, label, self.outputs.reading)
 
     def _save_pseudo_mask(self, photograph: torch.Tensor, image_id: str) -> None:
         kind, crf = self.outputs.pseudos_from, self.outputs.crf
         stored = self.path(kind, image_id)
         keys, _, maps = load_cams(stored) if stored.exists() else self._maps(kind, photograph, image_id)
-        threshold = self.outputs.threshold if kind == "cams" else 1 - maps.astype(np.float32).sum(axis=0)
+        threshold = self.outputs.threshold if kind == "cams" else background_map(maps, self.outputs.reading)
         labels = torch.from_numpy(cam_labels(maps, threshold)).to(self.device)
         if crf.iterations and len(keys) > 1:
             unary = unary_from_labels(labels[None], len(keys), crf.gt_prob)
@@ -170,15 +174,29 @@ def cam_forward(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda views: model(views, **options)["cams"]
 
 
-def segmentation_maps(logits: torch.Tensor, label: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Segmentation logits f32[1,K+1,H,W] as a CAM file's arrays: softmax over background and the image's classes.
+def segmentation_maps(
+    logits: torch.Tensor, label: torch.Tensor, reading: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Segmentation logits f32[1,K+1,H,W] as a CAM file's arrays, read like `tools.pseudo_labels.teacher_labels`.
 
-    Only the foreground maps are kept, as in every CAM file; the background's is one minus their sum.
+    "present": softmax over the background and the image's classes. "foreground": p_fg = 1 - p_bg over all classes,
+    shared among the image's classes in proportion. Only the foreground maps are kept, as in every CAM file; the
+    background's is one minus their sum.
     """
     keys = torch.cat([torch.zeros(1, dtype=torch.long), 1 + label.nonzero().flatten()])
-    probabilities = logits[:, keys].softmax(dim=1)
+    if reading == "present":
+        probabilities = logits[:, keys].softmax(dim=1)
+    else:
+        background = logits.softmax(dim=1)[:, :1]
+        probabilities = torch.cat([background, (1 - background) * logits[:, keys[1:]].softmax(dim=1)], dim=1)
     low = resize_maps(probabilities, stride4_size(*logits.shape[-2:]))
     return keys.numpy(), low[0, 1:].cpu().numpy(), probabilities[0, 1:].cpu().numpy()
+
+
+def background_map(maps: np.ndarray, reading: str) -> np.ndarray:
+    """What competes with the maps [n,H,W] of a segmentation branch: f32[H,W]; with "foreground", all or nothing."""
+    background = 1 - maps.astype(np.float32).sum(axis=0)
+    return background if reading == "present" else (background >= 0.5).astype(np.float32)
 
 
 def check_flags(args: argparse.Namespace, model: nn.Module) -> None:
@@ -205,6 +223,7 @@ def main(args: argparse.Namespace) -> None:
         wanted=tuple(kind for kind in ("cams", "masks", "pseudos") if getattr(args, f"save_{kind}")),
         cam_format=args.cam_format,
         views=options.views(args, checkpoint["args"]["image_size"]),
+        reading=checkpoint["args"].get("teacher_labels", "present"),
         pseudos_from=args.pseudos_from,
         threshold=args.threshold,
         crf=options.crf(args),

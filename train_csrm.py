@@ -62,6 +62,12 @@ def add_csrm(parser: cli.Parser) -> None:
     group.add_argument(
         "--c2s_sigma", type=cli.fraction, default=0.75, help="mp: probability below which a pixel is ignored"
     )
+    group.add_argument(
+        "--teacher_labels",
+        choices=options.READINGS,
+        default="present",
+        help="present: the best of background and the image's classes; foreground: object or not first, of all classes",
+    )
     group.add_argument("--s2c_sigma", type=cli.fraction, default=0.5, help="teacher probability that L_s2c asks for")
     options.add_crf(group)
     group = parser.add_argument_group("losses")
@@ -254,6 +260,7 @@ class LabelOptions:
         foreground, background: thresholds on the CAMs, for cam.
         sigma: probability below which a pixel is ignored, for mp.
         crf: for cam.
+        reading: of the teacher's segmentation logits, one of `tools.options.READINGS`.
     """
 
     mix: str
@@ -263,6 +270,7 @@ class LabelOptions:
     background: float
     sigma: float
     crf: options.CRF
+    reading: str
 
 
 def train_step(
@@ -285,7 +293,7 @@ def train_step(
         images, cam_labels, seg_logits, image_labels = mix(images, cam_labels, seg_logits, image_labels)
 
     # 4. The teacher's labels, among the classes the image has.
-    hard_labels, confidence = teacher_labels(seg_logits, image_labels, images.shape[-2:])
+    hard_labels, confidence = teacher_labels(seg_logits, image_labels, images.shape[-2:], labels.reading)
 
     # 5. Student and teacher look at the mixed images.
     inputs = normalize(images)
@@ -382,6 +390,7 @@ def label_options(args: argparse.Namespace) -> LabelOptions:
         background=args.c2s_bg,
         sigma=args.c2s_sigma,
         crf=options.crf(args),
+        reading=args.teacher_labels,
     )
 
 
@@ -390,7 +399,8 @@ def build_student(args: argparse.Namespace, num_classes: int) -> nn.Module:
     heads = {"use_sal_head": args.use_sal_head, "use_rep_head": args.use_rep_head}
     student = build_model("csrm", num_classes=num_classes, **options.network_arguments(args), **heads)
     if args.restore:
-        restore(student, args.restore)
+        report = restore(student, args.restore)
+        student.new_classifier = "classifier.weight" not in report.restored
     return student
 
 

@@ -35,6 +35,7 @@ class CSRM(nn.Module):
         self.classifier = cam_classifier(backbone.channels, config.num_classes)
         self.trunk = Trunk(backbone, config)
         self.segmentation = SegmentationBranch(self.trunk.channels, config)
+        self.new_classifier = True
         self.representation = self.saliency = None
         if config.use_rep_head:
             self.representation = nn.Sequential(
@@ -74,6 +75,7 @@ class CSRM(nn.Module):
         return output
 
     def scratch_modules(self) -> list[nn.Module]:
-        """The layers that are not part of the backbone."""
-        modules = [self.classifier, self.trunk, self.segmentation, self.representation, self.saliency]
+        """The layers that are not part of the backbone; with `new_classifier` false, not of the CAM prior either."""
+        modules = [self.trunk, self.segmentation, self.representation, self.saliency]
+        modules += [self.classifier] * self.new_classifier
         return [module for module in modules if module is not None]

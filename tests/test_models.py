@@ -18,6 +18,7 @@ from models.layers import ASPP
 from tools.cam import multi_scale_cams
 from tools.errors import UserError
 from tools.optim import parameter_groups
+from tools.options import Optimization
 
 KINDS = ("classifier", "csrm", "segmentation")
 FAMILIES = ("test_resnet", "mobilenetv2_035", "test_convnext", "test_byobnet")  # four ways in which timm takes features
@@ -375,8 +376,15 @@ def test_scratch_modules_are_all_but_the_backbone(kind):
     scratch = [id(p) for module in model.scratch_modules() for p in module.parameters()]
     assert len(scratch) == len(set(scratch))
     assert set(scratch) == {id(p) for name, p in model.named_parameters() if not name.startswith("backbone.")}
-    groups = parameter_groups(model, lr=1.0, weight_decay=0.0)
+    groups = parameter_groups(model, Optimization("sgd", 1.0, 0.0))
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_a_restored_classifier_is_no_new_layer():
+    model = build("csrm")
+    model.new_classifier = False
+    rates = {id(p): g["lr"] for g in parameter_groups(model, Optimization("sgd", 1.0, 0.0)) for p in g["params"]}
+    assert rates[id(model.classifier.weight)] == 1 and rates[id(model.segmentation[-1].weight)] == 10
 
 
 # -- config ---------------------------------------------------------------------------------------------------------

@@ -105,3 +105,40 @@ def test_teacher_labels_are_the_renormalised_softmax_over_present_classes():
     assert torch.equal(labels, expected_labels)
     torch.testing.assert_close(confidence, expected_confidence)
     assert labels[1].eq(0).all() and confidence[1].eq(1).all()
+
+
+def plain_foreground_reading(logits, image_label):
+    """(label, confidence) of one pixel: float64 logits [K+1] and the image's label [K]."""
+    exponentials = np.exp(logits - logits.max())
+    background = exponentials[0] / exponentials.sum()
+    present = np.flatnonzero(image_label > 0)
+    if len(present) == 0:
+        return 0, 1.0
+    if 1 - background > 0.5:
+        return 1 + present[np.argmax(logits[1 + present])], 1 - background
+    return 0, background
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 3), st.integers(1, 4))
+def test_foreground_reading_pixel_by_pixel(seed, batch, num_classes):
+    rng = np.random.default_rng(seed)
+    logits = 2 * rng.normal(size=(batch, num_classes + 1, 3, 4)) + np.arange(num_classes, -1, -1)[:, None, None] / 2
+    image_labels = (rng.random((batch, num_classes)) < 0.5) * rng.choice([0.3, 1.0], (batch, num_classes))
+    labels, confidence = teacher_labels(
+        torch.from_numpy(logits), torch.from_numpy(image_labels), (3, 4), reading="foreground"
+    )
+    for i, y, x in np.ndindex(batch, 3, 4):
+        expected, probability = plain_foreground_reading(logits[i, :, y, x], image_labels[i])
+        assert labels[i, y, x] == expected
+        assert confidence[i, y, x].item() == pytest.approx(probability, abs=1e-5)
+
+
+def test_what_similar_absent_classes_share_is_background_in_one_reading_and_object_in_the_other():
+    """The cow of a photograph: background .39, cow .13, absent animals .48."""
+    logits = torch.tensor([0.39, 0.13, 0.24, 0.24]).log().view(1, 4, 1, 1)
+    cow = torch.tensor([[1.0, 0.0, 0.0]])
+    label, confidence = teacher_labels(logits, cow, (1, 1))
+    assert label.item() == 0 and confidence.item() == pytest.approx(0.39 / 0.52, abs=1e-5)
+    label, confidence = teacher_labels(logits, cow, (1, 1), reading="foreground")
+    assert label.item() == 1 and confidence.item() == pytest.approx(0.61, abs=1e-5)

@@ -164,6 +164,29 @@ def test_inference_makes_missing_files_again_with_the_same_bytes(chain, folder_r
     assert [path.read_bytes() for path in files] == before
 
 
+def test_the_segmentation_branch_is_read_as_it_was_trained(chain, folder_root, folder):
+    """With a network that is .45 sure of background, and gives the rest to the classes in equal parts."""
+    checkpoint = torch.load(MODELS / "csrm.pth", weights_only=True)
+    number = len(checkpoint["classes"])
+    probabilities = torch.tensor([0.45] + [0.55 / (number - 1)] * (number - 1))
+    checkpoint["teacher"]["segmentation.4.weight"].zero_()
+    checkpoint["teacher"]["segmentation.4.bias"].copy_(probabilities.log())
+    for reading in ("present", "foreground"):
+        checkpoint["args"]["teacher_labels"] = reading
+        torch.save(checkpoint, f"{reading}.pth")
+        flags = ["--tag", reading, "--weights", f"{reading}.pth", "--domain", "train", "--pseudos_from", "masks"]
+        run("inference", *data_flags(folder_root), *flags, *VIEWS, "--save_masks")
+    for image_id in SPLITS["train"]:
+        keys, _, maps = load_cams(PREDICTIONS / "foreground@train" / "masks" / f"{image_id}.npz")
+        np.testing.assert_allclose(maps, 0.55 / max(1, len(keys) - 1), atol=1e-3)
+        renormalised = 0.55 / (number - 1) / (0.45 + 0.55 * (len(keys) - 1) / (number - 1))
+        maps = load_cams(PREDICTIONS / "present@train" / "masks" / f"{image_id}.npz")[2]
+        np.testing.assert_allclose(maps, renormalised, atol=1e-3)
+        mask = load_mask(PREDICTIONS / "foreground@train" / "pseudos-masks-c2" / f"{image_id}.png")
+        assert (mask > 0).all() == (len(keys) > 1)
+        assert not load_mask(PREDICTIONS / "present@train" / "pseudos-masks-c2" / f"{image_id}.png").any()
+
+
 def test_a_prior_that_sees_nothing_is_noticed(chain, folder_root, capsys):
     assert "Warning" not in chain["prior cams"]
     checkpoint = torch.load(MODELS / "prior.pth", weights_only=True)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import train_csrm
 from models import build_model
-from tools import pseudo_labels, training
+from tools import optim, pseudo_labels, training
 from tools.ema import Teacher
 from tools.losses import s2c_weight
 from tools.memory_bank import MemoryBank
@@ -253,3 +253,24 @@ def test_student_and_teacher_of_a_run(folder_root, tmp_path, monkeypatch):
     flags = ["--max_epoch", 4, "--warmup_epochs", 1, "--crf_t", 1]
     run("train_csrm", *data_flags(folder_root), "--tag", "t", *TRAINING, *DECODER, *flags)
     assert equal == [True, True, False, False]
+
+
+def test_the_classifier_is_new_unless_the_prior_brings_it(folder_root, tmp_path, monkeypatch):
+    rates, build_optimizer = [], optim.build_optimizer
+
+    def noting(model, *args, **kwargs):
+        optimizer = build_optimizer(model, *args, **kwargs)
+        of = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        rates.append(of[id(model.classifier.weight)] / of[id(model.backbone.net.layer1[0].conv1.weight)])
+        return optimizer
+
+    monkeypatch.chdir(tmp_path)
+    data = data_flags(folder_root)
+    run("train_classifier", *data, "--tag", "prior", *TRAINING)
+    weights = torch.load("experiments/models/prior.pth", weights_only=True)["model"]
+    torch.save({name: tensor for name, tensor in weights.items() if name != "classifier.weight"}, "backbone.pth")
+    monkeypatch.setattr(optim, "build_optimizer", noting)
+    for tag, source in (("a", None), ("b", "backbone.pth"), ("c", "experiments/models/prior.pth")):
+        restored = ["--restore", source] if source else []
+        run("train_csrm", *data, "--tag", tag, *TRAINING, *DECODER, "--crf_t", 1, *restored)
+    assert rates == [pytest.approx(10), pytest.approx(10), pytest.approx(1)]

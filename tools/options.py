@@ -29,6 +29,7 @@ PSEUDO_MASK_THRESHOLD = 0.4
 DATASETS = ("voc12", "coco14", "folder", "shapes", "deepglobe")
 OPTIMIZERS = ("sgd", "momentum", "adamw", "lion")
 CRF_BACKENDS = ("torch", "pydensecrf")
+READINGS = ("present", "foreground")
 PRIOR_METHODS = ("vanilla", "puzzle", "poc", "pnoc")
 SAM_TYPES = ("vit_h", "vit_l", "vit_b")
 MERGE_MODES = ("max_iou", "max_iou_imp", "max_iou_imp2")

@@ -93,26 +93,46 @@ def mutual_promotion_labels(
 
 
 @torch.no_grad()
-def teacher_labels(seg_logits: Tensor, image_labels: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The teacher's most probable class among the background and the image's classes, and its probability among these.
+def teacher_labels(
+    seg_logits: Tensor, image_labels: Tensor, size: tuple[int, int], reading: str = "present"
+) -> tuple[Tensor, Tensor]:
+    """The teacher's class of each pixel, among the background and the image's classes, and how sure that is.
+
+    "present", the published reading, deletes the absent classes from the softmax and renormalises. Where the network
+    wavers between similar animals of which one is in the image, that hands the share of the others to the background.
+    "foreground" asks first whether there is an object: p_fg = 1 - p_bg over all classes. Above 1/2 the pixel is the
+    best present class, with confidence p_fg, else background, with confidence p_bg.
 
     Args:
         seg_logits: float [B, K+1, h, w].
-        image_labels: float [B, K]; classes above 0 are in the image.
+        image_labels: float [B, K]; classes above 0 are in the image. Without any, all is background, for certain.
         size: (H, W), to which the logits are upsampled.
+        reading: one of `tools.options.READINGS`.
 
     Returns:
         int64 [B, H, W] in [0, K], and float32 [B, H, W] in (0, 1].
     """
     absent = F.pad(image_labels, (1, 0), value=1.0) <= 0
-    # A softmax without the absent classes is the full one with them masked out and the rest renormalised.
+    read = {"present": _read_present, "foreground": _read_foreground}[reading]
     labels, confidence = [], []
     for part in chunks(*seg_logits.shape[:2], size):
-        logits = resize_maps(seg_logits[part], size).masked_fill(absent[part, :, None, None], -torch.inf)
-        score, best = logits.max(dim=1)
+        best, probability = read(resize_maps(seg_logits[part], size), absent[part, :, None, None])
         labels.append(best)
-        confidence.append((score - logits.logsumexp(dim=1)).exp())
+        confidence.append(probability)
     return torch.cat(labels), torch.cat(confidence)
+
+
+def _read_present(logits: Tensor, absent: Tensor) -> tuple[Tensor, Tensor]:
+    # A softmax without the absent classes is the full one with them masked out and the rest renormalised.
+    logits = logits.masked_fill(absent, -torch.inf)
+    score, best = logits.max(dim=1)
+    return best, (score - logits.logsumexp(dim=1)).exp()
+
+
+def _read_foreground(logits: Tensor, absent: Tensor) -> tuple[Tensor, Tensor]:
+    background = logits.softmax(dim=1)[:, 0].where((~absent[:, 1:]).any(dim=1), 1.0)
+    best = 1 + logits[:, 1:].masked_fill(absent[:, 1:], -torch.inf).argmax(dim=1)
+    return best * (background < 0.5), background.maximum(1 - background)
 
 
 def _present_maps(cams: Tensor, image_labels: Tensor, max_classes: int | None = None) -> tuple[Tensor, Tensor]:
