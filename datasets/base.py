@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -169,13 +169,11 @@ class DataSource(ABC):
         """Whether there is a mask of that id."""
         return any(image_id in index.files for index in self._masks)
 
-    def stray_masks(self) -> list[Path]:
-        """Files in the folders of masks that are no photograph's mask."""
-        return [
-            path
-            for index in self._masks
-            for path in [*(path for mask_id, path in index.files.items() if mask_id not in self._images), *index.others]
-        ]
+    def stray_masks(self) -> Iterator[tuple[str, Path]]:
+        """Files in the folders of masks that are no photograph's mask, with the id they have (of other kinds: "")."""
+        for index in self._masks:
+            yield from ((mask_id, path) for mask_id, path in index.files.items() if mask_id not in self._images)
+            yield from (("", path) for path in index.others)
 
     @functools.cached_property
     def _masks(self) -> list[FileIndex]:

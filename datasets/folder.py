@@ -87,14 +87,23 @@ class FolderSource(DataSource):
                 f"{path}: no such file. Write '{BACKGROUND}' and your classes, one per line; or without a table "
                 "of labels, sort all images into folders, images/CLASS/..."
             )
-        parts = sorted(name for name in folders if name.casefold() in SPLIT_FOLDERS)
+        return check_classes(root / "images", [BACKGROUND, *self._check_folders(root, images.files, folders)])
+
+    def _check_folders(self, root: Path, ids: Iterable[str], classes: set[str]) -> list[str]:
+        """The folders that are classes, in order; background is none."""
+        parts = sorted(name for name in classes if name.casefold() in SPLIT_FOLDERS)
         if len(parts) > 1:
             raise UserError(
                 f"{root / 'images'}: holds folders called {' and '.join(parts)}, which are no classes. Have all images "
                 "in such folders, each with a folder per class in it; or write lists of ids to splits/."
             )
-        classes = sorted(name for name in folders if not is_background(name))
-        return check_classes(root / "images", [BACKGROUND, *classes])
+        inside = {"".join(image_id.split("/")[self._class_depth + 1 : -1][:1]) for image_id in ids} - {""}
+        if len(classes) == 1 and len(inside) > 1:
+            raise UserError(
+                f"{root / 'images'}: its only folder, {min(classes)}, holds others, such as {min(inside)}. Move "
+                "them up, for the folders directly below images/ are the classes; or write a classes.txt."
+            )
+        return sorted(name for name in classes if not is_background(name))
 
     def has_label(self, image_id: str) -> bool:
         """Whether the table, or the folder the image lies in, gives its label."""

@@ -34,12 +34,15 @@ def leftovers(source: DataSource, lists: dict[str, Sequence[str]]) -> Iterator[t
             yield "rows", f"{source.label_noun} '{image_id}' belongs to no photograph{source.advice(image_id)}"
     for path in source.unread:
         yield "unread", f"{path}: a kind that is not read ({path.suffix or 'no suffix'}). Convert photographs to JPEG"
-    strays = source.stray_masks()
-    for path in strays:
-        yield "stray", f"{path}: no ID.png of a photograph"
+    strays = list(source.stray_masks())
+    for mask_id, path in strays:
+        yield "stray", f"{path}: no ID.png of a photograph{source.advice(mask_id)}"
     if strays and not any(map(source.has_mask, images)):
-        text = f"holds {len(strays)} files, none is ID.png of a photograph, such as {strays[0].name}. Rename them"
-        yield "mask", f"{strays[0].parent}: {text}"
+        folder, name = strays[0][1].parent, strays[0][1].name
+        yield (
+            "mask",
+            f"{folder}: holds {len(strays)} files, none is ID.png of a photograph, such as {name}. Rename them",
+        )
     for image_id in sorted(images):
         named = _MASK_NAME.fullmatch(image_id)
         if named and named[1] in images:

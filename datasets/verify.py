@@ -84,7 +84,7 @@ WARNINGS = {
     "stray": "files among the masks that are no photograph's mask",
     "unused": "classes",
 }
-SHOWN = 5  # findings printed of each kind
+SHOWN, WIDEST = 5, 400  # findings printed of each kind, characters of each
 
 
 @dataclass
@@ -337,7 +337,7 @@ def print_findings(findings: dict[str, list[str]]) -> None:
         for kind, name in kinds.items():
             if findings[kind]:
                 print(f"\n{title}: {name} ({len(findings[kind])})")
-                print("\n".join(f"  {text}" for text in findings[kind][:SHOWN]))
+                print("\n".join(f"  {text[:WIDEST]}{' ...' * (len(text) > WIDEST)}" for text in findings[kind][:SHOWN]))
                 if len(findings[kind]) > SHOWN:
                     print(f"  ... and {len(findings[kind]) - SHOWN} more")
 

@@ -152,6 +152,16 @@ def test_folders_half_of_splits_are_refused(tmp_path, names):
         build_source("folder", photographs(tmp_path, *names))
 
 
+def test_a_folder_around_the_classes_is_no_class(tmp_path):
+    root = photographs(tmp_path, "animals/cat/a.jpg", "animals/dog/b.jpg")
+    with pytest.raises(UserError, match=r"images: its only folder, animals, holds others, such as cat\. Move them up"):
+        build_source("folder", root)
+    assert labels(photographs(tmp_path / "one", "cat/a.jpg", "cat/2024/b.jpg")) == {
+        "cat/a": ["cat"],
+        "cat/2024/b": ["cat"],
+    }
+
+
 # What is found, and what is passed over
 
 
@@ -195,7 +205,7 @@ def test_files_of_systems_are_passed_over_in_the_devkit(voc_copy):
         path.write_bytes(b"\x00\x05\x16\x07\xff")
     source = build_source("voc12", voc_copy)
     assert source.domains() == ["train", "train_aug", "val"] and list(source.labelled_ids()) == ["a", "b", "c", "d"]
-    assert source.stray_masks() == []
+    assert list(source.stray_masks()) == []
 
 
 def test_photographs_of_every_suffix(tmp_path):
@@ -421,16 +431,27 @@ def test_masks_among_the_photographs_are_errors(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["{}_mask.png", "{}.jpg", "{}.jpg.png", "{}.jpg___fuse.png", "{}.tif", "sub/{}.png", "{}_gt.PNG"]
+    ("name", "advice"),
+    [
+        ("{}_mask.png", ""),
+        ("{}.jpg", ""),
+        ("{}.jpg.png", ": write ids without suffix (a)"),
+        ("{}.jpg___fuse.png", ""),
+        ("{}.tif", ""),
+        ("sub/{}.png", ": write ids without the folders above (a)"),
+        ("{}_gt.PNG", ""),
+    ],
 )
-def test_masks_under_other_names_are_an_error_before_anything_is_trained(folder_copy, name):
+def test_masks_under_other_names_are_an_error_before_anything_is_trained(folder_copy, name, advice):
     for path in sorted((folder_copy / "masks").iterdir()):
         new = folder_copy / "masks" / name.format(path.stem)
         new.parent.mkdir(exist_ok=True)
         path.rename(new)
     first = folder_copy / "masks" / name.format("a")
     text = f"holds 4 files, none is ID.png of a photograph, such as {first.name}. Rename them"
-    assert findings(folder_copy)["mask"] == [f"{first.parent}: {text}"]
+    found = findings(folder_copy)
+    assert found["mask"] == [f"{first.parent}: {text}"]
+    assert found["stray"][0] == f"{first}: no ID.png of a photograph{advice}" and len(found["stray"]) == 4
 
 
 def test_suffixes_of_masks_may_be_capital(folder_copy):

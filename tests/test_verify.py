@@ -13,7 +13,7 @@ from PIL import Image
 
 from datasets import build_source
 from datasets.base import DatasetInfo
-from datasets.verify import ERRORS, WARNINGS, Published, Split, histogram, verify
+from datasets.verify import ERRORS, WARNINGS, Published, Split, histogram, print_findings, verify
 
 SHARED = {"overlap": ["1 of 2 ids of val are in train too, the first is 'b'"]}  # in every fixture
 
@@ -80,6 +80,13 @@ def test_a_leak_from_val_into_train_is_a_copy_of_two_splits(folder_copy):
     (folder_copy / "images" / "d.webp").write_bytes((folder_copy / "images" / "a.jpg").read_bytes())
     findings = look(folder_copy)[1]
     assert findings["copies"] == ["a (train) = d (val)"]
+
+
+def test_findings_are_shortened_on_screen(capsys):
+    print_findings({kind: ["x" * 3000] * 7 if kind == "copies" else [] for kind in (*ERRORS, *WARNINGS)})
+    _, title, *lines, rest = capsys.readouterr().out.splitlines()
+    assert "several ids (7)" in title and rest == "  ... and 2 more"
+    assert lines == ["  " + "x" * 400 + " ..."] * 5
 
 
 def test_a_published_split_must_have_its_images_labels_and_masks(voc_copy):
