@@ -12,7 +12,6 @@ picklable, so workers can hold them.
 from __future__ import annotations
 
 import functools
-import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets.listing import MASK_SUFFIXES, FileIndex, Likeness, first_repeated, index_files
+from datasets.listing import MASK_SUFFIXES, FileIndex, Likeness, clean_id, first_repeated, index_files
 from tools.errors import UserError
 from tools.files import file_orientation, load_image, load_mask, read_lines
 from tools.files import upright_size as _upright_size
@@ -132,7 +131,7 @@ class DataSource(ABC):
         if not self._splits:
             return sorted(i for i in self._images if not self._parts or i.startswith(f"{domain}/"))
         lines = read_lines(self._splits[domain])
-        return [self._id_of_line(unicodedata.normalize("NFC", line)) for line in lines]
+        return [self._id_of_line(clean_id(line)) for line in lines]
 
     def image_ids(self) -> Iterable[str]:
         """The ids of all photographs, listed or not."""

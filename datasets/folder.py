@@ -22,7 +22,6 @@ import contextlib
 import csv
 import io
 import json
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
@@ -32,6 +31,7 @@ from datasets.listing import (
     BACKGROUND,
     FileIndex,
     check_classes,
+    clean_id,
     clean_name,
     index_images,
     index_splits,
@@ -235,7 +235,7 @@ def read_label_table(path: Path, classes: Sequence[str]) -> dict[str, list[int]]
     index_of = {name: index for index, name in enumerate(classes) if index > 0}
     table: dict[str, list[int]] = {}
     for place, text, names in _json_rows(path) if path.suffix == ".json" else _csv_rows(path):
-        image_id, names = unicodedata.normalize("NFC", text), [clean_name(name) for name in names]
+        image_id, names = clean_id(text), [clean_name(name) for name in names]
         unknown = [name for name in names if name not in index_of]
         if unknown:
             raise UserError(f"{path}, {place}: unknown class '{unknown[0]}'. Known: {', '.join(index_of)}.")
@@ -300,5 +300,5 @@ def _open_table(path: Path) -> Iterator[TextIO]:
         raise UserError(f"{path}: no such file. Write one row per image: 'id,labels'.")
     try:
         yield io.StringIO(read_text(path), newline="")
-    except (csv.Error, json.JSONDecodeError) as error:
+    except (csv.Error, json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{path}: not a readable table ({error}). Save it as CSV or JSON, in UTF-8.") from error

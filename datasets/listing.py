@@ -62,7 +62,7 @@ def index_files(folders: Iterable[Path], suffixes: Sequence[str]) -> FileIndex:
             if suffix.lower() not in suffixes:
                 index.others.append(path)
                 continue
-            file_id = unicodedata.normalize("NFC", stem)
+            file_id = clean_id(stem)
             if file_id in index.files:
                 raise UserError(f"{path}: has the same id as {index.files[file_id]}. Rename one.")
             index.files[_utf8(file_id, path)] = path
@@ -78,13 +78,18 @@ def index_splits(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         return {}
     try:
-        paths = sorted(path for path in folder.iterdir() if path.is_file() and not _is_system(path.name))
+        paths = sorted(path for path in folder.iterdir() if not _is_system(path.name))
     except OSError as error:
         _unreadable(error)
-    lists = {path.stem: path for path in paths if path.suffix.lower() == ".txt"}
+    lists = {path.stem: path for path in paths if path.suffix.lower() == ".txt" and path.is_file()}
     if paths and not lists:
-        raise UserError(f"{paths[0]}: not a list of ids. Save it as {paths[0].stem}.txt, one id per line.")
-    return lists
+        raise UserError(f"{paths[0]}: not a list of ids. Save one as {paths[0].stem}.txt, one id per line.")
+    return {_utf8(name, path): path for name, path in lists.items()}
+
+
+def clean_id(text: str) -> str:
+    """An id as it is compared: Unicode's NFC, no blanks around the names of file and folders."""
+    return "/".join(part.strip() for part in unicodedata.normalize("NFC", text).split("/"))
 
 
 def clean_name(name: str) -> str:
@@ -184,7 +189,7 @@ def _folded(image_id: str) -> str:
 
 def _without_suffix(name: str) -> str:
     stem, suffix = os.path.splitext(name)
-    return stem if suffix.lower() in IMAGE_SUFFIXES else name
+    return stem if suffix.lower() in (*IMAGE_SUFFIXES, ".0") else name  # .0: a number to pandas
 
 
 def _files_in(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -205,12 +210,12 @@ def _is_system(name: str) -> bool:
 
 
 def _leads_back(top: Path, folder: Path) -> bool:
-    """Whether `folder` below `top` is a link to a folder on the way to it: following that would never end."""
+    """Whether `folder` below `top` is a link to what is found anyway (inside `top`), or to a folder it lies in."""
     if not folder.is_symlink():
         return False
     target = folder.resolve()
     on_the_way = folder.parents[: len(folder.relative_to(top).parts)]
-    return any(parent.resolve().is_relative_to(target) for parent in on_the_way)
+    return target.is_relative_to(top.resolve()) or any(path.resolve().is_relative_to(target) for path in on_the_way)
 
 
 def _utf8(file_id: str, path: Path) -> str:

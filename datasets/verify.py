@@ -337,7 +337,8 @@ def print_findings(findings: dict[str, list[str]]) -> None:
         for kind, name in kinds.items():
             if findings[kind]:
                 print(f"\n{title}: {name} ({len(findings[kind])})")
-                print("\n".join(f"  {text[:WIDEST]}{' ...' * (len(text) > WIDEST)}" for text in findings[kind][:SHOWN]))
+                for text in (" ".join(text.splitlines()) for text in findings[kind][:SHOWN]):
+                    print(f"  {text[:WIDEST]}{' ...' if len(text) > WIDEST else ''}")
                 if len(findings[kind]) > SHOWN:
                     print(f"  ... and {len(findings[kind]) - SHOWN} more")
 

@@ -170,6 +170,8 @@ def test_a_link_that_leads_back_is_not_followed(tmp_path):
     (photos / "photos").symlink_to(photos)
     (photos / "cat" / "up").symlink_to(tmp_path)
     (photos / "dog" / "again").symlink_to("../dog", target_is_directory=True)
+    (photos / "dog" / "cats").symlink_to("../cat", target_is_directory=True)  # they are found as cats
+    (photos / "self").symlink_to("self")
     root = tmp_path / "data"
     root.mkdir()
     (root / "images").symlink_to(photos)
@@ -182,6 +184,22 @@ def test_a_link_to_elsewhere_is_followed(tmp_path):
     photographs(tmp_path, "dog/3.jpg")
     (tmp_path / "images" / "cat").symlink_to(tmp_path / "elsewhere" / "images")
     assert labels(tmp_path) == {"cat/0": ["cat"], "cat/1/2": ["cat"], "dog/3": ["dog"]}
+
+
+def test_a_link_that_leads_back_from_elsewhere_is_not_followed(tmp_path):
+    elsewhere = photographs(tmp_path / "elsewhere", "0.jpg", "1/2.jpg") / "images"
+    (elsewhere / "1" / "up").symlink_to(elsewhere)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "cat").symlink_to(elsewhere)
+    assert sorted(index_images([tmp_path / "images"]).files) == ["cat/0", "cat/1/2"]
+
+
+def test_blanks_around_names_are_no_part_of_the_id(tmp_path):
+    root = dataset(tmp_path, "a .jpg", "2024 /b.jpg", labels="id,labels\na ,cat\n2024 /b,dog\n")
+    assert sorted(build_source("folder", root).image_ids()) == ["2024/b", "a"]
+    assert labels(root) == {"a": ["cat"], "2024/b": ["dog"]}
+    with pytest.raises(UserError, match="has the same id as"):
+        build_source("folder", photographs(root, "a.jpg"))
 
 
 def test_files_of_systems_are_passed_over(folder_copy):
@@ -263,8 +281,11 @@ def test_a_name_that_is_not_utf8_is_refused_by_name(tmp_path, capsys):
 
 
 def test_lists_in_files_of_other_kinds_are_refused(tmp_path):
-    (tmp_path / "train.csv").touch()
-    with pytest.raises(UserError, match=r"train\.csv: not a list of ids\. Save it as train\.txt"):
+    (tmp_path / "train").mkdir()
+    with pytest.raises(UserError, match=r"train: not a list of ids\. Save one as train\.txt"):
+        index_splits(tmp_path)
+    (tmp_path / "dev.csv").touch()
+    with pytest.raises(UserError, match=r"dev\.csv: not a list of ids\. Save one as dev\.txt"):
         index_splits(tmp_path)
     (tmp_path / "val.TXT").touch()
     assert list(index_splits(tmp_path)) == ["val"]
@@ -293,6 +314,7 @@ def test_lists_beside_the_folder_of_lists_are_refused(tmp_path):
         ("ROBIN.PNG", ": write ids as the files are called (2024/Robin)"),
         ("wren", ""),
         ("0003", ""),
+        ("1.0", ": write leading zeros (have a spreadsheet take the column for text) (0001)"),
         ("twin", ""),  # a/twin or b/twin
         ("", ""),
     ],
