@@ -58,7 +58,16 @@ from torch import nn
 
 from datasets import DataSource, build_source
 from models import load_model
-from tools.cam import cam_labels, load_cams, multi_scale_cams, multi_scale_logits, save_cams, stride4_size
+from tools.cam import (
+    cam_labels,
+    enlarged_argmax,
+    load_cams,
+    multi_scale_cams,
+    multi_scale_logits,
+    save_cams,
+    stride4_size,
+    working_photograph,
+)
 from tools.checkpoint import check_classes, fingerprint
 from tools.crf import CAM_SETTINGS, mean_field, unary_from_labels
 from tools.devices import select_device
@@ -109,7 +118,6 @@ class Predictor:
         self.model, self.source, self.outputs = model, source, outputs
         self.device = next(model.parameters()).device
         self.folders = {"cams": folder / "cams", "masks": folder / "masks", "pseudos": folder / outputs.pseudos_name}
-        self.empty = 0  # images with classes, but without a CAM logit above 0 for any of them
 
     def path(self, kind: str, image_id: str) -> Path:
         """The file of `kind` ('cams', 'masks' or 'pseudos') of an image."""
@@ -135,37 +143,51 @@ class Predictor:
         return [image_id for image_id in ids if not all(self.path(kind, image_id).exists() for kind in wanted)]
 
     @torch.inference_mode()
-    def __call__(self, image_id: str) -> None:
-        """Write the missing files of one image."""
-        photograph = self.source.photograph(image_id).to(self.device)
+    def __call__(self, image_id: str) -> bool:
+        """Write the missing files of one image.
+
+        Returns:
+            Whether its CAMs were made and are empty, though it has classes.
+        """
+        photograph, is_empty = self.source.photograph(image_id), False
         for kind in self.outputs.wanted:
-            if kind != "pseudos" and not self.path(kind, image_id).exists():
-                save_cams(self.path(kind, image_id), *self._maps(kind, photograph, image_id))
-        if "pseudos" in self.outputs.wanted and not self.path("pseudos", image_id).exists():
-            self._save_pseudo_mask(photograph, image_id)
+            path = self.path(kind, image_id)
+            if not path.exists() and kind == "pseudos":
+                save_mask(path, self._pseudo_mask(photograph, image_id), self.source.info.palette)
+            elif not path.exists():
+                keys, cam, hr_cam = self._maps(kind, photograph, image_id)
+                save_cams(path, keys, cam, hr_cam)
+                is_empty |= kind == "cams" and len(keys) > 1 and not hr_cam.any()
+        return is_empty
 
     def _maps(self, kind: str, photograph: torch.Tensor, image_id: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        label = torch.from_numpy(self.source.image_label(image_id))
+        """The arrays of a CAM file; `kind` is cams or masks."""
+        label, size = torch.from_numpy(self.source.image_label(image_id)), tuple(photograph.shape[-2:])
+        image = normalize(working_photograph(photograph, self.outputs.views).to(self.device))
         views = asdict(self.outputs.views)
         if kind == "cams":
-            keys, cam, hr_cam = multi_scale_cams(cam_forward(self.model), normalize(photograph), label, **views)
-            self.empty += len(keys) > 1 and not hr_cam.any()
-            return keys, cam, hr_cam
+            return multi_scale_cams(cam_forward(self.model), image, label, **views, size=size)
         forward = lambda images: self.model(images, representations=False)["seg_logits"]  # noqa: E731
-        logits = multi_scale_logits(forward, normalize(photograph), **views)
-        return segmentation_maps(logits, label, self.outputs.reading)
+        return segmentation_maps(multi_scale_logits(forward, image, **views), label, size, self.outputs.reading)
 
-    def _save_pseudo_mask(self, photograph: torch.Tensor, image_id: str) -> None:
-        kind, crf = self.outputs.pseudos_from, self.outputs.crf
+    def _pseudo_mask(self, photograph: torch.Tensor, image_id: str) -> np.ndarray:
+        """Class indices uint8 [H,W] from the maps, which are read if they were written."""
+        kind, crf, size = self.outputs.pseudos_from, self.outputs.crf, photograph.shape[-2:]
         stored = self.path(kind, image_id)
         keys, _, maps = load_cams(stored) if stored.exists() else self._maps(kind, photograph, image_id)
-        threshold = self.outputs.threshold if kind == "cams" else background_map(maps, self.outputs.reading)
-        labels = torch.from_numpy(cam_labels(maps, threshold)).to(self.device)
-        if crf.iterations and len(keys) > 1:
-            unary = unary_from_labels(labels[None], len(keys), crf.gt_prob)
-            refined = mean_field(photograph, unary, CAM_SETTINGS, crf.iterations, backend=crf.backend)
-            labels = refined[0].argmax(dim=0)
-        save_mask(self.path("pseudos", image_id), keys[labels.cpu().numpy()], self.source.info.palette)
+        if not crf.iterations or len(keys) == 1:
+            return keys[cam_labels(maps, self._background(maps))].astype(np.uint8)
+        working = working_photograph(photograph, self.outputs.views)
+        maps = resize_maps(torch.from_numpy(maps)[None], working.shape[-2:])[0].numpy()
+        labels = torch.from_numpy(cam_labels(maps, self._background(maps))).to(self.device)
+        unary = unary_from_labels(labels[None], len(keys), crf.gt_prob)
+        refined = mean_field(working.to(self.device), unary, CAM_SETTINGS, crf.iterations, backend=crf.backend)
+        return keys[enlarged_argmax(refined, size).cpu().numpy()].astype(np.uint8)
+
+    def _background(self, maps: np.ndarray) -> float | np.ndarray:
+        """What the maps [n,H,W] compete with: the threshold, or the background of the segmentation branch."""
+        cams = self.outputs.pseudos_from == "cams"
+        return self.outputs.threshold if cams else background_map(maps, self.outputs.reading)
 
 
 def cam_forward(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -175,9 +197,9 @@ def cam_forward(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def segmentation_maps(
-    logits: torch.Tensor, label: torch.Tensor, reading: str
+    logits: torch.Tensor, label: torch.Tensor, size: tuple[int, int], reading: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Segmentation logits f32[1,K+1,H,W] as a CAM file's arrays, read like `tools.pseudo_labels.teacher_labels`.
+    """Segmentation logits f32[1,K+1,h,w] as a CAM file's arrays at `size`, read like teacher labels.
 
     "present": softmax over the background and the image's classes. "foreground": p_fg = 1 - p_bg over all classes,
     shared among the image's classes in proportion. Only the foreground maps are kept, as in every CAM file; the
@@ -189,8 +211,8 @@ def segmentation_maps(
     else:
         background = logits.softmax(dim=1)[:, :1]
         probabilities = torch.cat([background, (1 - background) * logits[:, keys[1:]].softmax(dim=1)], dim=1)
-    low = resize_maps(probabilities, stride4_size(*logits.shape[-2:]))
-    return keys.numpy(), low[0, 1:].cpu().numpy(), probabilities[0, 1:].cpu().numpy()
+    low, high = (resize_maps(probabilities, place)[0, 1:].cpu().numpy() for place in (stride4_size(*size), size))
+    return keys.numpy(), low, high
 
 
 def background_map(maps: np.ndarray, reading: str) -> np.ndarray:
@@ -233,11 +255,11 @@ def main(args: argparse.Namespace) -> None:
     pending = predict.pending(ids)
     print(f"{len(ids)} images of '{args.domain}', {len(ids) - len(pending)} done already; writing to {folder}")
     mine = parallel.share(ids, pending)
-    for image_id in parallel.progress(mine, desc="inference", unit="image"):
-        predict(image_id)
-    if predict.empty > len(mine) / 10:
+    done = parallel.thread_map(predict, mine, parallel.own_workers(args.num_workers))
+    empty = sum(parallel.progress(done, desc="inference", unit="image", total=len(mine)))
+    if empty > len(mine) / 10:
         print(
-            f"Warning: the CAMs of {predict.empty} of {len(mine)} images are empty; {weights} does not see their "
+            f"Warning: the CAMs of {empty} of {len(mine)} images are empty; {weights} does not see their "
             "classes. Train it for longer, or at a lower learning rate (puzzle, poc, pnoc: or with a lower --w_re)."
         )
     for kind in outputs.wanted:

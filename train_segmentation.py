@@ -16,6 +16,7 @@ shared by several GPUs (SETUP.md):
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 from pathlib import Path
 
@@ -64,7 +65,7 @@ from datasets.transforms import segmentation_geometry
 from models import build_model, load_model
 from models.restore import restore
 from tools import distributed
-from tools.cam import multi_scale_logits
+from tools.cam import enlarged_argmax, multi_scale_logits, working_photograph
 from tools.checkpoint import check_classes, fingerprint
 from tools.crf import SEGMENTATION_SETTINGS, mean_field, unary_from_probabilities
 from tools.devices import select_device
@@ -115,14 +116,16 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
 @torch.inference_mode()
 def segment(model: nn.Module, photograph: torch.Tensor, views: options.Views, crf: options.CRF) -> torch.Tensor:
-    """Class indices int64 [H,W] of a photograph, uint8 RGB [1,3,H,W]."""
+    """Class indices int64 [H,W] of a photograph, uint8 RGB [1,3,H,W], on the model's device."""
+    size = photograph.shape[-2:]
+    photograph = working_photograph(photograph, views).to(next(model.parameters()).device)
     forward = lambda images: model(images)["seg_logits"]  # noqa: E731
     logits = multi_scale_logits(forward, normalize(photograph), **dataclasses.asdict(views))
     probabilities = logits.softmax(dim=1)
     if crf.iterations:
         unary = unary_from_probabilities(probabilities)
         probabilities = mean_field(photograph, unary, SEGMENTATION_SETTINGS, crf.iterations, backend=crf.backend)
-    return probabilities[0].argmax(dim=0)
+    return enlarged_argmax(probabilities, size)
 
 
 def predict(args: argparse.Namespace, device: torch.device) -> None:
@@ -148,16 +151,21 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
     wanted = [(masks, "png"), (overlays, "jpg")] if args.save_overlays else [(masks, "png")]
     pending = [i for i in ids if not all((kind / f"{i}.{suffix}").exists() for kind, suffix in wanted)]
     print(f"{len(ids)} images of '{name}', {len(ids) - len(pending)} done already; writing to {folder}")
-    for image_id in parallel.progress(parallel.share(ids, pending), desc="predicting", unit="image"):
+
+    def work(image_id: str) -> None:
         path, photograph = masks / f"{image_id}.png", source.photograph(image_id)
         if path.exists():
             mask = load_mask(path)
         else:
-            mask = segment(model, photograph.to(device), views, crf).cpu().numpy()
+            mask = segment(model, photograph, views, crf).cpu().numpy()
             save_mask(path, mask, source.info.palette)
         if args.save_overlays:
             image = photograph[0].permute(1, 2, 0).numpy()
             save_overlay(overlays / f"{image_id}.jpg", image, mask, source.info)
+
+    mine = parallel.share(ids, pending)
+    done = parallel.thread_map(work, mine, parallel.own_workers(args.num_workers))
+    collections.deque(parallel.progress(done, desc="predicting", unit="image", total=len(mine)), maxlen=0)
     for kind, _ in wanted:
         print(f"{kind.name}: {kind}")
     if not args.images:

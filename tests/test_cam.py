@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tools.cam import cam_labels, load_cams, multi_scale_cams, multi_scale_logits, save_cams, scaled_views, stride4_size
+from tools.cam import (
+    cam_labels,
+    enlarged_argmax,
+    load_cams,
+    multi_scale_cams,
+    multi_scale_logits,
+    save_cams,
+    scaled_views,
+    stride4_size,
+    working_photograph,
+)
 from tools.errors import UserError
+from tools.options import Views
 
 SIZES = [(33, 48), (37, 29), (1, 17)]
 
@@ -83,6 +97,34 @@ def test_multi_scale_logits_are_the_plain_means(forward, size):
         total += resized(forward(view), size) + resized(forward(view.flip(-1)).flip(-1), size)
     logits = multi_scale_logits(forward, image, scales=[0.5, 1], hflip=True)
     torch.testing.assert_close(logits, total / 4)
+
+
+@pytest.mark.parametrize(
+    "size, expected", [((640, 480), (640, 480)), ((2000, 1000), (1280, 640)), ((1, 5000), (1, 1280))]
+)
+def test_photographs_are_reduced_to_the_working_size(size, expected):
+    photograph = torch.full((1, 3, *size), 7, dtype=torch.uint8)
+    views = Views(scales=(0.5, 2), hflip=True, long_side=512)
+    working = working_photograph(photograph, views)
+    assert tuple(working.shape[-2:]) == expected and working.dtype == torch.uint8 and (working == 7).all()
+    assert working_photograph(photograph, dataclasses.replace(views, long_side=3000)) is photograph
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 5), st.tuples(st.integers(1, 7), st.integers(1, 7)), st.tuples(st.integers(1, 9), st.integers(1, 9))
+)
+def test_enlarged_argmax_is_that_of_the_enlarged_maps(classes, small, large):
+    maps = torch.randint(0, 4, (1, classes, *small)).float()  # with ties: the first class wins
+    assert torch.equal(enlarged_argmax(maps, large), resized(maps, large)[0].argmax(dim=0))
+
+
+def test_cams_of_a_reduced_photograph_have_the_size_of_the_photograph(forward):
+    image, label = image_of((33, 48)), torch.tensor([1.0, 0, 1, 0])
+    _, cam, hr_cam = multi_scale_cams(forward, image, label, scales=[1], hflip=False, size=(66, 95))
+    expected = slow_cams(forward, image, label, [1], False, (66, 95))
+    np.testing.assert_allclose(hr_cam, expected, atol=1e-5)
+    assert cam.shape == (2, 17, 24)
 
 
 def test_a_mirrored_image_has_mirrored_maps(forward):

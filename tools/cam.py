@@ -25,6 +25,10 @@ import torch.nn.functional as F
 from tools.errors import UserError
 from tools.files import atomic_write
 from tools.maps import fit, resize_maps
+from tools.options import Views
+
+WORKING_SIDE = 1280
+"""Pixels; longer photographs are reduced to this before anything looks at them."""
 
 _DAMAGED = (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, ImportError)
 _DAMAGED += (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError)
@@ -74,6 +78,7 @@ def multi_scale_cams(
     scales: Sequence[float],
     hflip: bool,
     long_side: float = math.inf,
+    size: tuple[int, int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """CAMs of one image, summed over scales and flips (IRN, Ahn et al., CVPR 2019).
 
@@ -83,13 +88,14 @@ def multi_scale_cams(
         label: f32[K], 1 for the classes in the image.
         scales, long_side: see `scaled_views`.
         hflip: also use the mirrored image.
+        size: (H, W) of the photograph, if `image` is a reduced one.
 
     Returns:
         keys int64 [n+1], cam f32[n, ceil(H/4), ceil(W/4)] and hr_cam f32[n,H,W] (see the module docstring).
     """
     present = label.nonzero().flatten()
     keys = np.concatenate([[0], 1 + present.cpu().numpy()]).astype(np.int64)
-    size = image.shape[-2:]
+    size = size or image.shape[-2:]
     if len(present) == 0:
         return keys, np.zeros((0, *stride4_size(*size)), np.float32), np.zeros((0, *size), np.float32)
     cam = hr_cam = 0
@@ -110,8 +116,39 @@ def multi_scale_logits(
 ) -> torch.Tensor:
     """Mean segmentation logits f32[1,C,H,W] of the normalised image f32[1,3,H,W] over scales and flips."""
     views = scaled_views(image, scales, long_side)
-    maps = [resize_maps(m, image.shape[-2:]) for view in views for m in flipped_pair(forward, view, hflip)]
-    return torch.stack(maps).mean(dim=0)
+    total = 0
+    for view in views:
+        for maps in flipped_pair(forward, view, hflip):
+            total = total + resize_maps(maps, image.shape[-2:])
+    return total / (len(views) * (1 + hflip))
+
+
+def working_photograph(photograph: torch.Tensor, views: Views) -> torch.Tensor:
+    """The photograph, uint8 RGB [1,3,H,W], reduced to `WORKING_SIDE` pixels (or its largest view) where it is longer.
+
+    Networks see photographs at most as long as their largest view, and the dense CRF was set for pictures of that size:
+    what lies in between costs memory only. `enlarged_argmax` brings the result back.
+    """
+    limit = max(WORKING_SIDE, views.long_side * max(views.scales))
+    height, width = photograph.shape[-2:]
+    factor = fit(height, width, limit)
+    if factor == 1:
+        return photograph
+    size = [max(1, round(height * factor)), max(1, round(width * factor))]
+    return F.interpolate(photograph, size, mode="bilinear", antialias=True)
+
+
+def enlarged_argmax(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Argmax over C of maps f32[1,C,h,w] enlarged to size (H, W): int64 [H,W], one map of full size at a time."""
+    if tuple(maps.shape[-2:]) == tuple(size):
+        return maps[0].argmax(dim=0)
+    best = resize_maps(maps[:, :1], size)[0, 0]
+    index = torch.zeros(size, dtype=torch.long, device=maps.device)
+    for c in range(1, maps.shape[1]):
+        score = resize_maps(maps[:, c : c + 1], size)[0, 0]
+        index.masked_fill_(score > best, c)
+        best = torch.maximum(best, score)
+    return index
 
 
 def save_cams(path: Path, keys: np.ndarray, cam: np.ndarray, hr_cam: np.ndarray) -> None:

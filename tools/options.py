@@ -132,7 +132,10 @@ def add_workers(group: argparse._ActionsContainer) -> None:
     """--num_workers."""
     default = min(8, os.cpu_count() or 1)
     group.add_argument(
-        "--num_workers", type=cli.count, default=default, help="helper processes on this machine; 0: none"
+        "--num_workers",
+        type=cli.count,
+        default=default,
+        help="helpers on this machine: processes that load, or images predicted at a time; 0: none",
     )
 
 
@@ -265,7 +268,7 @@ def loader_arguments(args: argparse.Namespace) -> dict[str, object]:
     return {
         "shuffle": True,
         "drop_last": True,
-        "num_workers": -(-args.num_workers // parallel.local_world_size()),
+        "num_workers": parallel.own_workers(args.num_workers),
         "seed": args.seed,
         "steps_per_epoch": args.max_steps,
         "rank": parallel.rank(),

@@ -15,6 +15,7 @@ import multiprocessing.pool
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import cv2
@@ -48,6 +49,11 @@ def local_world_size() -> int:
 def is_main() -> bool:
     """Whether this is the process that speaks, and writes checkpoints and logs."""
     return rank() == 0
+
+
+def own_workers(workers: int) -> int:
+    """This process's part of the `workers` of the machine."""
+    return -(-workers // local_world_size())
 
 
 def share(items: Sequence[Item], pending: Iterable[Item] | None = None) -> Sequence[Item]:
@@ -84,6 +90,28 @@ def run_jobs(work: Callable[[Any], Any], jobs: Sequence, workers: int, name: str
         return
     with process_pool(workers, _start, work) as pool:
         yield from bar(pool.imap(_call, jobs, chunksize=max(1, min(CHUNK, len(jobs) // (4 * workers)))))
+
+
+def thread_map(work: Callable[[Item], Any], items: Sequence[Item], threads: int) -> Iterator:
+    """Yield work(item) for every item, in their order, from `threads` threads that share PyTorch's cores.
+
+    For work on tensors: several images at a time gain more from several cores than the operations on one image do, and
+    a GPU need not wait for files. With one thread at most, everything happens in this one, on all cores.
+    """
+    threads = min(threads, len(items))
+    if threads <= 1:
+        yield from map(work, items)
+        return
+    import torch
+
+    allowed = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(
+            threads, initializer=torch.set_num_threads, initargs=(max(1, allowed // threads),)
+        ) as pool:
+            yield from pool.map(work, items)
+    finally:
+        torch.set_num_threads(allowed)  # some libraries took the threads' 1 for everybody's
 
 
 @contextlib.contextmanager

@@ -27,8 +27,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import EllipsisType
 
@@ -39,6 +38,7 @@ from torch import Tensor
 from tools.crf.lattice import Kernel
 from tools.errors import UserError
 from tools.options import CRF_BACKENDS
+from tools.parallel import thread_map
 
 
 @dataclass(frozen=True)
@@ -133,25 +133,16 @@ def mean_field(
         parts = [(slice(start, start + step),) for start in range(0, len(images), step)]
     else:
         parts = [(slice(i, i + 1), ..., slice(height), slice(width)) for i, (height, width) in enumerate(sizes)]
-    solve = lambda part: infer(images[part], energy[part], settings, iterations)  # noqa: E731
-    for part, result in zip(parts, _map(solve, parts, images.device), strict=True):
+
+    @torch.inference_mode()  # what a thread is told about gradients holds for no other
+    def solve(part: Part) -> Tensor:
+        return infer(images[part], energy[part], settings, iterations)
+
+    # On a CPU a thread per part: operations on so few pixels gain nothing from several threads.
+    threads = torch.get_num_threads() if images.device.type == "cpu" else 1
+    for part, result in zip(parts, thread_map(solve, parts, threads), strict=True):
         q[part] = result
     return q.reshape(unary.shape)
-
-
-def _map(function: Callable[[Part], Tensor], parts: list[Part], device: torch.device) -> Iterator[Tensor]:
-    """`map`; on a CPU with a thread per part, because operations on so few pixels gain nothing from several threads."""
-    allowed = torch.get_num_threads()
-    threads = min(allowed, len(parts))
-    if device.type != "cpu" or threads <= 1:
-        yield from map(function, parts)
-        return
-    within = torch.inference_mode()(function)  # what a thread is told about gradients holds for no other
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield from pool.map(within, parts)
-    finally:
-        torch.set_num_threads(allowed)  # some libraries took the threads' 1 for everybody's
 
 
 def _check(images: Tensor, unary: Tensor, backend: str) -> None:
