@@ -320,19 +320,14 @@ def merge_file(info: DatasetInfo, options: dict[str, object], folder: Path, job:
         process is at this mask.
 
     Raises:
-        UserError: mask and proposals differ in size, or the mask has a class that the dataset has not.
+        UserError: a file cannot be used, the two differ in size, or the mask has a class that the dataset has not.
     """
     pseudo_mask = read_mask(job.pseudo_mask, info)
     before = with_ignore_last(info, pseudo_mask)
     if not job.refined.exists():
         with claim(folder, job.refined) as mine:
             if mine and not job.refined.exists():
-                masks = load_proposals(job.proposals)
-                if masks.size != pseudo_mask.shape:
-                    raise UserError(
-                        f"{job.pseudo_mask}: {pseudo_mask.shape[1]}x{pseudo_mask.shape[0]} pixels, but its proposals "
-                        f"have {masks.size[1]}x{masks.size[0]}. Make both from the same images."
-                    )
+                masks = load_proposals(job.proposals, pseudo_mask.shape)
                 save_mask(job.refined, merge_masks(pseudo_mask, masks, **options), info.palette)
             elif not mine:
                 return None

@@ -59,7 +59,7 @@ class Image:
 
     def ours(self, pseudo_mask: np.ndarray) -> np.ndarray:
         """Merge from one RLE file."""
-        return merge_masks(pseudo_mask, load_proposals(self.folder / "proposals.json"))
+        return merge_masks(pseudo_mask, load_proposals(self.folder / "proposals.json", pseudo_mask.shape))
 
 
 def main(args: argparse.Namespace) -> None:

@@ -11,9 +11,9 @@ import torch
 from pycocotools import mask as coco_rle
 from segment_anything.utils.amg import mask_to_rle_pytorch
 
-from tests.test_runs import texts
 from tools.errors import UserError
 from tools.proposals.files import MaskFiles
+from tools.rle import encode
 
 SIZE = (9, 14)
 MASKS = np.random.default_rng(0).random((12, *SIZE)) < 0.4
@@ -31,7 +31,8 @@ def write_folder(folder, masks):
 
 
 def records(masks):
-    return [{"segmentation": {"size": list(SIZE), **rle}, "area": 1} for rle in texts(masks)]
+    rles = [{"size": list(SIZE), "counts": rle["counts"].decode()} for rle in encode(masks)]
+    return [{"segmentation": rle, "area": 1} for rle in rles]
 
 
 def read(root):
@@ -73,7 +74,7 @@ def test_what_is_missing_is_named(tmp_path):
 
 def test_masks_of_another_image_are_named(tmp_path):
     write_folder(tmp_path / "a", MASKS[:, :-1])
-    with pytest.raises(UserError, match=r"0.png: masks of 14x8 pixels, but the image has 14x9"):
+    with pytest.raises(UserError, match=r"0.png: a mask of 14x8 pixels, but the image has 14x9"):
         read(tmp_path)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "a.json").write_text(json.dumps(records(MASKS)).replace("[9, 14]", "[14, 9]"))

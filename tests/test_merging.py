@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from tools.merging import merge_masks
 from tools.options import MERGE_MODES as MODES
 from tools.options import MERGE_ORDERS as ORDERS
-from tools.proposals import encode
-from tools.runs import Runs
+from tools.rle import encode
 
 GOLDEN = Path(__file__).parent / "golden" / "sam_merge.npz"
 
@@ -48,12 +47,6 @@ def literal_rule(pseudo, masks, mode, order, inside_threshold=0.5, recall_thresh
     return refined
 
 
-def rle_runs(masks):
-    """The masks as they come from a proposal file."""
-    rles = [{"counts": rle["counts"].decode()} for rle in encode(masks)]
-    return Runs.from_rle(rles, masks.shape[1:])
-
-
 @st.composite
 def cases(draw):
     height, width, count = draw(st.integers(1, 7)), draw(st.integers(1, 7)), draw(st.integers(0, 8))
@@ -82,7 +75,7 @@ def test_equals_the_literal_rule(case, mode, order):
     pseudo, masks = case
     expected = literal_rule(pseudo, masks, mode, order)
     np.testing.assert_array_equal(merge_masks(pseudo, masks, mode, order=order), expected)
-    np.testing.assert_array_equal(merge_masks(pseudo, rle_runs(masks), mode, order=order), expected)
+    np.testing.assert_array_equal(merge_masks(pseudo, encode(masks), mode, order=order), expected)
 
 
 @settings(max_examples=60, deadline=None)
@@ -163,7 +156,7 @@ def test_any_memory_layout(axes, shape):
 
 def test_wrong_sizes_and_names_are_named():
     pseudo = np.zeros((3, 4), np.uint8)
-    with pytest.raises(AssertionError, match="masks of"):
+    with pytest.raises(AssertionError, match="masks not of"):
         merge_masks(pseudo, np.zeros((1, 4, 3), bool))
     with pytest.raises(AssertionError, match="best"):
         merge_masks(pseudo, np.zeros((1, 3, 4), bool), "best")

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_rle
 
 from benchmarks.sam import build_tiny_sam
-from tests.test_runs import paint
 from tools.errors import UserError
-from tools.proposals import SamGenerator, encode, load_proposals, load_sam, save_proposals
+from tools.proposals import SamGenerator, load_proposals, load_sam, save_proposals
 from tools.proposals.regions import RegionGenerator, merge_regions
+from tools.rle import encode
 
 
 @pytest.fixture
@@ -38,7 +38,10 @@ def test_what_is_saved_is_what_is_loaded(tmp_path_factory, count, height, width,
     masks = np.random.default_rng(seed).random((count, height, width)) < 0.5
     path = tmp_path_factory.mktemp("proposals") / "image.json"
     save_proposals(path, masks)
-    np.testing.assert_array_equal(paint(load_proposals(path)), masks)
+    loaded = load_proposals(path, (height, width))
+    assert len(loaded) == count
+    for rle, mask in zip(loaded, masks, strict=True):
+        np.testing.assert_array_equal(coco_rle.decode(rle), mask)
 
 
 def test_pycocotools_reads_the_file(tmp_path):
@@ -57,25 +60,35 @@ def test_rle_and_arrays_make_the_same_file(tmp_path):
     save_proposals(tmp_path / "b.json", encode(masks), size=(6, 7))
     save_proposals(tmp_path / "none.json", [], size=(6, 7))
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
-    assert paint(load_proposals(tmp_path / "none.json")).shape == (0, 6, 7)
+    assert load_proposals(tmp_path / "none.json", (6, 7)) == []
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"image": {"height": 2, "width": 2}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", "7", '{"image": {}}', "\xff", '{"annotations": [{"segmentation": 1}]}']
+)
 def test_a_damaged_file_is_named(tmp_path, text):
     path = tmp_path / "broken.json"
-    path.write_text(text)
-    with pytest.raises(UserError, match="broken.json: not a proposal file"):
-        load_proposals(path)
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match="broken.json: not masks as COCO RLE"):
+        load_proposals(path, (2, 2))
+
+
+@pytest.mark.parametrize("counts", ["", "0", "\\u00e9", "J6", 5, None, [], [3], [3, 2], [5, -1], ["a"], [1e40], [[4]]])
+def test_damaged_counts_are_named(tmp_path, counts):
+    """pycocotools would read past the end of some of these, and never return from others."""
+    path = tmp_path / "broken.json"
+    masks = [{"segmentation": {"size": [2, 2], "counts": each}} for each in ([1, 3], counts)]
+    path.write_text(json.dumps({"annotations": masks}))
+    with pytest.raises(UserError, match="broken.json: not masks as COCO RLE"):
+        load_proposals(path, (2, 2))
 
 
 def test_masks_of_another_size_and_missing_files_are_named(tmp_path):
-    save_proposals(tmp_path / "a.json", encode(np.ones((1, 4, 4), bool)), size=(4, 4))
-    text = (tmp_path / "a.json").read_text().replace('"height":4', '"height":5')
-    (tmp_path / "a.json").write_text(text)
-    with pytest.raises(UserError, match="another size"):
-        load_proposals(tmp_path / "a.json")
-    with pytest.raises(UserError, match="no such proposals"):
-        load_proposals(tmp_path / "b.json")
+    save_proposals(tmp_path / "a.json", np.ones((1, 4, 5), bool))
+    with pytest.raises(UserError, match="a.json: masks of 5x4 pixels, but the image has 4x5"):
+        load_proposals(tmp_path / "a.json", (5, 4))
+    with pytest.raises(UserError, match="b.json: no such file"):
+        load_proposals(tmp_path / "b.json", (5, 4))
 
 
 def test_sam_takes_a_batch_of_images(checkpoint):

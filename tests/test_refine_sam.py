@@ -64,7 +64,7 @@ def test_both_stages_make_the_masks_that_the_rule_gives(project, capsys):
     run()
     for image_id in IDS:
         refined = load_mask(refined_folder() / f"{image_id}.png")
-        masks = load_proposals(proposals_folder() / f"{image_id}.json")
+        masks = load_proposals(proposals_folder() / f"{image_id}.json", (96, 96))
         np.testing.assert_array_equal(refined, merge_masks(load_mask(f"pseudos/{image_id}.png"), masks))
     text = capsys.readouterr().out
     assert "3 images, 0 done already" in text and "ball" in text and "pixels changed" in text and "Next:" in text
@@ -149,7 +149,7 @@ def test_mistakes_are_one_line(project, flags, message):
 
 def test_masks_of_another_size_or_dataset_are_named(project):
     save_mask("pseudos/b.png", np.zeros((9, 9), np.uint8), voc_palette())
-    with pytest.raises(UserError, match=r"b.png: 9x9 pixels, but its proposals have 96x96"):
+    with pytest.raises(UserError, match=r"b.json: masks of 96x96 pixels, but the image has 9x9"):
         run()
     save_mask("pseudos/b.png", np.full((96, 96), 7, np.uint8), voc_palette())
     with pytest.raises(UserError, match=r"b.png: holds the value 7"):

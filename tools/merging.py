@@ -3,21 +3,27 @@
 A pseudo mask knows what is in the image, a mask proposal knows where it ends. Every proposal that lies mostly inside
 one class of the pseudo mask takes that class:
 
-    refined = merge_masks(load_mask("pseudos/ID.png"), load_proposals("proposals-sam/ID.json"))
+    pseudo_mask = load_mask("pseudos/ID.png")
+    refined = merge_masks(pseudo_mask, load_proposals("proposals-sam/ID.json", pseudo_mask.shape))
+
+Masks stay run lengths (pycocotools) until the few that a class takes are painted.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+from pycocotools import mask as coco_rle
 
 from tools.maps import IGNORE_INDEX
 from tools.options import MERGE_MODES, MERGE_ORDERS
-from tools.runs import Runs, Stretches
+from tools.rle import encode
 
 
 def merge_masks(
     pseudo_mask: np.ndarray,
-    masks: np.ndarray | Runs,
+    masks: np.ndarray | Sequence[dict],
     mode: str = "max_iou_imp2",
     *,
     order: str = "class",
@@ -34,7 +40,7 @@ def merge_masks(
 
     Args:
         pseudo_mask: uint8 HxW, class indices: 0 background, 255 ignore.
-        masks: bool NxHxW, or as `load_proposals` reads them; in any order, overlapping or empty, or none at all.
+        masks: bool NxHxW, or COCO RLE as `load_proposals` reads it; in any order, overlapping or empty, or none at all.
         mode: which of SEPL's three rules.
         order: "class" offers each mask to every class (SEPL's released rule); "largest_overlap" offers it only to the
             foreground class that it shares most pixels with, the lowest index at a tie (SEPL's text).
@@ -47,31 +53,43 @@ def merge_masks(
     """
     assert mode in MERGE_MODES, f"mode is {mode!r}, not one of {MERGE_MODES}"
     assert order in MERGE_ORDERS, f"order is {order!r}, not one of {MERGE_ORDERS}"
-    size = masks.size if isinstance(masks, Runs) else masks.shape[1:]
-    assert size == pseudo_mask.shape, f"masks of {size} on a pseudo mask of {pseudo_mask.shape}"
-    runs = masks if isinstance(masks, Runs) else Runs.from_masks(masks)
-    pixels = runs.flatten(pseudo_mask)
-    labels = Stretches.of(pixels)
-    areas = labels.areas()
-    areas[[0, IGNORE_INDEX]] = 0
-    classes = np.flatnonzero(areas).astype(np.uint8)
-    overlaps = runs.overlaps(labels, classes)
-    wanted = overlaps / np.maximum(runs.areas(), 1)[:, None] > inside_threshold
+    masks = encode(masks) if isinstance(masks, np.ndarray) else masks
+    assert all(tuple(mask["size"]) == pseudo_mask.shape for mask in masks), f"masks not of {pseudo_mask.shape}"
+    pixels = np.bincount(pseudo_mask.ravel(), minlength=256)
+    pixels[[0, IGNORE_INDEX]] = 0
+    classes = np.flatnonzero(pixels)
+    regions = pseudo_mask == classes[:, None, None]
+    overlaps, areas = intersections(masks, encode(regions))
+    wanted = overlaps / np.maximum(areas, 1)[:, None] > inside_threshold
     if mode == "max_iou_imp2":
-        wanted |= overlaps / areas[classes] >= recall_threshold
+        wanted |= overlaps / pixels[classes] >= recall_threshold
     if order == "largest_overlap" and len(classes):
         wanted &= np.arange(len(classes)) == overlaps.argmax(axis=1, keepdims=True)
 
-    # Class k takes the masks that no class before it wanted; the last group is of those that nobody wants.
-    taker = np.column_stack((wanted, np.ones(len(wanted), dtype=bool))).argmax(axis=1)
-    *claims, covered = runs.unions(np.where(overlaps.any(axis=1), taker, -1), len(classes) + 1)
-    refined = np.zeros_like(pixels)
-    for class_index, claim in zip(reversed(classes), reversed(claims), strict=True):
-        covered |= claim  # by the masks that are free when it is this class's turn
+    refined = np.zeros(pseudo_mask.shape, np.uint8)
+    free = np.ones(len(masks), bool)
+    for index, region, overlap, wants in zip(classes, regions, overlaps.T, wanted.T, strict=True):
+        taken = union(masks, free & wants, region.shape)
         if mode != "max_iou":
-            claim |= (pixels == class_index) & ~covered
-        # Of classes that overlap the later one stays, and it has the larger index.
-        np.maximum(refined, claim * class_index, out=refined)
+            taken |= region & ~union(masks, free & (overlap > 0), region.shape)
+        refined[taken] = index
+        free &= ~wants
     if keep_ignore:
-        refined[(refined == 0) & (pixels == IGNORE_INDEX)] = IGNORE_INDEX
-    return runs.unflatten(refined)
+        refined[(refined == 0) & (pseudo_mask == IGNORE_INDEX)] = IGNORE_INDEX
+    return refined
+
+
+def intersections(masks: Sequence[dict], regions: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels that each mask shares with each region, int64 [N, n], and pixels of each mask, int64 [N]."""
+    if not masks or not regions:
+        return np.zeros((len(masks), len(regions)), np.int64), np.zeros(len(masks), np.int64)
+    areas = coco_rle.area(masks).astype(np.int64)
+    # With a "crowd", the IoU is the share of the mask. Rounded, its product with the area is the count, exactly.
+    shares = coco_rle.iou(masks, regions, [1] * len(regions))
+    return np.rint(shares * areas[:, None]).astype(np.int64), areas
+
+
+def union(masks: Sequence[dict], chosen: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The pixels of size HxW that the `chosen` masks (bool [N]) cover, bool [H, W]."""
+    parts = [masks[index] for index in np.flatnonzero(chosen)]
+    return coco_rle.decode(coco_rle.merge(parts)).view(bool) if parts else np.zeros(size, bool)

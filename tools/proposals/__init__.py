@@ -3,7 +3,7 @@
     generator = SamGenerator(load_sam("sam_vit_h_4b8939.pth", "vit_h", device), dtype=torch.bfloat16)
     for image_id, masks in zip(ids, generator(ids, images)):
         save_proposals(f"proposals-sam/{image_id}.json", masks, size)
-    runs = load_proposals("proposals-sam/ID.json")  # what tools.merging takes
+    masks = load_proposals("proposals-sam/ID.json", size)  # what tools.merging takes
 
 A file is JSON in the layout of the SA-1B dataset, with masks as compressed COCO RLE:
 
@@ -28,7 +28,7 @@ from pycocotools import mask as coco_rle
 from tools.errors import UserError
 from tools.files import atomic_write
 from tools.proposals.generator import MaskGenerator
-from tools.runs import Runs
+from tools.rle import check_counts, encode
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
@@ -115,39 +115,46 @@ def save_proposals(
         size = masks.shape[1:]
         masks = encode(masks)
     assert size is not None, "RLE masks without the size of their image"
+    height, width = map(int, size)
+    counts = [_text(mask["counts"], size) for mask in masks]
     content = {
-        "image": {"height": int(size[0]), "width": int(size[1])},
-        "annotations": [{"segmentation": {"size": [int(n) for n in size], "counts": _text(rle)}} for rle in masks],
+        "image": {"height": height, "width": width},
+        "annotations": [{"segmentation": {"size": [height, width], "counts": text}} for text in counts],
     }
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, separators=(",", ":")), encoding="ascii")
 
 
-def encode(masks: np.ndarray) -> list[dict]:
-    """Compressed COCO RLE of masks bool [N, H, W]."""
-    # pycocotools wants the masks last and column-major: the transpose of [N, W, H] is that, after one copy.
-    return coco_rle.encode(np.ascontiguousarray(masks.transpose(0, 2, 1)).view(np.uint8).transpose(2, 1, 0))
+def load_proposals(path: str | os.PathLike, size: tuple[int, int]) -> list[dict]:
+    """Read the masks of one image of `size` (H, W), as COCO RLE with counts as text.
 
-
-def load_proposals(path: str | os.PathLike) -> Runs:
-    """Read the masks of one image.
+    Besides the layout above: a mere list of annotations, and counts as lists of numbers, as Segment Anything's `amg.py`
+    writes them.
 
     Raises:
-        UserError: the file is missing, is not a proposal file, or holds masks of different sizes.
+        UserError: the file is missing, damaged, not such a file, or its masks are of another size.
     """
     try:
         content = json.loads(Path(path).read_bytes())
-        size = [content["image"]["height"], content["image"]["width"]]
-        masks = [annotation["segmentation"] for annotation in content["annotations"]]
-        if any(mask["size"] != size for mask in masks):
-            raise ValueError("masks of another size than the image")
-        return Runs.from_rle(masks, tuple(size))
+        records = content["annotations"] if isinstance(content, dict) else content
+        masks = [record["segmentation"] for record in records]
+        for height, width in (mask["size"] for mask in masks):
+            if (height, width) != size:
+                raise UserError(
+                    f"{path}: masks of {width}x{height} pixels, but the image has {size[1]}x{size[0]}. "
+                    "Make both from the same images."
+                )
+        texts = [_text(mask["counts"], size) for mask in masks]
+        check_counts(texts, size[0] * size[1])
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such proposals. Run refine_sam.py --stage propose first.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a proposal file ({error}). Delete it and run --stage propose again.") from error
+        raise UserError(f"{path}: no such file of masks. Run refine_sam.py --stage propose first.") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise UserError(f"{path}: not masks as COCO RLE ({error}). Delete the file and make it again.") from error
+    return [{"size": list(size), "counts": text} for text in texts]
 
 
-def _text(rle: dict) -> str:
-    counts = rle["counts"]
+def _text(counts: str | bytes | Sequence[int], size: tuple[int, int]) -> str:
+    """Compressed counts as text; COCO also knows them as bytes and as a list of numbers."""
+    if isinstance(counts, list):
+        counts = coco_rle.frPyObjects({"size": list(size), "counts": counts}, *size)["counts"]
     return counts.decode("ascii") if isinstance(counts, bytes) else counts

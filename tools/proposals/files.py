@@ -12,17 +12,15 @@ Either of these is read for the image ID:
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from pycocotools import mask as coco_rle
 
 from tools.errors import UserError
 from tools.files import load_mask
-from tools.runs import Runs
+from tools.proposals import load_proposals
 
 
 class MaskFiles:
@@ -55,7 +53,7 @@ class MaskFiles:
         if (folder / "metadata.csv").is_file():
             return _read_pictures(folder, size)
         if file.is_file():
-            return _read_rle(file, size)
+            return load_proposals(file, size)
         raise UserError(f"{self.root}: no masks of {image_id}: neither {image_id}/metadata.csv nor {image_id}.json.")
 
 
@@ -70,35 +68,9 @@ def _read_pictures(folder: Path, size: tuple[int, int]) -> np.ndarray:
     for mask, name in zip(masks, names, strict=True):
         picture = load_mask(folder / f"{name}.png")
         if picture.shape != size:
-            raise UserError(_other_size(folder / f"{name}.png", picture.shape, size))
+            raise UserError(
+                f"{folder}/{name}.png: a mask of {picture.shape[1]}x{picture.shape[0]} pixels, but the image has "
+                f"{size[1]}x{size[0]}. Make both from the same images."
+            )
         mask[:] = picture > 0
     return masks
-
-
-def _read_rle(file: Path, size: tuple[int, int]) -> list[dict]:
-    try:
-        content = json.loads(file.read_bytes())
-        records = content["annotations"] if isinstance(content, dict) else content
-        masks = [_compressed(record["segmentation"]) for record in records]
-        for mask in masks:
-            if tuple(mask["size"]) != size:
-                raise UserError(_other_size(file, mask["size"], size))
-        Runs.from_rle(masks, size)  # finds damage
-        return masks
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: not masks as COCO RLE ({error}). Write them again.") from error
-
-
-def _compressed(mask: dict) -> dict:
-    """A mask's RLE with its counts as text; COCO also knows them as a list of numbers."""
-    if isinstance(mask["counts"], list):
-        mask = coco_rle.frPyObjects(mask, *mask["size"])
-        mask["counts"] = mask["counts"].decode("ascii")
-    return mask
-
-
-def _other_size(path: Path, found: Sequence[int], expected: Sequence[int]) -> str:
-    return (
-        f"{path}: masks of {found[1]}x{found[0]} pixels, but the image has {expected[1]}x{expected[0]}. "
-        "Make them from the same images."
-    )
