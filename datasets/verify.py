@@ -222,7 +222,7 @@ def verify(
         if look.digest:
             copies[look.digest].append(image_id)
     add_copies(copies.values(), domains_of, splits, findings["copies"])
-    for domain in (domain for domain in splits if domain not in published):
+    for domain in (domain for domain in splits if domain not in published or domain in scored):
         add_incomplete(domain, splits[domain], findings, scored=domain in scored)
     if not published:
         findings["unlisted"] += unlisted(source, lists)

@@ -106,6 +106,15 @@ def test_a_published_split_must_have_its_images_labels_and_masks(voc_copy):
     }
 
 
+def test_a_published_split_without_masks_may_be_asked_for_them(voc_copy):
+    published = {"train_aug": Published(4, masks=False)}
+    (voc_copy / "SegmentationClass" / "d.png").unlink()
+    source = build_source("voc12", voc_copy)
+    assert verify(source, published, 0)[1]["mask"] == []
+    text = "split 'train_aug': 3 of 4 images have masks, so it cannot be scored; the first without is 'd'"
+    assert verify(source, published, 0, scored=["train_aug"])[1]["mask"] == [text]
+
+
 def test_broken_labels_and_masks_are_bad(voc_copy):
     (voc_copy / "Annotations" / "a.xml").write_text("<annotation><object><name>cow boy</name></object></annotation>")
     (voc_copy / "SegmentationClass" / "b.png").write_bytes(b"no mask")
