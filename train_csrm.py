@@ -91,7 +91,16 @@ def add_csrm(parser: cli.Parser) -> None:
         default=6,
         help="rank beyond which a class is impossible (COCO: 12)",
     )
-    group.add_argument("--warmup_epochs", type=cli.count, default=1, help="first epochs with L_c and L_c2s only")
+    group.add_argument(
+        "--self_training",
+        choices=options.SELF_TRAINING,
+        default="on",
+        help="L_s2c, L_u and L_contra: on: after the warm-up; off: never; auto: once the teacher shows the classes and "
+        "until class logits fall",
+    )
+    group.add_argument(
+        "--warmup_epochs", type=cli.count, default=1, help="first epochs with L_c and L_c2s only (auto: at least)"
+    )
 
 
 if __name__ == "__main__":
@@ -105,10 +114,21 @@ from datasets.mixing import classmix, cutmix
 from datasets.transforms import PhotometricAugmentation, crop_geometry, train_geometry
 from models import build_model
 from models.restore import restore
-from tools import distributed
+from tools import distributed, parallel
 from tools.devices import select_device
 from tools.ema import Teacher, ema_decay
-from tools.losses import c2s_loss, entropy, multilabel_loss, s2c_loss, s2c_weight, unreliable_percent, unsupervised_loss
+from tools.files import save_json
+from tools.health import Health
+from tools.losses import (
+    c2s_loss,
+    certain_pixels,
+    entropy,
+    kept_loss,
+    multilabel_loss,
+    s2c_loss,
+    s2c_weight,
+    unreliable_percent,
+)
 from tools.maps import IGNORE_INDEX, normalize, resize_maps
 from tools.memory_bank import MemoryBank, contrastive_loss, entropy_masks
 from tools.pseudo_labels import mutual_promotion_labels, reliable_cam_labels, teacher_labels
@@ -154,6 +174,7 @@ class LossOptions:
     low_rank: int
     high_rank: int
     max_epoch: int
+    self_training: str
     warmup_epochs: int
 
 
@@ -172,11 +193,12 @@ class Criterion(nn.Module):
         super().__init__()
         self.options = options
         self.bank = MemoryBank(num_classes=num_classes, dim=dim) if options.weights["contra"] else None
+        self.health = Health(options.self_training, warmup_epochs=options.warmup_epochs, max_epoch=options.max_epoch)
 
     def needs_teacher(self, epoch: int) -> bool:
         """Whether this epoch's losses look at the teacher's uncertainty and representations."""
         weights = self.options.weights
-        return epoch >= self.options.warmup_epochs and bool(weights["u"] or weights["contra"])
+        return epoch >= self.health.warmup_epochs(epoch) and bool(weights["u"] or weights["contra"])
 
     def forward(self, student: dict[str, Tensor], teacher: dict[str, Tensor], targets: Targets, epoch: int) -> dict:
         """The losses of one mixed batch, by name; "loss" is their weighted sum.
@@ -185,13 +207,13 @@ class Criterion(nn.Module):
             student, teacher: outputs of `models.CSRM` for the mixed images (teacher: {} where not needed).
             epoch: counted from 0.
         """
-        options = self.options
+        options, warmup = self.options, self.health.warmup_epochs(epoch)
         terms = {"c": self.classification, "c2s": self.cam_to_segmentation}
-        if epoch >= options.warmup_epochs:
+        if epoch >= warmup:
             terms |= {"s2c": self.segmentation_to_cam, "u": self.unsupervised, "contra": self.contrast}
         losses = {name: term(student, teacher, targets, epoch) for name, term in terms.items() if options.weights[name]}
-        ramp = s2c_weight(epoch, options.max_epoch, options.warmup_epochs)
-        weights = {**options.weights, "s2c": options.weights["s2c"] * ramp}
+        ramp = s2c_weight(epoch, options.max_epoch, warmup)
+        weights = {**options.weights, "s2c": options.weights["s2c"] * ramp * self.health.s2c_factor(epoch)}
         return {"loss": sum(weights[name] * loss for name, loss in losses.items()), **losses}
 
     def classification(self, student: dict, teacher: dict, targets: Targets, epoch: int) -> Tensor:
@@ -215,8 +237,9 @@ class Criterion(nn.Module):
         _, labels = targets.teacher_labels.chunk(2)
         _, student_logits = student["seg_logits"].chunk(2)
         _, teacher_logits = teacher["seg_logits"].chunk(2)
-        uncertainty = entropy(teacher_logits, labels.shape[-2:])
-        return unsupervised_loss(student_logits, labels, uncertainty, 100 - self.alpha(epoch))
+        kept = certain_pixels(labels, entropy(teacher_logits, labels.shape[-2:]), 100 - self.alpha(epoch))
+        self.health.add("kept", kept & (labels > 0), labels > 0)
+        return kept_loss(student_logits, labels, kept)
 
     def contrast(self, student: dict, teacher: dict, targets: Targets, epoch: int) -> Tensor:
         """L_contra: pixels against class means and the memory bank, at stride 4."""
@@ -242,6 +265,22 @@ class Criterion(nn.Module):
     def alpha(self, epoch: int) -> float:
         """Per cent of the pixels that count as (un)certain in this epoch."""
         return unreliable_percent(epoch, self.options.max_epoch)
+
+    def observe(self, targets: Targets, class_logits: Tensor, image_labels: Tensor) -> None:
+        """Count what tells the run's health: labels as they are taught, and class logits before mixing.
+
+        Args:
+            class_logits, image_labels: float [2B,K], the teacher's logits and the labels of images that are not mixed.
+        """
+        add, labels, cam_labels = self.health.add, targets.teacher_labels, targets.cam_labels
+        add("class_logit", class_logits * (image_labels > 0), image_labels > 0)
+        present = targets.image_labels > 0
+        shown = nn.functional.pad(present, (1, 0)).zero_().scatter_(1, labels.flatten(1), True)[:, 1:]
+        add("vanished", present & ~shown, present)
+        reliable, objects = cam_labels != IGNORE_INDEX, labels[: len(cam_labels)] > 0
+        add("reliable", reliable, reliable.numel())
+        add("agreement", objects & (cam_labels > 0) & reliable, (objects | (cam_labels > 0)) & reliable)
+        add("confident", targets.confidence > self.options.s2c_sigma, labels.numel())
 
 
 def nearest(labels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -279,7 +318,7 @@ def train_step(
     """One step of CSRM up to its losses: teacher labels, mixing, student, losses."""
     # 1. The teacher looks at both halves.
     teacher_out = teacher(normalize(batch.images), representations=False)
-    seg_logits = teacher_out["seg_logits"]
+    seg_logits, class_logits = teacher_out["seg_logits"], teacher_out["class_logits"]
 
     # 2. Its CAMs become reliable pixel labels. Those of the unlabeled half serve only as material for mixing.
     mixes = labels.mix != "none" and random.random() < labels.mix_prob
@@ -302,6 +341,7 @@ def train_step(
 
     # 6. The five losses.
     targets = Targets(image_labels, cam_labels[: len(images) // 2], hard_labels, confidence)
+    criterion.observe(targets, class_logits, batch.image_labels)
     return criterion(student_out, teacher_out, targets, epoch)
 
 
@@ -376,6 +416,7 @@ def loss_options(args: argparse.Namespace) -> LossOptions:
         low_rank=args.contra_low_rank,
         high_rank=args.contra_high_rank,
         max_epoch=args.max_epoch,
+        self_training=args.self_training,
         warmup_epochs=args.warmup_epochs,
     )
 
@@ -404,6 +445,17 @@ def build_student(args: argparse.Namespace, num_classes: int) -> nn.Module:
     return student
 
 
+def report_health(health: Health, trainer: Trainer, epoch: int) -> None:
+    """End an epoch of `health`: a line on the console, TensorBoard, and TAG.health.json beside the checkpoint."""
+    record = {name: value for name, value in health.close().items() if value is not None}
+    trainer.log(epoch, {f"health/{name}": value for name, value in record.items()})
+    print("  ".join(["health", *(f"{name} {value:.4g}" for name, value in record.items())]))
+    if news := health.news():
+        print(news)
+    if parallel.is_main():
+        save_json(trainer.path.with_suffix(".health.json"), health.report())
+
+
 def main(args: argparse.Namespace) -> None:
     """Train, epoch by epoch, and say what to do next."""
     device = select_device(args.device)
@@ -416,7 +468,8 @@ def main(args: argparse.Namespace) -> None:
     teacher = Teacher(student)
     criterion = Criterion(loss_options(args), num_classes=source.info.num_classes, dim=args.decoder_channels).to(device)
     labels, augment = label_options(args), PhotometricAugmentation()
-    companions = {"teacher": teacher.module}
+    health = criterion.health
+    companions = {"teacher": teacher.module, "health": health}
     if criterion.bank is not None:
         companions["memory_bank"] = criterion.bank
     trainer = Trainer(
@@ -428,15 +481,18 @@ def main(args: argparse.Namespace) -> None:
         loaders=2,
         companions=companions,
     )
-    warmup = {"warmup_epochs": args.warmup_epochs, "updates_per_epoch": trainer.updates_per_epoch}
     for epoch in trainer.epochs():
+        warmup = {"warmup_epochs": health.warmup_epochs(epoch), "updates_per_epoch": trainer.updates_per_epoch}
         labeled.set_epoch(epoch)
         unlabeled.set_epoch(epoch)
         for batch in trainer.batches(epoch, batches(labeled, unlabeled, augment, device)):
             with trainer.autocast():
                 losses = train_step(batch, student, teacher, criterion, labels, epoch)
+            if trainer.batch == 0:
+                health.add_gradients(losses, student.backbone)
             if trainer.step(losses):
                 teacher.update(student, teacher_decay(epoch, trainer.updates, **warmup))
+        report_health(health, trainer, epoch)
         if args.domain_valid:
             trainer.log(epoch, validate(teacher.module, source, args.domain_valid, device, args.image_size))
     print(f"Next: python inference.py --tag {args.tag} --domain {args.domain_train}   (plus the data flags)")

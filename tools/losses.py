@@ -77,8 +77,7 @@ def s2c_loss(
 def unsupervised_loss(logits: Tensor, labels: Tensor, teacher_entropy: Tensor, percentile: float) -> Tensor:
     """L_u (U2PL, CVPR 2022): cross entropy with the teacher's labels on the pixels it is least uncertain about.
 
-    Pixels whose entropy is at or above the percentile (over the labelled pixels) are dropped; the mean over those kept
-    is multiplied by (all pixels, the ignored included) / (kept pixels).
+    The mean over these pixels is multiplied by (all pixels, the ignored included) / (kept pixels).
 
     Args:
         logits: float [B, C, h, w], of the student.
@@ -86,8 +85,17 @@ def unsupervised_loss(logits: Tensor, labels: Tensor, teacher_entropy: Tensor, p
         teacher_entropy: float [B, H, W] (`entropy`).
         percentile: in [0, 100]; 100 - alpha(e) (`unreliable_percent`).
     """
+    return kept_loss(logits, labels, certain_pixels(labels, teacher_entropy, percentile))
+
+
+def certain_pixels(labels: Tensor, teacher_entropy: Tensor, percentile: float) -> Tensor:
+    """The pixels that L_u keeps, bool [B, H, W]: labelled, and of an entropy below the percentile of the labelled."""
     labelled = labels != IGNORE_INDEX
-    kept = labelled & (teacher_entropy < masked_percentile(teacher_entropy, labelled, percentile))
+    return labelled & (teacher_entropy < masked_percentile(teacher_entropy, labelled, percentile))
+
+
+def kept_loss(logits: Tensor, labels: Tensor, kept: Tensor) -> Tensor:
+    """L_u on the pixels `kept`, bool [B, H, W]."""
     weight = labels.numel() * world_size() / all_reduce_sum(kept.sum()).clamp(min=1)
     return weight * cross_entropy(logits, labels.where(kept, IGNORE_INDEX))
 

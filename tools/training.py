@@ -40,7 +40,7 @@ SAME_FLAGS = (
 )
 """Flags that a resumed run must share with its beginning, as far as the script has them."""
 
-RESUME_ONLY = ("optimizer", "schedule", "scaler", "memory_bank", "opponent")
+RESUME_ONLY = ("optimizer", "schedule", "scaler", "memory_bank", "opponent", "health")
 """Entries dropped from the checkpoint of a finished run."""
 
 
