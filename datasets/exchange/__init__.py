@@ -1,0 +1,1 @@
+"""Masks to and from annotation tools: `python -m datasets.exchange --help`."""

@@ -1,0 +1,146 @@
+"""Masks to an annotation tool, and corrected ones back.
+
+    python -m datasets.exchange export --format cvat --dataset folder --data_dir birds \\
+        --masks_dir experiments/predictions/birds-csrm@train/sam-regions-max_iou_imp2 \\
+        --review experiments/reports/birds/review.csv --first 20 --output_dir worst
+    python -m datasets.exchange import --format cvat --dataset folder --data_dir birds \\
+        --masks_dir experiments/predictions/birds-csrm@train/sam-regions-max_iou_imp2 \\
+        --input corrected.zip --output_dir corrected
+
+`export` writes the photographs, upright, to OUTPUT_DIR/images, and beside them
+
+    cvat          masks.zip ("Segmentation mask 1.1"), labels.json (the labels of the task)
+    coco          instances.json (one object per class, RLE)
+    labelstudio   tasks.json (pre-annotations), config.xml (the labels); needs `pip install label-studio-sdk`
+
+`import` reads what the tool exports in the same format, and writes ID.png of every mask that is not as it was.
+docs/review.md goes through it step by step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from datasets import build_source
+from datasets.base import DataSource
+from datasets.exchange import coco, cvat, label_studio
+from datasets.exchange.labels import Item, Labels
+from tools import cli, options
+from tools.errors import UserError
+from tools.files import atomic_write, check_writable, load_mask, save_mask
+from tools.review import load_queue
+
+FORMATS = {"cvat": cvat, "coco": coco, "labelstudio": label_studio}
+SHOWN_BY_BROWSERS = (".jpg", ".jpeg", ".png", ".webp")
+
+
+def make_parser() -> cli.Parser:
+    """The command line of this module."""
+    parser = cli.Parser(__doc__)
+    parser.add_argument("direction", choices=["export", "import"], help="to the tool, or back from it")
+    group = options.add_dataset(parser, domain=("train", "split to export"))
+    group.add_argument("--masks_dir", type=Path, required=True, help="folder of the masks, ID.png")
+    group = parser.add_argument_group("exchange")
+    group.add_argument("--format", required=True, choices=list(FORMATS), help="of which tool")
+    group.add_argument("--review", type=Path, metavar="FILE", help="export in the order of this review.csv (report.py)")
+    group.add_argument("--first", type=cli.positive_int, metavar="N", help="export only the first N")
+    group.add_argument("--input", type=Path, metavar="FILE", help="import: what the tool exported, a zip or a json")
+    group.add_argument("--output_dir", type=Path, required=True, help="where to; import: folder of the corrected masks")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Export or import."""
+    source = build_source(args.dataset, options.data_dir(args), args.masks_dir)
+    check_writable(args.output_dir)
+    if args.direction == "export":
+        export_masks(source, chosen_ids(source, args), args.format, args.output_dir)
+    elif args.input is None:
+        raise UserError("--input: the file to import. Pass what the tool exported.")
+    else:
+        import_masks(source, args.input, args.format, args.output_dir)
+
+
+def chosen_ids(source: DataSource, args: argparse.Namespace) -> list[str]:
+    """The ids to export.
+
+    Raises:
+        UserError: the queue names an image that is not in the dataset.
+    """
+    ids = load_queue(args.review) if args.review else source.ids(args.domain)
+    unknown = [image_id for image_id in ids if not source.has_image(image_id)]
+    if unknown:
+        raise UserError(f"{args.review}: no image for id '{unknown[0]}' in {source.root}. Check --data_dir.")
+    return ids[: args.first]
+
+
+def export_masks(source: DataSource, ids: list[str], tool: str, folder: Path) -> None:
+    """Write photographs and masks for a tool."""
+    labels = Labels(source.info)
+    masks = {image_id: source.mask(image_id) for image_id in ids}
+    items = [Item(image_id, save_photograph(source, image_id, folder / "images"), masks[image_id]) for image_id in ids]
+    written = FORMATS[tool].write(folder, items, labels)
+    print(f"{len(items)} photographs: {folder / 'images'}")
+    print(f"Their masks: {', '.join(map(str, written))}")
+
+
+def save_photograph(source: DataSource, image_id: str, folder: Path) -> str:
+    """Copy a photograph, upright and in a format browsers show; returns its file name below `folder`."""
+    path = source.image_path(image_id)
+    if path.suffix.lower() in SHOWN_BY_BROWSERS and _is_upright(path):
+        name = image_id + path.suffix.lower()
+        with atomic_write(folder / name) as temporary:
+            shutil.copyfile(path, temporary)
+        return name
+    with atomic_write(folder / f"{image_id}.png") as temporary:
+        Image.fromarray(source.image(image_id)).save(temporary, format="PNG")
+    return f"{image_id}.png"
+
+
+def _is_upright(path: Path) -> bool:
+    with Image.open(path) as image:
+        return image.getexif().get(0x0112, 1) == 1
+
+
+def import_masks(source: DataSource, path: Path, tool: str, folder: Path) -> None:
+    """Write the masks that differ from those in `folder`, or else from the exported ones.
+
+    Raises:
+        UserError: a mask of an image that is not in the dataset, or of another size. Nothing is written then.
+    """
+    read, changed = 0, {}
+    for name, mask in FORMATS[tool].read(path, Labels(source.info)):
+        image_id, read = find_id(source, name, path), read + 1
+        before = folder / f"{image_id}.png"
+        old = load_mask(before) if before.is_file() else source.mask(image_id)
+        if mask.shape != old.shape:
+            sizes = "x".join(map(str, mask.shape)), "x".join(map(str, old.shape))
+            raise UserError(f"{path}: the mask of '{image_id}' is {sizes[0]} (height x width), not {sizes[1]}.")
+        if not np.array_equal(mask, old):
+            changed[image_id] = mask
+    for image_id, mask in changed.items():
+        save_mask(folder / f"{image_id}.png", mask, source.info.palette)
+    print(f"{path}: {len(changed)} of {read} masks differ; written to {folder}")
+
+
+def find_id(source: DataSource, name: str, path: Path) -> str:
+    """The id of a picture that a tool calls `name`; it may have put folders before it.
+
+    Raises:
+        UserError: none.
+    """
+    parts = name.split("/")
+    for start in range(len(parts)):
+        image_id = "/".join(parts[start:])
+        if source.has_image(image_id):
+            return image_id
+    raise UserError(f"{path}: no image '{name}' in {source.root}. Check --data_dir.")
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser().parse_args())

@@ -1,0 +1,66 @@
+"""COCO's json of objects (`instances.json`): one object per class and image, its pixels as compressed RLE.
+
+Read back are polygons and both kinds of RLE, several objects per class, smaller ones painted over larger ones.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from datasets.exchange.labels import Item, Labels
+from datasets.prepare.coco14 import paint
+from tools.errors import UserError
+from tools.files import save_json
+
+
+def write(folder: Path, items: Sequence[Item], labels: Labels) -> list[Path]:
+    """Write `instances.json`."""
+    images, annotations = [], []
+    for number, item in enumerate(items, start=1):
+        height, width = item.mask.shape
+        images.append({"id": number, "file_name": item.file, "height": height, "width": width})
+        for code in _objects(labels.indices(item.mask)):
+            annotations.append({"id": len(annotations) + 1, "image_id": number, **code})
+    categories = [{"id": index, "name": name} for index, name in enumerate(labels.names) if index]
+    save_json(folder / "instances.json", {"images": images, "annotations": annotations, "categories": categories})
+    return [folder / "instances.json"]
+
+
+def _objects(indices: np.ndarray) -> Iterator[dict]:
+    for index in np.unique(indices[indices > 0]).tolist():
+        code = coco_mask.encode(np.asfortranarray(indices == index, dtype=np.uint8))
+        yield {
+            "category_id": index,
+            "segmentation": {"size": code["size"], "counts": code["counts"].decode("ascii")},
+            "area": int(coco_mask.area(code)),
+            "bbox": coco_mask.toBbox(code).tolist(),
+            "iscrowd": 0,
+        }
+
+
+def read(path: Path, labels: Labels) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, mask uint8 [H, W]) of each image of a COCO json.
+
+    Raises:
+        UserError: no such json.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        index_of = {category["id"]: labels.index(category["name"], path) for category in content["categories"]}
+        objects: dict[int, list] = {image["id"]: [] for image in content["images"]}
+        for one in content["annotations"]:
+            if one.get("segmentation"):
+                entry = index_of[one["category_id"]], bool(one.get("iscrowd")), one["segmentation"]
+                objects[one["image_id"]].append(entry)
+        for image in content["images"]:
+            indices = paint(objects[image["id"]], image["height"], image["width"])
+            yield PurePosixPath(image["file_name"]).with_suffix("").as_posix(), labels.values(indices)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file.") from error
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path}: not a COCO json of objects ({error!r}). Export it again.") from error

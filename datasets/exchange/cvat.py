@@ -1,0 +1,106 @@
+"""CVAT's "Segmentation mask 1.1": a zip of PNG files, read and written in CVAT by Datumaro's VOC reader.
+
+    labelmap.txt                         name:r,g,b:: of every label, in the order of the indices
+    ImageSets/Segmentation/default.txt   ids
+    SegmentationClass/ID.png             the labels
+    SegmentationObject/ID.png            the objects; 0 is no object. Without it CVAT makes an object of the background.
+
+The PNG files are palette pictures: what reads them as indices and what reads them as colours sees the same labels.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from datasets.base import voc_palette
+from datasets.exchange.labels import Item, Labels, hexadecimal
+from tools.errors import UserError
+from tools.files import atomic_write, save_json
+
+CLASSES, OBJECTS, LABEL_MAP = "SegmentationClass/", "SegmentationObject/", "labelmap.txt"
+
+
+def write(folder: Path, items: Sequence[Item], labels: Labels) -> list[Path]:
+    """Write `masks.zip`, and `labels.json` for the constructor of the task's labels (Raw).
+
+    Raises:
+        UserError: a class name has a colon, which divides the fields of labelmap.txt.
+    """
+    joined = [name for name in labels.names if ":" in name]
+    if joined:
+        raise UserError(f"class '{joined[0]}': CVAT's label map cannot hold ':'. Rename the class.")
+    lines = [f"{name}:{','.join(map(str, rgb))}::" for name, rgb in zip(labels.names, labels.colours, strict=True)]
+    palette = np.array(labels.colours, dtype=np.uint8)
+    with atomic_write(folder / "masks.zip") as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as file:
+        file.writestr(LABEL_MAP, "\n".join(["# label:color_rgb:parts:actions", *lines]) + "\n")
+        file.writestr("ImageSets/Segmentation/default.txt", "".join(f"{item.image_id}\n" for item in items))
+        for item in items:
+            indices = labels.indices(item.mask)
+            file.writestr(f"{CLASSES}{item.image_id}.png", _png(indices, palette))
+            file.writestr(f"{OBJECTS}{item.image_id}.png", _png(indices, voc_palette()))
+    constructor = [
+        {"name": name, "color": hexadecimal(rgb), "type": "mask", "attributes": []}
+        for name, rgb in zip(labels.names[1:], labels.colours[1:], strict=True)
+    ]
+    save_json(folder / "labels.json", constructor)
+    return [folder / "masks.zip", folder / "labels.json"]
+
+
+def _png(indices: np.ndarray, palette: np.ndarray) -> bytes:
+    picture = Image.fromarray(indices, mode="P")
+    picture.putpalette(palette.tobytes())
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def read(path: Path, labels: Labels) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, mask uint8 [H, W]) of each picture in a zip that CVAT, or `write`, made.
+
+    Raises:
+        UserError: no such zip, without a label map, or with a colour that is in none.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            names = file.namelist()
+            index_of = _read_label_map(path, file.read(LABEL_MAP).decode("utf-8"), labels)
+            for name in sorted(names):
+                if name.startswith(CLASSES) and name.endswith(".png"):
+                    with Image.open(io.BytesIO(file.read(name))) as picture:
+                        indices = _indices(f"{path}: {name}", picture, index_of)
+                    yield name.removeprefix(CLASSES).removesuffix(".png"), labels.values(indices)
+    except KeyError as error:
+        raise UserError(f"{path}: no {LABEL_MAP} in it. Export the task as 'Segmentation mask 1.1'.") from error
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file.") from error
+    except (OSError, zipfile.BadZipFile, UnicodeDecodeError, SyntaxError) as error:
+        raise UserError(f"{path}: not a readable zip of masks ({error}). Export the task again.") from error
+
+
+def _read_label_map(path: Path, text: str, labels: Labels) -> dict[int, int]:
+    """The index of our label for each colour, r * 65536 + g * 256 + b, and for each grey value."""
+    rows = [line.strip().split(":") for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    index_of: dict[int, int] = {}
+    for row in rows:
+        try:
+            red, green, blue = map(int, row[1].split(","))
+        except (IndexError, ValueError) as error:
+            raise UserError(f"{path}: {LABEL_MAP} has a line without a colour: '{':'.join(row)}'.") from error
+        index_of[red << 16 | green << 8 | blue] = labels.index(row[0], path)
+    return index_of
+
+
+def _indices(place: str, picture: Image.Image, index_of: dict[int, int]) -> np.ndarray:
+    pixels = np.asarray(picture.convert("RGB")).astype(np.int32)
+    colours, which = np.unique(pixels @ [1 << 16, 1 << 8, 1], return_inverse=True)
+    unknown = [colour for colour in colours.tolist() if colour not in index_of]
+    if unknown:
+        rgb = ",".join(map(str, unknown[0].to_bytes(3, "big")))
+        raise UserError(f"{place} has the colour {rgb}, which is not in {LABEL_MAP}. Export the task again.")
+    return np.array([index_of[colour] for colour in colours.tolist()], np.uint8)[which].reshape(pixels.shape[:2])

@@ -1,0 +1,109 @@
+"""Label Studio: `tasks.json` with the masks as pre-annotations (brush RLE), `config.xml` with the labels.
+
+The photographs are served from disk: start Label Studio with LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true and
+LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT=the folder that holds `images/`. The codec is that of its own SDK.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from urllib.parse import quote
+from xml.sax.saxutils import quoteattr
+
+import numpy as np
+
+from datasets.exchange.labels import Item, Labels, hexadecimal
+from tools.errors import UserError
+from tools.files import atomic_write, save_json
+
+OPAQUE = 128  # a pixel belongs to a brush stroke from this opacity on; its edge may be blurred
+
+
+def write(folder: Path, items: Sequence[Item], labels: Labels) -> list[Path]:
+    """Write `tasks.json` and `config.xml`.
+
+    Raises:
+        UserError: the SDK is not installed.
+    """
+    encode, _ = _codec()
+    tasks = []
+    for item in items:
+        indices = labels.indices(item.mask)
+        strokes = [
+            _stroke(f"{item.image_id}-{index}", indices == index, labels.names[index], encode)
+            for index in np.unique(indices[indices > 0]).tolist()
+        ]
+        data = {"image": f"/data/local-files/?d=images/{quote(item.file)}", "id": item.image_id}
+        tasks.append({"data": data, "predictions": [{"model_version": "csrm", "result": strokes}]})
+    save_json(folder / "tasks.json", tasks)
+    with atomic_write(folder / "config.xml") as temporary:
+        temporary.write_text(_config(labels), encoding="utf-8")
+    return [folder / "tasks.json", folder / "config.xml"]
+
+
+def _stroke(name: str, mask: np.ndarray, label: str, encode: Callable[[np.ndarray], list[int]]) -> dict:
+    height, width = mask.shape
+    pixels = np.repeat(np.where(mask, 255, 0).astype(np.uint8).ravel(), 4)  # RGBA
+    return {
+        "id": name,
+        "type": "brushlabels",
+        "from_name": "brush",
+        "to_name": "image",
+        "original_height": height,
+        "original_width": width,
+        "image_rotation": 0,
+        "value": {"format": "rle", "rle": encode(pixels), "brushlabels": [label]},
+    }
+
+
+def _config(labels: Labels) -> str:
+    rows = "".join(
+        f"    <Label value={quoteattr(name)} background={quoteattr(hexadecimal(colour))}/>\n"
+        for name, colour in zip(labels.names[1:], labels.colours[1:], strict=True)
+    )
+    return (
+        f'<View>\n  <Image name="image" value="$image" zoom="true"/>\n'
+        f'  <BrushLabels name="brush" toName="image">\n{rows}  </BrushLabels>\n</View>\n'
+    )
+
+
+def read(path: Path, labels: Labels) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, mask uint8 [H, W]) of each task of a JSON export that somebody has looked over.
+
+    Of several annotations the last counts; cancelled ones do not. Later strokes are painted over earlier ones.
+
+    Raises:
+        UserError: no such export, something else than brush strokes in it, or the SDK is not installed.
+    """
+    _, decode = _codec()
+    try:
+        for task in json.loads(path.read_text(encoding="utf-8")):
+            done = [one for one in task["annotations"] if not one.get("was_cancelled")]
+            if done and done[-1]["result"]:
+                yield task["data"]["id"], labels.values(_paint(path, done[-1]["result"], labels, decode))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file.") from error
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path}: not an export of Label Studio ({error!r}). Export it as JSON.") from error
+
+
+def _paint(path: Path, result: Sequence[dict], labels: Labels, decode: Callable[[list[int]], np.ndarray]) -> np.ndarray:
+    indices = np.zeros((result[0]["original_height"], result[0]["original_width"]), dtype=np.uint8)
+    for stroke in result:
+        if stroke["type"] != "brushlabels":
+            raise UserError(f"{path}: {stroke['type']} of '{stroke.get('to_name')}'. Use the brush only.")
+        (name,) = stroke["value"]["brushlabels"]
+        opacity = decode(stroke["value"]["rle"]).reshape(*indices.shape, 4)[..., 3]
+        indices[opacity >= OPAQUE] = labels.index(name, path)
+    return indices
+
+
+def _codec() -> tuple[Callable[[np.ndarray], list[int]], Callable[[list[int]], np.ndarray]]:
+    """Encoder and decoder of flat uint8 arrays."""
+    try:
+        from label_studio_sdk.converter.brush import decode_rle, encode_rle
+    except ImportError as error:
+        raise UserError("--format labelstudio needs Label Studio's SDK: pip install label-studio-sdk") from error
+    return encode_rle, decode_rle

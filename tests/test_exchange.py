@@ -1,0 +1,325 @@
+"""Masks to annotation tools and back: our round trips byte for byte, the files in the tools' own readers."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SIZES
+from PIL import Image
+
+from datasets import build_source
+from datasets.base import DatasetInfo, voc_palette
+from datasets.exchange import __main__ as exchange
+from datasets.exchange.labels import Labels
+from tools.errors import UserError
+from tools.files import load_mask, save_mask
+
+NO_SDK = pytest.mark.skipif(not importlib.util.find_spec("label_studio_sdk"), reason="no label-studio-sdk")
+FORMATS = ["cvat", "coco", pytest.param("labelstudio", marks=NO_SDK)]
+FILES = {"cvat": "masks.zip", "coco": "instances.json", "labelstudio": "tasks.json"}
+
+
+def call(root, direction, tool, masks, output, *flags):
+    arguments = [direction, "--format", tool, "--dataset", "folder", "--data_dir", root, "--masks_dir", masks]
+    arguments += ["--output_dir", output, *flags]
+    exchange.main(exchange.make_parser().parse_args([str(argument) for argument in arguments]))
+
+
+@pytest.fixture
+def masks(folder_root, tmp_path):
+    """Masks of a, b, c, which are of odd sizes: random ones, one of all classes and 255, one empty."""
+    generator = np.random.default_rng(0)
+    folder = tmp_path / "masks"
+    save_mask(folder / "a.png", generator.choice([0, 1, 2, 255], SIZES["a"]), voc_palette())
+    save_mask(folder / "b.png", np.zeros(SIZES["b"]), voc_palette())
+    single = np.zeros(SIZES["c"])
+    single[-1, -1] = 2  # one pixel, in the corner
+    save_mask(folder / "c.png", single, voc_palette())
+    return folder
+
+
+def finish(path: Path) -> Path:
+    """What Label Studio exports once somebody has accepted the pre-annotations; other files as they are."""
+    if path.name == "tasks.json":
+        tasks = json.loads(path.read_text())
+        for task in tasks:
+            task["annotations"] = [{"result": prediction["result"]} for prediction in task.pop("predictions")]
+        path.write_text(json.dumps(tasks))
+    return path
+
+
+@pytest.mark.parametrize("tool", FORMATS)
+def test_nothing_changes_on_the_way_there_and_back(folder_root, masks, tmp_path, tool, capsys):
+    call(folder_root, "export", tool, masks, tmp_path / "out")
+    path = finish(tmp_path / "out" / FILES[tool])
+    call(folder_root, "import", tool, masks, tmp_path / "corrected", "--input", path)
+    seen = 2 if tool == "labelstudio" else 3  # an empty result is one nobody has drawn
+    assert f"0 of {seen} masks differ" in capsys.readouterr().out
+    assert list((tmp_path / "corrected").iterdir()) == []
+
+
+@pytest.mark.parametrize("tool", FORMATS)
+def test_masks_come_back_byte_for_byte(folder_root, masks, tmp_path, tool):
+    call(folder_root, "export", tool, masks, tmp_path / "out")
+    path = finish(tmp_path / "out" / FILES[tool])
+    wrong = tmp_path / "wrong"  # as if all of it had been drawn in the tool
+    for image_id in "abc":
+        save_mask(wrong / f"{image_id}.png", np.full(SIZES[image_id], 2), voc_palette())
+    call(folder_root, "import", tool, wrong, tmp_path / "corrected", "--input", path)
+    for image_id in "ac" if tool == "labelstudio" else "abc":
+        assert (tmp_path / "corrected" / f"{image_id}.png").read_bytes() == (masks / f"{image_id}.png").read_bytes()
+
+
+def repaint(path: Path, tool: str) -> Path:
+    """Give mask c of an export the class 1 in its second row, as a person would in the tool."""
+    if tool == "cvat":
+        with zipfile.ZipFile(path) as file:
+            content = {name: file.read(name) for name in file.namelist()}
+        with Image.open(io.BytesIO(content["SegmentationClass/c.png"])) as picture:
+            pixels = np.array(picture.convert("RGB"))  # as CVAT writes them
+        pixels[1] = voc_palette()[1]
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format="PNG")
+        with zipfile.ZipFile(path, "w") as file:
+            for name, data in content.items():
+                file.writestr(name, buffer.getvalue() if name == "SegmentationClass/c.png" else data)
+        return path
+    content = json.loads(path.read_text())
+    if tool == "coco":
+        height, width = SIZES["c"]
+        box = [0, 1, width, 1, width, 2, 0, 2]
+        content["annotations"].append({"id": 99, "image_id": 3, "category_id": 1, "segmentation": [box]})
+    else:
+        from label_studio_sdk.converter.brush import mask2rle
+
+        drawn = np.zeros(SIZES["c"], np.uint8)
+        drawn[1] = 255
+        stroke = {**content[2]["annotations"][0]["result"][0]}
+        stroke["value"] = {"format": "rle", "rle": mask2rle(drawn), "brushlabels": ["cat"]}
+        content[2]["annotations"][0]["result"].append(stroke)
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize("tool", FORMATS)
+def test_only_what_was_changed_is_written(folder_root, masks, tmp_path, tool):
+    call(folder_root, "export", tool, masks, tmp_path / "out")
+    path = repaint(finish(tmp_path / "out" / FILES[tool]), tool)
+    call(folder_root, "import", tool, masks, tmp_path / "corrected", "--input", path)
+    assert [file.name for file in (tmp_path / "corrected").iterdir()] == ["c.png"]
+    expected = load_mask(masks / "c.png").copy()
+    expected[1] = 1
+    assert np.array_equal(load_mask(tmp_path / "corrected" / "c.png"), expected)
+
+
+def test_a_correction_taken_back_is_taken_back(folder_root, masks, tmp_path):
+    call(folder_root, "export", "coco", masks, tmp_path / "out")
+    original = (tmp_path / "out" / "instances.json").read_text()
+    repaint(tmp_path / "out" / "instances.json", "coco")
+    for _ in range(2):
+        call(folder_root, "import", "coco", masks, tmp_path / "corrected", "--input", tmp_path / "out/instances.json")
+        (tmp_path / "out" / "instances.json").write_text(original)
+    assert np.array_equal(load_mask(tmp_path / "corrected" / "c.png"), load_mask(masks / "c.png"))
+
+
+def test_the_first_of_the_queue_are_exported_with_their_photographs(folder_copy, masks, tmp_path):
+    (tmp_path / "review.csv").write_text("id,doubt\nc,0.9\na,0.5\nb,0.1\n")
+    turned = Image.fromarray(np.zeros((18, 50, 3), np.uint8))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # the camera was held upright
+    turned.save(folder_copy / "images" / "c.jpeg", exif=exif)
+    flags = ["--review", tmp_path / "review.csv", "--first", 2]
+    call(folder_copy, "export", "coco", masks, tmp_path / "out", *flags)
+    content = json.loads((tmp_path / "out" / "instances.json").read_text())
+    assert [image["file_name"] for image in content["images"]] == ["c.png", "a.jpg"]
+    assert sorted(path.name for path in (tmp_path / "out" / "images").iterdir()) == ["a.jpg", "c.png"]
+    assert Image.open(tmp_path / "out" / "images" / "c.png").size == (18, 50)
+    copied, original = tmp_path / "out" / "images" / "a.jpg", folder_copy / "images" / "a.jpg"
+    assert copied.read_bytes() == original.read_bytes()
+
+
+def test_cvat_is_given_indices_without_gaps(folder_root, masks, tmp_path):
+    call(folder_root, "export", "cvat", masks, tmp_path / "out")
+    with zipfile.ZipFile(tmp_path / "out" / "masks.zip") as file:
+        lines = file.read("labelmap.txt").decode().splitlines()
+        picture = Image.open(io.BytesIO(file.read("SegmentationClass/a.png")))
+        assert file.read("ImageSets/Segmentation/default.txt") == b"a\nb\nc\n"
+    assert lines[1:] == ["background:0,0,0::", "cat:128,0,0::", "dog:0,128,0::", "ignored:224,224,192::"]
+    assert picture.mode == "P" and np.unique(np.asarray(picture)).tolist() == [0, 1, 2, 3]
+    labels = json.loads((tmp_path / "out" / "labels.json").read_text())
+    assert [(label["name"], label["color"]) for label in labels] == [
+        ("cat", "#800000"),
+        ("dog", "#008000"),
+        ("ignored", "#e0e0c0"),
+    ]
+
+
+def test_datumaro_reads_what_cvat_is_given(folder_root, masks, tmp_path):
+    datumaro = pytest.importorskip("datumaro")
+    call(folder_root, "export", "cvat", masks, tmp_path / "out")
+    with zipfile.ZipFile(tmp_path / "out" / "masks.zip") as file:
+        file.extractall(tmp_path / "unpacked")
+    dataset = datumaro.Dataset.import_from(str(tmp_path / "unpacked"), "voc_segmentation")
+    assert_read(dataset, datumaro, masks)
+
+
+def test_datumaro_reads_our_coco_json(folder_root, masks, tmp_path):
+    datumaro = pytest.importorskip("datumaro")
+    call(folder_root, "export", "coco", masks, tmp_path / "out")
+    (tmp_path / "unpacked" / "annotations").mkdir(parents=True)
+    shutil.copy(tmp_path / "out" / "instances.json", tmp_path / "unpacked" / "annotations" / "instances_default.json")
+    shutil.copytree(tmp_path / "out" / "images", tmp_path / "unpacked" / "images" / "default")
+    assert_read(datumaro.Dataset.import_from(str(tmp_path / "unpacked"), "coco_instances"), datumaro, masks)
+
+
+def assert_read(dataset, datumaro, masks):
+    """Datumaro found our masks, one object per class, and no object of the background."""
+    labels = [label.name for label in dataset.categories()[datumaro.AnnotationType.label]]
+    value_of = {"cat": 1, "dog": 2, "ignored": 255}
+    for image_id in "abc":
+        item = next(item for item in dataset if item.id == image_id)
+        seen = np.zeros(SIZES[image_id], np.uint8)
+        found = [one for one in item.annotations if one.type != datumaro.AnnotationType.bbox]  # COCO has boxes too
+        for annotation in found:
+            assert annotation.type == datumaro.AnnotationType.mask and labels[annotation.label] != "background"
+            seen[np.asarray(annotation.image, dtype=bool)] = value_of[labels[annotation.label]]
+        assert np.array_equal(seen, load_mask(masks / f"{image_id}.png"))
+        assert len(found) == len(np.unique(seen[seen > 0]))
+
+
+def test_what_datumaro_writes_for_cvat_comes_back(folder_root, masks, tmp_path, capsys):
+    datumaro = pytest.importorskip("datumaro")
+    call(folder_root, "export", "cvat", masks, tmp_path / "out")
+    with zipfile.ZipFile(tmp_path / "out" / "masks.zip") as file:
+        file.extractall(tmp_path / "unpacked")
+    dataset = datumaro.Dataset.import_from(str(tmp_path / "unpacked"), "voc_segmentation")
+    dataset.export(
+        str(tmp_path / "again"), "voc_segmentation", save_media=False, apply_colormap=True, label_map="source"
+    )
+    archive = shutil.make_archive(tmp_path / "cvat", "zip", tmp_path / "again")
+    call(folder_root, "import", "cvat", masks, tmp_path / "corrected", "--input", archive)
+    assert "0 of" in capsys.readouterr().out
+
+
+def test_label_studio_accepts_our_tasks(folder_root, masks, tmp_path):
+    sdk = pytest.importorskip("label_studio_sdk.label_interface")
+    call(folder_root, "export", "labelstudio", masks, tmp_path / "out")
+    tasks = json.loads((tmp_path / "out" / "tasks.json").read_text())
+    interface = sdk.LabelInterface((tmp_path / "out" / "config.xml").read_text())
+    assert [task["data"]["id"] for task in tasks] == ["a", "b", "c"]
+    assert tasks[0]["data"]["image"] == "/data/local-files/?d=images/a.jpg"
+    for task in tasks:
+        (prediction,) = task["predictions"]
+        assert interface.validate_prediction(prediction)
+    prediction = tasks[0]["predictions"][0]
+    prediction["result"][0]["value"]["brushlabels"] = ["no class"]
+    assert not interface.validate_prediction(prediction)
+
+
+def test_without_the_sdk_the_remedy_is_named(folder_root, masks, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "label_studio_sdk.converter.brush", None)
+    with pytest.raises(UserError, match="pip install label-studio-sdk"):
+        call(folder_root, "export", "labelstudio", masks, tmp_path / "out")
+
+
+def test_what_nobody_has_looked_at_or_cancelled_is_left_out(folder_root, masks, tmp_path, capsys):
+    pytest.importorskip("label_studio_sdk")
+    call(folder_root, "export", "labelstudio", masks, tmp_path / "out")
+    path = finish(tmp_path / "out" / "tasks.json")
+    tasks = json.loads(path.read_text())
+    tasks[0]["annotations"][0]["was_cancelled"] = True
+    tasks[2]["annotations"].append({**tasks[2]["annotations"][0], "was_cancelled": True})
+    path.write_text(json.dumps(tasks))
+    call(folder_root, "import", "labelstudio", masks, tmp_path / "corrected", "--input", path)
+    assert "0 of 1 masks differ" in capsys.readouterr().out
+
+
+def test_pycocotools_reads_our_coco_json(folder_root, masks, tmp_path):
+    from pycocotools.coco import COCO
+
+    call(folder_root, "export", "coco", masks, tmp_path / "out")
+    coco = COCO(tmp_path / "out" / "instances.json")
+    mask = load_mask(masks / "a.png")
+    for annotation in coco.imgToAnns[1]:
+        value = {1: 1, 2: 2, 3: 255}[annotation["category_id"]]
+        assert np.array_equal(coco.annToMask(annotation), mask == value)
+        assert annotation["area"] == (mask == value).sum() and len(annotation["bbox"]) == 4
+
+
+@pytest.mark.parametrize("tool", ["cvat", "coco", "labelstudio"])
+@pytest.mark.parametrize("content", [b"", b"[1]", b'{"images": []}', b"PK\x05\x06" + bytes(18)])
+def test_files_that_are_no_export(folder_root, masks, tmp_path, tool, content):
+    if tool == "labelstudio":
+        pytest.importorskip("label_studio_sdk")
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="file: "):
+        call(folder_root, "import", tool, masks, tmp_path / "out", "--input", path)
+    with pytest.raises(UserError, match="nowhere: no such file"):
+        call(folder_root, "import", tool, masks, tmp_path / "out", "--input", tmp_path / "nowhere")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def damaged(path, **changes):
+    content = json.loads(path.read_text())
+    for key, value in changes.items():
+        content[key][0].update(value)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"categories": {"name": "bird"}}, "label 'bird' is no class of the dataset. Known: background, cat, dog, ign"),
+        ({"images": {"file_name": "x.jpg"}}, "no image 'x'"),
+        ({"images": {"height": 9}}, "pixels, not"),
+    ],
+)  # fmt: skip
+def test_exports_of_another_dataset_are_refused_before_anything_is_written(
+    folder_root, masks, tmp_path, changes, message
+):
+    call(folder_root, "export", "coco", masks, tmp_path / "out")
+    damaged(tmp_path / "out" / "instances.json", **changes)
+    save_mask(masks / "b.png", np.ones(SIZES["b"]), voc_palette())
+    with pytest.raises(UserError, match=message):
+        call(folder_root, "import", "coco", masks, tmp_path / "back", "--input", tmp_path / "out" / "instances.json")
+    assert list((tmp_path / "back").iterdir()) == []
+
+
+def test_a_colour_that_no_label_has_is_named(folder_root, masks, tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as file:
+        file.writestr("labelmap.txt", "# label\nbackground:0,0,0::\ncat:1,2,3::\n")
+        buffer = io.BytesIO()
+        Image.fromarray(np.full((*SIZES["a"], 3), [9, 8, 7], np.uint8)).save(buffer, format="PNG")
+        file.writestr("SegmentationClass/a.png", buffer.getvalue())
+    with pytest.raises(UserError, match="a.png has the colour 9,8,7, which is not in labelmap.txt"):
+        call(folder_root, "import", "cvat", masks, tmp_path / "out", "--input", tmp_path / "x.zip")
+
+
+def test_folders_a_tool_puts_before_an_id_are_overlooked(folder_root):
+    source = build_source("folder", folder_root)
+    assert exchange.find_id(source, "a", Path("x")) == exchange.find_id(source, "task 1/images/a", Path("x")) == "a"
+
+
+def test_classes_that_the_formats_cannot_name(folder_copy, masks, tmp_path):
+    with pytest.raises(UserError, match="class 'ignored'"):
+        Labels(DatasetInfo(("background", "ignored")))
+    (folder_copy / "classes.txt").write_text("background\ncat\ndog\na:b\n")
+    with pytest.raises(UserError, match="class 'a:b': CVAT's label map cannot hold ':'"):
+        call(folder_copy, "export", "cvat", masks, tmp_path / "out")
+
+
+def test_flags_that_are_missing_or_name_other_images(folder_root, masks, tmp_path):
+    with pytest.raises(UserError, match="--input: the file to import"):
+        call(folder_root, "import", "coco", masks, tmp_path)
+    (tmp_path / "review.csv").write_text("id,doubt\nz,0.9\n")
+    with pytest.raises(UserError, match=r"review\.csv: no image for id 'z'"):
+        call(folder_root, "export", "coco", masks, tmp_path, "--review", tmp_path / "review.csv")
