@@ -1,11 +1,13 @@
 """Stage 4: DeepLabV3+ on pseudo masks; with --predict, its segmentation of a split.
 
     python train_segmentation.py --tag deeplab --masks_dir experiments/predictions/csrm@train_aug/sam-sam-max_iou_imp2
+    python train_segmentation.py --tag deeplab2 --masks_dir experiments/predictions/... --corrected_dir corrected
     python train_segmentation.py --tag deeplab --predict --domain val
     python train_segmentation.py --tag deeplab --predict --images holiday/ --save_overlays
 
 Training reads photographs and the masks in --masks_dir (ID.png, 255 ignored; without the flag the dataset's own masks:
-fully supervised) and writes experiments/models/TAG.pth. Prediction sees each image at several scales and mirrored,
+fully supervised) and writes experiments/models/TAG.pth. Masks that somebody has corrected (docs/review.md) replace
+those of their images, and are drawn more often. Prediction sees each image at several scales and mirrored,
 averages the logits, refines with a dense CRF and writes experiments/predictions/TAG@DOMAIN/masks/ID.png. It never reads
 labels; with --images, any folder of photographs will do (TAG@FOLDER). Both continue where they stopped, and can be
 shared by several GPUs (SETUP.md):
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import functools
 from pathlib import Path
 
 from tools import cli, options, parallel
@@ -35,6 +38,10 @@ def make_parser() -> cli.Parser:
         domain=("val", "split to predict, with --predict"),
     )
     data.add_argument("--masks_dir", type=Path, help="folder of the masks to learn (default: the dataset's own)")
+    data.add_argument("--corrected_dir", type=Path, help="folder of masks that replace those of their images")
+    data.add_argument(
+        "--corrected_weight", type=cli.positive_int, default=3, help="how much more often corrected images are drawn"
+    )
     network = options.add_network(parser, architecture="resnest269e", mode="normal")
     options.add_decoder(network)
     network.add_argument("--restore", type=Path, help="checkpoint or public state dict to start from")
@@ -59,8 +66,9 @@ if __name__ == "__main__":
 
 import torch
 from torch import nn
+from torch.utils.data import ConcatDataset, Dataset
 
-from datasets import ImageDataset, Photographs, build_loader, build_source
+from datasets import DataSource, ImageDataset, Photographs, build_loader, build_source
 from datasets.transforms import segmentation_geometry
 from models import build_model, load_model
 from models.restore import restore
@@ -84,15 +92,33 @@ def train_step(model: nn.Module, batch: dict, device: torch.device, label_smooth
     return {"loss": cross_entropy(model(images)["seg_logits"], masks, label_smoothing)}
 
 
+def training_set(source: DataSource, args: argparse.Namespace) -> Dataset:
+    """The photographs of --domain_train with their masks, those with a corrected one --corrected_weight times.
+
+    Raises:
+        UserError: a mask is missing, or none of --corrected_dir is of an image of the split.
+    """
+    geometry = segmentation_geometry(*options.image_sizes(args))
+    read = functools.partial(ImageDataset, transform=geometry, with_masks=True, with_labels=False)
+    ids = source.ids(args.domain_train)
+    if not args.corrected_dir:
+        return read(source, ids)
+    better = build_source(args.dataset, options.data_dir(args), args.corrected_dir)
+    corrected = {i for i in ids if better.mask_path(i).is_file()}
+    if not corrected:
+        raise UserError(f"--corrected_dir {args.corrected_dir}: no mask (ID.png) of an image of '{args.domain_train}'.")
+    print(f"{len(corrected)} of {len(ids)} masks are corrected; each of them counts {args.corrected_weight} times")
+    others = read(source, [i for i in ids if i not in corrected])
+    return ConcatDataset([others, *[read(better, [i for i in ids if i in corrected])] * args.corrected_weight])
+
+
 def train(args: argparse.Namespace, device: torch.device) -> None:
     """Train DeepLabV3+ and say what to do next."""
     distributed.start(device)
     source = build_source(args.dataset, options.data_dir(args), args.masks_dir)
     truth = build_source(args.dataset, options.data_dir(args))
     check_domain(truth, args.domain_valid)
-    geometry = segmentation_geometry(*options.image_sizes(args))
-    dataset = ImageDataset(source, source.ids(args.domain_train), geometry, with_masks=True, with_labels=False)
-    loader = build_loader(dataset, args.batch_size, **options.loader_arguments(args))
+    loader = build_loader(training_set(source, args), args.batch_size, **options.loader_arguments(args))
     seed_everything(args.seed)
     model = build_model("segmentation", num_classes=source.info.num_classes, **options.network_arguments(args)).to(
         device

@@ -157,3 +157,11 @@ def test_paths_with_blanks_are_passed_in_one_piece(tmp_path):
     }
     assert expected <= pieces and not any(piece.startswith("my") and " " not in piece for piece in pieces)
     assert "[--scored][my train][--dataset]" in called
+
+
+def test_corrected_masks_make_a_second_model(tmp_path):
+    called, _ = commands(tmp_path, "4-segmentation", DOMAIN_SCORE="val", CORRECTED="my corrected")
+    train, predict, score, *_ = (tmp_path / "calls.txt").read_text().splitlines()
+    assert called[0] == "train_segmentation.py voc12-deeplab-corrected" and "--corrected_dir my corrected" in train
+    assert "--predict" in predict and "--corrected_dir" not in predict
+    assert "deeplab-corrected@val/masks" in score and "/segmentation_val_corrected.json" in score

@@ -37,6 +37,7 @@ from tools.optim import Update
 SAME_FLAGS = (
     *("seed", "batch_size", "max_epoch", "max_steps", "accumulate_steps", "optimizer", "lr", "wd"),
     *("image_size", "min_image_size", "max_image_size", "method", "w_re", "ema", "sampler"),
+    *("corrected_dir", "corrected_weight"),
 )
 """Flags that a resumed run must share with its beginning, as far as the script has them."""
 

@@ -69,9 +69,11 @@ esac
 : "${PREPARE_FLAGS:=}"                        # of datasets.prepare: --download_dir DIR, --mirror URL
 : "${SAM_CHECKPOINT:=}" "${SAM_TYPE:=vit_h}"  # Segment Anything's weights, and the network they are for
 : "${MERGE_MODE:=max_iou_imp2}" "${REFINE_FLAGS:=}"
+: "${CORRECTED:=}"                            # stage 4: folder of corrected masks (docs/review.md)
 if [[ -n "$SAM_CHECKPOINT" ]]; then : "${PROPOSALS:=sam}"; else : "${PROPOSALS:=regions}"; fi
 
 PREDICTIONS=experiments/predictions
+if [[ -n "$CORRECTED" ]]; then TAG_SEG=$TAG_SEG-corrected; fi
 SHEET=${DOMAIN_EVAL:-$DOMAIN_TRAIN}  # the split whose images the report shows
 THRESHOLD=$(printf %g "$THRESHOLD")  # as inference.py names the folder
 if [[ "$PSEUDOS_FROM" == cams ]]; then PSEUDOS=t$THRESHOLD; else PSEUDOS=masks; fi

@@ -48,7 +48,7 @@ score() {
 # report: the page, picture sheet and review queue of the stages so far.
 report() {
   local stage tag scores=() tags=() columns=() review=()
-  for stage in prior_cam csrm_cam pseudo refined segmentation_val; do
+  for stage in prior_cam csrm_cam pseudo refined segmentation_val segmentation_val_corrected; do
     if [[ -f "$REPORT/$stage.json" ]]; then scores+=("$stage=$REPORT/$stage.json"); fi
   done
   for tag in "$TAG_PRIOR" "$TAG_CSRM" "$TAG_SEG"; do

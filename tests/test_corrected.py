@@ -1,0 +1,67 @@
+"""Stage 4 on a mixture: corrected masks replace pseudo masks and are drawn more often."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from command import DECODER, TRAINING, data_flags, parse, refusal, run
+from conftest import SIZES
+
+import train_segmentation
+from datasets import build_source
+from datasets.base import voc_palette
+from tools.errors import UserError
+from tools.files import save_mask
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Pseudo masks of class 1 of a, b, c; a corrected one of class 2 of b, and one of an image of another split."""
+    for image_id in "abc":
+        save_mask(tmp_path / "pseudo" / f"{image_id}.png", np.full(SIZES[image_id], 1), voc_palette())
+    for image_id in "bd":
+        save_mask(tmp_path / "corrected" / f"{image_id}.png", np.full(SIZES[image_id], 2), voc_palette())
+    (tmp_path / "none").mkdir()
+    return tmp_path
+
+
+def training_set(root, folders, *extra):
+    flags = [*data_flags(root), "--tag", "t", *TRAINING, "--masks_dir", folders / "pseudo", *extra]
+    args = parse("train_segmentation", *flags)
+    return train_segmentation.training_set(build_source("folder", root, args.masks_dir), args)
+
+
+def drawn(dataset):
+    """(id, class painted) of every item; the border of a padded crop is 255."""
+    torch.manual_seed(0)
+    items = [dataset[i] for i in range(len(dataset))]
+    return sorted((item["id"], *np.setdiff1d(item["mask"], [255]).tolist()) for item in items)
+
+
+def test_corrected_masks_replace_pseudo_masks_and_come_more_often(folder_root, folders):
+    assert drawn(training_set(folder_root, folders)) == [("a", 1), ("b", 1), ("c", 1)]
+    mixture = training_set(folder_root, folders, "--corrected_dir", folders / "corrected", "--corrected_weight", 2)
+    assert drawn(mixture) == [("a", 1), ("b", 2), ("b", 2), ("c", 1)]
+
+
+def test_all_masks_may_be_corrected(folder_root, folders):
+    save_mask(folders / "corrected" / "a.png", np.full(SIZES["a"], 2), voc_palette())
+    save_mask(folders / "corrected" / "c.png", np.full(SIZES["c"], 2), voc_palette())
+    mixture = training_set(folder_root, folders, "--corrected_dir", folders / "corrected", "--corrected_weight", 1)
+    assert drawn(mixture) == [("a", 2), ("b", 2), ("c", 2)]
+
+
+def test_a_folder_without_a_mask_of_the_split_is_refused(folder_root, folders):
+    with pytest.raises(UserError, match=r"--corrected_dir .*none: no mask \(ID.png\) of an image of 'train'"):
+        training_set(folder_root, folders, "--corrected_dir", folders / "none")
+
+
+def test_a_second_model_needs_its_own_tag(folder_root, folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = [*data_flags(folder_root), *TRAINING, *DECODER, "--masks_dir", folders / "pseudo"]
+    run("train_segmentation", *flags, "--tag", "first")
+    corrected = ["--corrected_dir", folders / "corrected"]
+    assert "made with corrected_dir None" in refusal(capsys, "train_segmentation", *flags, "--tag", "first", *corrected)
+    run("train_segmentation", *flags, "--tag", "second", *corrected)
+    assert "1 of 3 masks are corrected; each of them counts 3 times" in capsys.readouterr().out
