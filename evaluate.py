@@ -58,7 +58,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from datasets import build_source
-from datasets.base import DatasetInfo, DataSource, read_mask
+from datasets.base import DatasetInfo, DataSource, check_shown, read_mask
 from tools.cam import load_cams
 from tools.files import atomic_write, check_writable, save_json
 from tools.metrics import ConfusionMatrix, Scores, ThresholdSweep, scores, threshold_range
@@ -78,12 +78,16 @@ def main(args: argparse.Namespace) -> None:
     check_predictions(args.pred_dir, ids, suffix)
 
     counts = count(PredictionChunks(source, ids, args.pred_dir, suffix, thresholds), args.num_workers)
+    if not counts[0, 1:].any():
+        check_shown(map(source.mask_path, ids), source.info)  # says what the masks hold instead
     curve = [scores(matrix) for matrix in counts]
     best = int(np.argmax([score.miou for score in curve]))
 
     print_table(source.info, curve[best], peaks(thresholds, curve))
     if thresholds is not None:
         print_curve(thresholds, curve, best)
+    if not counts[0, :, 1:-1].any() and counts[0, :, -1].any():
+        print("Warning: the predictions hold only 0 and 255 (undecided). If 255 is the object, save it as 1.")
     print(f"\nmIoU {curve[best].miou:.2f}  foreground mIoU {curve[best].miou_foreground:.2f}  ({len(ids)} images)")
     if args.output:
         what = {"dataset": args.dataset, "domain": args.domain, "pred_dir": str(args.pred_dir), "images": len(ids)}

@@ -146,7 +146,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from datasets import DataSource, build_source
-from datasets.base import DatasetInfo, read_mask
+from datasets.base import DatasetInfo, check_shown, read_mask
 from tools import devices
 from tools.claims import claim, share_folder
 from tools.files import load_image, save_mask
@@ -165,9 +165,11 @@ def main(args: argparse.Namespace) -> None:
     check_flags(args)
     source = build_source(args.dataset, options.data_dir(args))
     index, number = args.shard or (parallel.rank(), parallel.world_size())
-    ids = source.ids(args.domain)[index::number]
+    listed = source.ids(args.domain)
+    ids = listed[index::number]
     if args.stage != "propose":
         check_present(args.pseudo_dir, ids, ".png", "the pseudo masks of inference.py with --pseudo_dir")
+        check_shown(filter(Path.is_file, (args.pseudo_dir / f"{image_id}.png" for image_id in listed)), source.info)
     if args.stage != "merge":
         propose(args, source, ids)
     if args.stage != "propose":

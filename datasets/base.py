@@ -204,7 +204,7 @@ class DataSource(ABC):
         Raises:
             UserError: no mask, an unreadable one, a size other than the image's, or an index that is no class.
         """
-        self.check_masks([image_id])
+        self._check_present([image_id])
         path = self.mask_path(image_id)
         mask = read_mask(path, self.info)
         size = _upright_size(self.image_path(image_id))
@@ -214,11 +214,15 @@ class DataSource(ABC):
         return mask
 
     def check_masks(self, ids: Sequence[str]) -> None:
-        """Prove that every id has a mask file, before work starts that needs it.
+        """Prove that every id has a mask file, and that they show something, before work starts that needs it.
 
         Raises:
-            UserError: the dataset has no masks, or some are missing.
+            UserError: the dataset has no masks, some are missing, or none shows a class.
         """
+        self._check_present(ids)
+        check_shown(map(self.mask_path, ids), self.info)
+
+    def _check_present(self, ids: Sequence[str]) -> None:
         if not self._masks_dirs:
             raise UserError(f"{self.root}: this dataset has no masks. Give a folder of ID.png masks.")
         missing = [image_id for image_id in ids if not self.has_mask(image_id)]
@@ -290,6 +294,32 @@ def read_mask(path: Path, info: DatasetInfo) -> np.ndarray:
             f"or {info.ignore_index} (ignore). Save class indices, and check --dataset."
         )
     return mask
+
+
+def check_shown(paths: Iterable[Path], info: DatasetInfo) -> None:
+    """Prove that masks show something, before they are learnt: reads until one does, usually the first.
+
+    Raises:
+        UserError: none of them shows a class; or one cannot be read.
+    """
+    count, ignored, path = 0, False, None
+    for path in paths:
+        mask = read_mask(path, info)
+        if ((mask > 0) & (mask != info.ignore_index)).any():
+            return
+        count, ignored = count + 1, ignored or bool(mask.any())
+    if path is not None:
+        raise UserError(nothing_shown(path.parent, count, ignored=ignored))
+
+
+def nothing_shown(folder: Path, count: int, *, ignored: bool) -> str:
+    """The sentence on masks without any class."""
+    if ignored:
+        return (
+            f"{folder}: none of {count} masks shows a class, they hold 0 and 255. 255 is ignored: if it is the object, "
+            "save it as the index of its class (1)."
+        )
+    return f"{folder}: none of {count} masks shows a class, they hold only 0. Save the index of each pixel's class."
 
 
 def _misfit(mask: tuple[int, ...], size: tuple[int, int], orientation: int) -> str:

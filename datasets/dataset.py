@@ -31,7 +31,8 @@ class ImageDataset(Dataset):
         with_labels: read image labels; turn it off for test sets, which have none.
 
     Raises:
-        UserError: an id without label or mask. Found here and not hours later in a worker.
+        UserError: an id without label or mask, or masks that show no class at all. Found here and not hours later in a
+            worker.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ each class occurs to OUTPUT_DIR/classes.png. Columns of the table:
     labels      images with an image label         masks       images with a mask
     bad         unreadable labels, and masks that are unreadable, of another size than the image or with a value that is
                 no class
-    unlabelled  masks that show a class which is not in the image label
+    unlabelled  masks that show a class which is not in the image label, or none although it names some
     copies      photographs that are, byte for byte, those of another id, of whatever split
 
 Exit code 2 if a photograph, label or mask is missing, unreadable or bad, if a list is empty, repeats an id or is not as
@@ -39,6 +39,7 @@ from datasets import build_source
 from datasets.base import DatasetInfo, DataSource
 from datasets.leftovers import leftovers, unlisted
 from datasets.listing import first_repeated
+from datasets.masks import MaskLook, Masks, look_at_mask
 from tools import cli, options
 from tools.drawing import EMPTY, FAINT, INK, PAPER
 from tools.errors import UserError
@@ -75,6 +76,7 @@ ERRORS = {
 }
 WARNINGS = {
     "unlabelled": "masks against labels",
+    "turned": "masks that may lie on their head",
     "copies": "the same photograph under several ids",
     "partial": "splits with masks of some images",
     "overlap": "lists that share photographs",
@@ -119,8 +121,8 @@ class Split:
                 self.without[what].append(image_id)
         if look.label is not None:
             self.label_counts[1:] += look.label.astype(np.int64)
-        if look.pixels is not None:
-            self.pixel_counts += look.pixels
+        if look.mask is not None:
+            self.pixel_counts += look.mask.pixels[: len(self.pixel_counts)]
 
     def incomplete(self, domain: str, what: str, use: str) -> str:
         """The sentence on a split of which some images have no labels (or masks)."""
@@ -144,7 +146,7 @@ class Look:
         found: there is a photograph.
         findings: kind and text of what is wrong.
         digest: hash of the photograph's file; empty if it is unreadable.
-        label, pixels: image label, f32 [K], and pixels of the mask by class, int64 [C]; None if absent or bad.
+        label, mask: image label, f32 [K], and what the mask is; None if absent or bad.
         has_label, has_mask: whether they are there, good or bad.
     """
 
@@ -152,7 +154,7 @@ class Look:
     findings: list[tuple[str, str]] = field(default_factory=list)
     digest: bytes = b""
     label: np.ndarray | None = None
-    pixels: np.ndarray | None = None
+    mask: MaskLook | None = None
     has_label: bool = False
     has_mask: bool = False
 
@@ -213,14 +215,19 @@ def verify(
     for kind, text in leftovers(source, lists):  # before the workers start: what it lists and reads, they inherit
         findings[kind].append(text)
     copies: dict[bytes, list[str]] = defaultdict(list)
+    masks = Masks(source.info)
     looks = run_jobs(functools.partial(look_at, source), list(domains_of), workers, "verifying", "image")
     for (image_id, domains), look in zip(domains_of.items(), looks, strict=True):
         for kind, text in (*look.findings, *absences(image_id, look, [published.get(d) for d in domains])):
             findings[kind].append(text)
         for domain in domains:
             splits[domain].add(image_id, look)
+        if look.mask is not None:
+            masks.add(look.mask, look.label)
         if look.digest:
             copies[look.digest].append(image_id)
+    for kind, text in masks.findings():
+        findings[kind].append(text)
     add_copies(copies.values(), domains_of, splits, findings["copies"])
     for domain in (domain for domain in splits if domain not in published or domain in scored):
         add_incomplete(domain, splits[domain], findings, scored=domain in scored)
@@ -284,16 +291,21 @@ def look_at(source: DataSource, image_id: str) -> Look:
         look.label = _try(look, "label", lambda: source.image_label(image_id))
     look.has_mask = source.has_mask(image_id)
     if look.has_mask and look.digest:  # a mask is compared with its image
-        mask = _try(look, "mask", lambda: source.mask(image_id))
-        if mask is not None:
-            look.pixels = np.bincount(mask.ravel(), minlength=256)[: source.info.num_classes]
-    if look.label is not None and look.pixels is not None:
-        extra = [source.info.classes[i + 1] for i in np.flatnonzero((look.pixels[1:] > 0) & (look.label == 0))]
-        if extra:
-            look.findings.append(
-                ("unlabelled", f"{source.mask_path(image_id)}: shows {', '.join(extra)}, unlike the image label")
-            )
+        look.mask = _try(look, "mask", lambda: look_at_mask(source, image_id))
+    if look.label is not None and look.mask is not None:
+        look.findings += [("unlabelled", f"{look.mask.path}: {text}") for text in contradictions(source.info, look)]
     return look
+
+
+def contradictions(info: DatasetInfo, look: Look) -> Iterable[str]:
+    """How the mask of an image differs from its label. That it lacks some of the classes is usual: they may be tiny."""
+    named, shown = look.label > 0, look.mask.pixels[1 : info.num_classes] > 0
+    extra = [info.classes[i + 1] for i in np.flatnonzero(shown & ~named)]
+    if extra:
+        yield f"shows {', '.join(extra)}, unlike the image label"
+    if named.any() and not shown.any():
+        values = "0 and 255" if look.mask.pixels[info.ignore_index] else "0"
+        yield f"holds only {values}, unlike the image label"
 
 
 def _try(look: Look, kind: str, read: Callable[[], np.ndarray]) -> np.ndarray | None:

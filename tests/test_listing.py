@@ -435,7 +435,7 @@ def test_files_and_classes_that_belong_to_nothing_are_warned_of(tmp_path):
     root = dataset(tmp_path, "a.jpg", "b.heic", labels="id,labels\na,cat\nb,cat\n")
     (root / "masks").mkdir()
     for name in ("a.png", "b.png", "notes.txt"):
-        Image.new("L", (8, 6)).save(root / "masks" / name, format="PNG")
+        Image.new("L", (8, 6), 1).save(root / "masks" / name, format="PNG")
     assert findings(root) == {
         "rows": ["row 'b' belongs to no photograph"],
         "unread": [f"{root / 'images' / 'b.heic'}: a kind that is not read (.heic). Convert photographs to JPEG"],

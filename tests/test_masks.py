@@ -1,0 +1,131 @@
+"""What all masks of a dataset show together; and what verify accepts, evaluate reads rightly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command import TRAINING, data_flags, refusal, run
+from PIL import Image
+
+from datasets import build_source
+from datasets.verify import verify
+from tools.errors import UserError
+from tools.files import load_image
+
+
+def dataset(root: Path, masks: list[np.ndarray], labels: list[str], classes=("cat", "dog"), **options) -> Path:
+    """A `folder` of grey photographs 0, 1, ... of the masks' sizes; masks are saved as they are."""
+    for name in ("images", "masks"):
+        (root / name).mkdir(parents=True)
+    (root / "classes.txt").write_text("\n".join(["background", *classes]) + "\n")
+    (root / "labels.csv").write_text("id,labels\n" + "".join(f"{i},{names}\n" for i, names in enumerate(labels)))
+    for i, mask in enumerate(masks):
+        Image.new("RGB", mask.shape[::-1], (i, 90, 90)).save(root / "images" / f"{i}.png", **options)
+        Image.fromarray(mask.astype(np.uint8)).save(root / "masks" / f"{i}.png")
+    return root
+
+
+def square(value: int, size: tuple[int, int] = (20, 30)) -> np.ndarray:
+    mask = np.zeros(size, np.uint8)
+    mask[3:12, 5:14] = value
+    return mask
+
+
+def findings(root: Path) -> dict[str, list[str]]:
+    return {kind: texts for kind, texts in verify(build_source("folder", root), {}, 0)[1].items() if texts}
+
+
+ONLY = "255 is ignored: if it is the object, save it as the index of its class (1)."
+
+
+def test_masks_in_which_255_is_the_object_are_refused_everywhere(tmp_path, monkeypatch, capsys):
+    root = dataset(tmp_path / "data", [square(255)] * 4, ["cat"] * 4)
+    monkeypatch.chdir(tmp_path)
+    found = findings(root)
+    assert found["mask"] == [f"{root}/masks: none of 4 masks shows a class, they hold 0 and 255. {ONLY}"]
+    assert found["unlabelled"][0] == f"{root}/masks/0.png: holds only 0 and 255, unlike the image label"
+    flags, masks = data_flags(root), str(root / "masks")
+    refine = ["--tag", "t", "--domain", "train", "--proposals", "regions", "--pseudo_dir", masks, "--num_workers", 0]
+    for script, *others in (
+        ("datasets.verify", "--num_workers", 0),
+        ("evaluate", "--domain", "train", "--pred_dir", masks, "--num_workers", 0),
+        ("train_segmentation", "--tag", "t", *TRAINING),
+        ("train_csrm", "--tag", "t", *TRAINING, "--c2s_mode", "gt"),
+        ("train_classifier", "--tag", "t", *TRAINING, "--domain_valid", "train"),
+        ("refine_sam", *refine),
+    ):
+        line = refusal(capsys, script, *flags, *others)
+        assert ONLY in line or script == "datasets.verify", line
+    assert not list((tmp_path / "experiments").rglob("*.pth"))
+
+
+def test_masks_without_any_class_are_refused(tmp_path):
+    root = dataset(tmp_path / "data", [square(0)] * 2, ["cat", "dog"])
+    assert "none of 2 masks shows a class, they hold only 0." in findings(root)["mask"][0]
+    with pytest.raises(UserError, match="they hold only 0"):
+        build_source("folder", root).check_masks(["0", "1"])
+
+
+def test_one_mask_with_a_class_among_empty_ones_will_do(tmp_path):
+    root = dataset(tmp_path / "data", [square(0), square(255), square(2)], ["", "", "dog"], classes=("dog", "cat"))
+    build_source("folder", root).check_masks(["0", "1", "2"])
+    assert "mask" not in findings(root)
+
+
+def test_a_class_that_labels_name_and_no_mask_shows_is_warned_of(tmp_path):
+    root = dataset(tmp_path / "data", [square(1)] * 3 + [square(255)] * 3, ["cat;dog"] * 3 + ["dog"] * 3)
+    found = findings(root)
+    assert found["unlabelled"][-1] == "no mask shows 'dog', but 6 image labels name it" and "mask" not in found
+    assert found["unlabelled"][0].endswith("3.png: holds only 0 and 255, unlike the image label")
+
+
+def test_predictions_in_which_255_is_the_object_are_warned_of(tmp_path, capsys):
+    root = dataset(tmp_path / "data", [square(1)] * 2, ["cat"] * 2)
+    other = dataset(tmp_path / "other", [square(255)] * 2, ["cat"] * 2)
+    for masks, warned in ((other / "masks", True), (root / "masks", False)):
+        run("evaluate", *data_flags(root), "--domain", "train", "--pred_dir", masks, "--num_workers", 0)
+        assert ("Warning: the predictions hold only 0 and 255" in capsys.readouterr().out) == warned
+
+
+@pytest.mark.parametrize(
+    ("orientation", "size", "mask_size", "finding"),
+    [
+        (6, (20, 30), (20, 30), "EXIF orientation 6 turns the photograph, and the mask was drawn on the unturned one"),
+        (6, (20, 30), (30, 20), None),
+        (6, (20, 20), (20, 20), "one of 1 photographs with masks that EXIF turns"),
+        (3, (20, 30), (20, 30), "one of 1 photographs with masks that EXIF turns"),
+        (4, (20, 30), (20, 30), "one of 1 photographs with masks that EXIF turns"),
+        (1, (20, 30), (20, 30), None),
+        (1, (20, 30), (30, 20), "It lies on its side: turn it."),
+        (8, (20, 30), (10, 15), "Save both at one size."),
+    ],
+)
+def test_masks_of_photographs_that_exif_turns(tmp_path, orientation, size, mask_size, finding):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    root = dataset(tmp_path / "data", [square(1, size)], ["cat"], classes=("cat",), exif=exif)
+    Image.fromarray(square(1, mask_size)).save(root / "masks" / "0.png")
+    found = findings(root)
+    texts = found.pop("mask", []) + found.pop("turned", [])
+    assert (finding in texts[0] and len(texts) == 1) if finding else texts == []
+    assert found == {} and load_image(root / "images" / "0.png").shape[:2] in (size, size[::-1])
+
+
+def save_palette(path: Path, mask: np.ndarray, colours: list[tuple[int, int, int]]) -> None:
+    image = Image.fromarray(mask, "P")
+    image.putpalette(np.asarray(colours, np.uint8).tobytes())
+    image.save(path)
+
+
+def test_palettes_in_which_a_colour_wanders_are_an_error(tmp_path):
+    """Colours of nobody's map: one mask does not tell, two do."""
+    black, orange, azure = (0, 0, 0), (250, 120, 0), (0, 120, 250)
+    root = dataset(tmp_path / "data", [square(1), square(1)], ["cat", "dog"])
+    save_palette(root / "masks" / "0.png", square(1), [black, orange])
+    save_palette(root / "masks" / "1.png", square(1), [black, azure])
+    assert "mask" not in findings(root)
+    save_palette(root / "masks" / "0.png", square(2), [black, orange, azure])
+    (text,) = findings(root)["mask"]
+    assert f"{root}/masks/1.png: index 1 has the colour that index 2 has in 0.png. An optimiser" in text
