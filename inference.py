@@ -1,4 +1,4 @@
-"""Stage 2: CAMs, segmentation maps and pseudo masks of a trained classifier or CSRM.
+"""Stage 2: CAMs, segmentation maps and pseudo masks of training images, restricted to their image labels.
 
     python inference.py --tag csrm --dataset voc12 --data_dir data/voc12 --domain train_aug
 
@@ -7,9 +7,12 @@ training images, to make the pseudo masks a segmentation model learns from, neve
 Writes to experiments/predictions/TAG@DOMAIN/
 
     cams/ID.npz         class activation maps: arrays keys, cam (stride 4), hr_cam (image size), values in [0, 1]
-    masks/ID.npz        the same arrays from CSRM's segmentation branch: probabilities of the image's classes, read as
-                        in training (--teacher_labels of train_csrm.py)
+    masks/ID.npz        the same arrays from the segmentation branch: probabilities of the image's classes, read as in
+                        training (--teacher_labels of train_csrm.py)
     pseudos-.../ID.png  pseudo masks: argmax of [threshold; CAMs], refined by a dense CRF; class indices
+
+The final model of stage 4, too, can label its own training photographs anew, restricted to their image labels
+(--save_cams false --pseudos_from masks); a second model learns these masks.
 
 The network's shape is read from the checkpoint. Started again, it continues with the images that are missing. Under
 torchrun (SETUP.md) several GPUs share the images.
@@ -35,7 +38,7 @@ def make_parser() -> cli.Parser:
     group.add_argument("--weights", type=Path, help="checkpoint (default: experiments/models/TAG.pth)")
     options.add_views(group)
     cli.add_switch(group, "--save_cams", True, "write cams/")
-    cli.add_switch(group, "--save_masks", False, "write masks/ (CSRM only)")
+    cli.add_switch(group, "--save_masks", False, "write masks/ (not of a classifier)")
     cli.add_switch(group, "--save_pseudos", True, "write pseudos-.../")
     group.add_argument(
         "--cam_format", choices=["npz", "npy"], default="npz", help="npy: the pickled dict peers' tools read"
@@ -167,8 +170,8 @@ class Predictor:
         views = asdict(self.outputs.views)
         if kind == "cams":
             return multi_scale_cams(cam_forward(self.model), image, label, **views, size=size)
-        forward = lambda images: self.model(images, representations=False)["seg_logits"]  # noqa: E731
-        return segmentation_maps(multi_scale_logits(forward, image, **views), label, size, self.outputs.reading)
+        logits = multi_scale_logits(segmentation_forward(self.model), image, **views)
+        return segmentation_maps(logits, label, size, self.outputs.reading)
 
     def _pseudo_mask(self, photograph: torch.Tensor, image_id: str) -> np.ndarray:
         """Class indices uint8 [H,W] from the maps, which are read if they were written."""
@@ -194,6 +197,12 @@ def cam_forward(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """The model as a function from images to CAM logits, which in CSRM stops before the other branches."""
     options = {"segmentation": False} if model.config["kind"] == "csrm" else {}
     return lambda views: model(views, **options)["cams"]
+
+
+def segmentation_forward(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The model as a function from images to segmentation logits, in CSRM without representations."""
+    options = {"representations": False} if model.config["kind"] == "csrm" else {}
+    return lambda views: model(views, **options)["seg_logits"]
 
 
 def segmentation_maps(
@@ -222,13 +231,26 @@ def background_map(maps: np.ndarray, reading: str) -> np.ndarray:
 
 
 def check_flags(args: argparse.Namespace, model: nn.Module) -> None:
-    """Refuse flags that ask a classifier for a segmentation branch.
+    """Refuse flags that ask for maps the model does not give.
 
     Raises:
-        UserError: the model has none.
+        UserError: a classifier's segmentation, or the CAMs of a segmentation model.
     """
-    if (args.save_masks or args.pseudos_from == "masks") and model.config["kind"] != "csrm":
-        raise UserError("--save_masks / --pseudos_from masks: only CSRM has a segmentation branch. Use the CAMs.")
+    kind = model.config["kind"]
+    if (args.save_masks or args.pseudos_from == "masks") and kind == "classifier":
+        raise UserError("--save_masks / --pseudos_from masks: a classifier has no segmentation branch. Use the CAMs.")
+    if (args.save_cams or args.pseudos_from == "cams") and kind == "segmentation":
+        raise UserError(
+            "--save_cams / --pseudos_from cams: a segmentation model has no CAMs. "
+            "Pass --save_cams false --pseudos_from masks."
+        )
+
+
+def reading(checkpoint: dict) -> str:
+    """How segmentation logits are read: CSRM's as its teacher's were, a segmentation model's foreground first."""
+    if checkpoint["config"]["kind"] == "segmentation":
+        return "foreground"
+    return checkpoint["args"].get("teacher_labels", "present")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -237,7 +259,7 @@ def main(args: argparse.Namespace) -> None:
     source = build_source(args.dataset, options.data_dir(args))
     ids = source.ids(args.domain)
     weights = args.weights or options.model_path(args.tag)
-    model, checkpoint = load_model(weights, device, kinds=["classifier", "csrm"])
+    model, checkpoint = load_model(weights, device, kinds=["classifier", "csrm", "segmentation"])
     check_classes(checkpoint, source.info.classes, weights)
     check_flags(args, model)
     folder = options.predictions_dir(args.tag, args.domain)
@@ -245,7 +267,7 @@ def main(args: argparse.Namespace) -> None:
         wanted=tuple(kind for kind in ("cams", "masks", "pseudos") if getattr(args, f"save_{kind}")),
         cam_format=args.cam_format,
         views=options.views(args, checkpoint["args"]["image_size"]),
-        reading=checkpoint["args"].get("teacher_labels", "present"),
+        reading=reading(checkpoint),
         pseudos_from=args.pseudos_from,
         threshold=args.threshold,
         crf=options.crf(args),

@@ -5,10 +5,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/config/env.sh"
 source runners/config/dataset.sh
 
-SAM=()
-if [[ "$PROPOSALS" == sam ]]; then SAM=(--checkpoint "$SAM_CHECKPOINT" --model_type "$SAM_TYPE"); fi
-run refine_sam.py --tag "$TAG_CSRM" --domain "$DOMAIN_TRAIN" --pseudo_dir "$PSEUDOS" --device "$DEVICE" \
-  --num_workers "$WORKERS" --proposals "$PROPOSALS" --mode "$MERGE_MODE" ${SAM[@]+"${SAM[@]}"} $REFINE_FLAGS
+refine "$TAG_CSRM" "$PSEUDOS"
 score refined "$DOMAIN_EVAL" "$REFINED"
 report
 

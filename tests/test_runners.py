@@ -165,3 +165,22 @@ def test_corrected_masks_make_a_second_model(tmp_path):
     assert called[0] == "train_segmentation.py voc12-deeplab-corrected" and "--corrected_dir my corrected" in train
     assert "--predict" in predict and "--corrected_dir" not in predict
     assert "deeplab-corrected@val/masks" in score and "/segmentation_val_corrected.json" in score
+
+
+def test_a_second_round_learns_what_the_first_model_says_of_its_own_photographs(tmp_path):
+    called, process = commands(tmp_path, "4-segmentation", ROUNDS="2", DOMAIN_EVAL="train", PROPOSALS="regions")
+    assert process.returncode == 0, process.stderr
+    calls = (tmp_path / "calls.txt").read_text().splitlines()
+    assert [call.split()[0] for call in calls] == [
+        *("train_segmentation.py", "inference.py", "evaluate.py", "refine_sam.py", "train_segmentation.py"),
+        *("train_segmentation.py", "evaluate.py", "train_segmentation.py", "report.py"),
+    ]
+    folder = "experiments/predictions/voc12-deeplab@train_aug"
+    first, relabel, score, refine, second, predict, final, *_ = calls
+    assert "--masks_dir experiments/predictions/voc12-csrm@train_aug/sam-regions-max_iou_imp2" in first
+    assert "--tag voc12-deeplab --domain train_aug --save_cams false --pseudos_from masks" in relabel
+    assert f"--pred_dir {folder}/pseudos-masks-c10" in score and "/relabelled_2.json" in score
+    assert f"--pseudo_dir {folder}/pseudos-masks-c10" in refine
+    assert "--proposals_dir experiments/predictions/voc12-csrm@train_aug/proposals-regions" in refine
+    assert f"--tag voc12-deeplab-round2 --domain_train train_aug --masks_dir {folder}/sam-regions" in second
+    assert "--tag voc12-deeplab-round2 --predict" in predict and "/segmentation_val_round2.json" in final

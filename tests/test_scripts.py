@@ -15,17 +15,21 @@ from command import DECODER, TRAINING, data_flags, refusal, run
 from conftest import OBJECTS, SIZES, SPLITS
 from PIL import Image
 
-from tools.cam import load_cams
+from datasets import build_source
+from models import load_model
+from tools.cam import load_cams, multi_scale_logits
 from tools.files import load_mask
+from tools.maps import normalize
 
 MODELS, PREDICTIONS = Path("experiments/models"), Path("experiments/predictions")
+RELABEL = ["--save_cams", "false", "--save_masks", "--pseudos_from", "masks"]
 VIEWS = ["--scales", "1,2", "--crf_t", "2", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
 def chain(folder_root, tmp_path_factory):
     """Run everything once; yields what was printed, by stage. The working directory holds `experiments/`."""
-    data, printed = data_flags(folder_root), {}
+    data, printed = data_flags(folder_root), {"root": folder_root}
 
     def stage(name: str, script: str, *flags: object) -> None:
         with contextlib.redirect_stdout(io.StringIO()) as output:
@@ -49,6 +53,7 @@ def chain(folder_root, tmp_path_factory):
         stage("deeplab", "train_segmentation", "--tag", "deeplab", *TRAINING, *DECODER, "--masks_dir", refined,
               "--domain_valid", "val")  # fmt: skip
         stage("predict", "train_segmentation", "--tag", "deeplab", "--predict", "--domain", "val", *VIEWS)
+        stage("relabelled", "inference", "--tag", "deeplab", "--domain", "train", *VIEWS, *RELABEL)
         for name, mode, folder, domain in (
             ("cams", "cams", "csrm@train/cams", "train"),
             ("maps", "cams", "csrm@train/masks", "train"),
@@ -84,6 +89,30 @@ def test_pseudo_masks_hold_only_the_image_label(chain, folder):
         mask = load_mask(PREDICTIONS / folder / f"{image_id}.png")
         allowed = [0, *(["cat", "dog"].index(name) + 1 for name in OBJECTS[image_id])]
         assert mask.shape == SIZES[image_id] and np.isin(mask, allowed).all()
+
+
+def test_the_last_model_labels_its_training_images_anew(chain):
+    """p_fg = 1 - p_bg over all classes, shared by the classes of the image in proportion."""
+    folder = PREDICTIONS / "deeplab@train"
+    model, checkpoint = load_model(MODELS / "deeplab.pth", torch.device("cpu"), kinds=["segmentation"])
+    source = build_source("folder", chain["root"])
+    for image_id in SPLITS["train"]:
+        keys, _, maps = load_cams(folder / "masks" / f"{image_id}.npz")
+        image = normalize(source.photograph(image_id))
+        with torch.inference_mode():
+            forward = lambda views: model(views)["seg_logits"]  # noqa: E731
+            logits = multi_scale_logits(forward, image, scales=[1, 2], hflip=True, long_side=48)
+        p = logits.softmax(dim=1)[0].numpy()
+        expected = (1 - p[0]) * p[keys[1:]] / p[keys[1:]].sum(axis=0)
+        np.testing.assert_allclose(maps, expected, atol=2e-3)
+        mask = load_mask(folder / "pseudos-masks-c2" / f"{image_id}.png")
+        assert np.isin(mask, keys).all() and mask.shape == SIZES[image_id]
+    assert checkpoint["config"]["kind"] == "segmentation"
+
+
+def test_a_segmentation_model_has_no_cams(chain, capsys):
+    line = refusal(capsys, "inference", "--tag", "deeplab", "--domain", "train", *data_flags(chain["root"]))
+    assert "a segmentation model has no CAMs. Pass --save_cams false --pseudos_from masks." in line
 
 
 def test_an_image_without_classes_gets_empty_maps_and_a_mask_of_background(chain):

@@ -27,7 +27,7 @@ from tools.files import atomic_write
 from tools.maps import fit, resize_maps
 from tools.options import Views
 
-WORKING_SIDE = 1280
+WORKING_SIDE = 1024
 """Pixels; longer photographs are reduced to this before anything looks at them."""
 
 _DAMAGED = (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, ImportError)

@@ -69,6 +69,7 @@ esac
 : "${PREPARE_FLAGS:=}"                        # of datasets.prepare: --download_dir DIR, --mirror URL
 : "${SAM_CHECKPOINT:=}" "${SAM_TYPE:=vit_h}"  # Segment Anything's weights, and the network they are for
 : "${MERGE_MODE:=max_iou_imp2}" "${REFINE_FLAGS:=}"
+: "${ROUNDS:=1}"                              # stage 4: models in a row, each on masks that the one before made
 : "${CORRECTED:=}"                            # stage 4: folder of corrected masks (docs/review.md)
 if [[ -n "$SAM_CHECKPOINT" ]]; then : "${PROPOSALS:=sam}"; else : "${PROPOSALS:=regions}"; fi
 

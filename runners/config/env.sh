@@ -45,10 +45,21 @@ score() {
   fi
 }
 
+# refine TAG FOLDER: proposals of the training images, made once, and the masks in FOLDER merged with them.
+refine() {
+  local sam=()
+  if [[ "$PROPOSALS" == sam ]]; then sam=(--checkpoint "$SAM_CHECKPOINT" --model_type "$SAM_TYPE"); fi
+  if [[ "$1" != "$TAG_CSRM" ]]; then
+    sam+=(--proposals_dir "$PREDICTIONS/$TAG_CSRM@$DOMAIN_TRAIN/proposals-$PROPOSALS")
+  fi
+  run refine_sam.py --tag "$1" --domain "$DOMAIN_TRAIN" --pseudo_dir "$2" --device "$DEVICE" --num_workers "$WORKERS" \
+    --proposals "$PROPOSALS" --mode "$MERGE_MODE" ${sam[@]+"${sam[@]}"} $REFINE_FLAGS
+}
+
 # report: the page, picture sheet and review queue of the stages so far.
 report() {
   local stage tag scores=() tags=() columns=() review=()
-  for stage in prior_cam csrm_cam pseudo refined segmentation_val segmentation_val_corrected; do
+  for stage in prior_cam csrm_cam pseudo refined relabelled_{2..9} segmentation_val{,_corrected}{,_round{2..9}}; do
     if [[ -f "$REPORT/$stage.json" ]]; then scores+=("$stage=$REPORT/$stage.json"); fi
   done
   for tag in "$TAG_PRIOR" "$TAG_CSRM" "$TAG_SEG"; do
