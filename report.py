@@ -66,18 +66,21 @@ if __name__ == "__main__":
     ARGS = make_parser().parse_args()  # before PyTorch is imported: --help and mistakes answer at once
 
 import numpy as np
-from PIL import Image, ImageDraw
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
 
 from datasets import build_source
 from datasets.base import DatasetInfo, DataSource
 from tools.cam import cam_labels, load_cams
-from tools.drawing import EMPTY, FAINT, GAP, INK, LINE, MARGIN, PAPER, font, legend, overlay, stack
+from tools.drawing import legend, overlay
 from tools.files import atomic_write, check_writable, load_mask, save_json
 from tools.history import read_commands, read_run
 from tools.page import Card, Layer, Page, heat_uri, mask_uri, photograph_uri, render, shares_text
 from tools.review import Row, doubt, image_iou, queue, save_queue
 
-CELL = 224  # pixels: width of a picture, and the greatest height of one
+CELL, DPI = 224, 100  # pixels: width of a picture, and the greatest height of one; pixels per inch
+EMPTY = 226  # grey of a cell without a prediction
 
 
 def main(args: argparse.Namespace) -> None:
@@ -103,7 +106,7 @@ def main(args: argparse.Namespace) -> None:
         blocks = {domain: pick_images(source, ids, args.num_images) for domain, ids in shown.items()}
         sheet = gallery(source, blocks, columns)
         with atomic_write(args.output_dir / "gallery.png") as temporary:
-            sheet.save(temporary, format="PNG", optimize=True)
+            sheet.save(temporary, format="PNG")
         print(f"Picture sheet: {args.output_dir / 'gallery.png'}")
         page = add_images(page, source, args, columns, reviewed)
     with atomic_write(args.output_dir / "report.html") as temporary:
@@ -227,19 +230,28 @@ def gallery(source: DataSource, blocks: dict[str, Sequence[str]], columns: Seque
     Returns:
         An RGB picture: a block per heading, a row per id, and the legend of the classes that occur.
     """
-    rows = {heading: [(i, row_masks(source, columns, i)) for i in block] for heading, block in blocks.items()}
-    masks = [row for block in rows.values() for _, row in block]
+    ids = [image_id for block in blocks.values() for image_id in block]
+    images, masks = [source.image(i) for i in ids], [row_masks(source, columns, i) for i in ids]
     first = int(all(row[0] is None for row in masks))  # 1: nobody drew masks, so no column for them
     titles = ["Image", *["Ground truth", *(column.title for column in columns)][first:]]
-    width = 2 * MARGIN + len(titles) * (CELL + GAP) - GAP
-    parts = [_titles(titles, width)]
-    for heading, block in rows.items():
-        if len(rows) > 1:
-            parts.append(_heading(heading, width))
-        parts += [_row(source.image(i), row[first:], source.info.palette, width) for i, row in block]
+    heights = [min(1.0, image.shape[0] / image.shape[1]) for image in images]  # of a cell that is one wide
+    figure = Figure((len(titles) * CELL / DPI, (sum(heights) * CELL + 30) / DPI), dpi=DPI, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    cells = figure.subplots(len(ids), len(titles), squeeze=False, height_ratios=heights)
+    for row, image, shown in zip(cells, images, masks, strict=True):
+        pictures = [mask if mask is None else overlay(image, mask, source.info.palette) for mask in shown[first:]]
+        for cell, picture in zip(row, [image, *pictures], strict=True):
+            cell.set(xticks=[], yticks=[], frame_on=False)
+            cell.imshow(np.full_like(image, EMPTY) if picture is None else picture)
+    for cell, title in zip(cells[0], titles, strict=True):
+        cell.set_title(title, fontsize=11)
+    for heading, block in blocks.items() if len(blocks) > 1 else ():
+        cells[ids.index(block[0]), 0].set_ylabel(heading)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    drawn = np.asarray(canvas.buffer_rgba())[..., :3]
     seen = {int(value) for row in masks for mask in row if mask is not None for value in np.unique(mask)}
-    parts.append(legend(source.info, sorted(seen), width))
-    return stack(parts, width)
+    return Image.fromarray(np.vstack([drawn, legend(source.info, sorted(seen), drawn.shape[1])]))
 
 
 def row_masks(source: DataSource, columns: Sequence[Column], image_id: str) -> list[np.ndarray | None]:
@@ -258,40 +270,6 @@ def row_masks(source: DataSource, columns: Sequence[Column], image_id: str) -> l
             raise UserError(f"column '{column.title}', {image_id}: an index that is no class. Check --dataset.")
         masks.append(mask)
     return masks
-
-
-def _row(image: np.ndarray, masks: Sequence[np.ndarray | None], palette: np.ndarray, width: int) -> Image.Image:
-    """One photograph and its masks, side by side; a grey cell for every mask that is missing."""
-    height, image_width = image.shape[:2]
-    scale = CELL / max(height, image_width)
-    size = max(1, round(image_width * scale)), max(1, round(height * scale))
-    row = Image.new("RGB", (width, size[1] + GAP), PAPER)
-    for index, mask in enumerate([None, *masks]):
-        left = MARGIN + index * (CELL + GAP)
-        if index and mask is None:
-            ImageDraw.Draw(row).rectangle((left, 0, left + CELL - 1, size[1] - 1), fill=EMPTY)
-            continue
-        picture = overlay(image, mask, palette) if index else image
-        row.paste(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS), (left + (CELL - size[0]) // 2, 0))
-    return row
-
-
-def _titles(titles: Sequence[str], width: int) -> Image.Image:
-    """Each title centred over its column."""
-    line = Image.new("RGB", (width, LINE + GAP), PAPER)
-    for index, title in enumerate(titles):
-        centre = MARGIN + index * (CELL + GAP) + CELL // 2
-        ImageDraw.Draw(line).text((centre, LINE // 2), title, fill=INK, font=font(17), anchor="mm")
-    return line
-
-
-def _heading(text: str, width: int) -> Image.Image:
-    """The name of a block over a thin rule."""
-    line = Image.new("RGB", (width, LINE + GAP), PAPER)
-    draw = ImageDraw.Draw(line)
-    draw.text((MARGIN, LINE // 2), text, fill=FAINT, font=font(15), anchor="lm")
-    draw.line((MARGIN, LINE - 1, width - MARGIN, LINE - 1), fill=EMPTY)
-    return line
 
 
 # -- the page and the review queue ------------------------------------------------------------------------------------

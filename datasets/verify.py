@@ -31,9 +31,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from datasets import build_source
 from datasets.base import DatasetInfo, DataSource
@@ -41,10 +41,12 @@ from datasets.leftovers import leftovers, unlisted
 from datasets.listing import first_repeated
 from datasets.masks import MaskLook, Masks, look_at_mask
 from tools import cli, options
-from tools.drawing import EMPTY, FAINT, INK, PAPER
 from tools.errors import UserError
 from tools.files import atomic_write, check_writable, save_json
 from tools.parallel import run_jobs
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -369,49 +371,36 @@ def write_report(folder: Path, info: DatasetInfo, splits: dict[str, Split], find
     }
     save_json(folder / "verify.json", {"splits": summary, "findings": findings})
     with atomic_write(folder / "classes.png") as temporary:
-        histogram(info, splits).save(temporary, format="PNG")
+        histogram(info, splits).savefig(temporary, format="png", dpi=120)
 
 
-def histogram(info: DatasetInfo, splits: dict[str, Split]) -> Image.Image:
+def histogram(info: DatasetInfo, splits: dict[str, Split]) -> Figure:
     """How often each class occurs: for every split a bar of its images (left) and of its mask pixels (right), per cent.
 
-    Bars are as long as their share, and the longest fills the column.
+    The first split's bars have their numbers.
     """
-    bar, column, margin = 7, 300, 16
-    font = ImageFont.load_default(size=13)
-    names = int(max(font.getlength(name) for name in info.classes)) + 2 * margin
-    row, top = bar * len(splits) + 8, 2 * margin + 18 * len(splits)
-    picture = Image.new("RGB", (names + 2 * (column + 60) + margin, top + row * info.num_classes + margin), PAPER)
-    draw = ImageDraw.Draw(picture)
-    for number, domain in enumerate(splits):
-        draw.rectangle((margin, margin + 18 * number, margin + 12, margin + 12 + 18 * number), fill=_colour(number))
-        draw.text((margin + 20, margin + 6 + 18 * number), domain, fill=INK, font=font, anchor="lm")
-    shares = [_shares(split) for split in splits.values()]
-    for side, title in enumerate(("images with the class", "pixels of the masks")):
-        left = names + side * (column + 60)
-        draw.text((left, margin + 6), f"{title}, %", fill=FAINT, font=font, anchor="lm")
-        longest = max([share[side].max() for share in shares] + [1e-9])
-        for index in range(1 - side, info.num_classes):  # labels do not name the background
-            draw.line((left, top + row * index - 4, left + column, top + row * index - 4), fill=EMPTY)
-            for number, share in enumerate(shares):
-                value, y = share[side][index], top + row * index + bar * number
-                draw.rectangle((left, y, left + column * value / longest, y + bar - 2), fill=_colour(number))
-                if number == 0:
-                    draw.text((left + column + 6, y), f"{100 * value:.1f}", fill=FAINT, font=font, anchor="lt")
-    for index, name in enumerate(info.classes):
-        draw.text((margin, top + row * index + row // 2 - 4), name, fill=INK, font=font, anchor="lm")
-    return picture
+    from matplotlib.figure import Figure
 
-
-def _shares(split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Of the labelled images and of the mask pixels, the fraction that is of each class: f64 [C] each."""
-    return split.label_counts / max(split.counts["labels"], 1), split.pixel_counts / max(split.pixel_counts.sum(), 1)
-
-
-def _colour(number: int) -> tuple[int, int, int]:
-    """A colour per split."""
-    colours = ((52, 101, 164), (224, 123, 57), (96, 160, 80), (176, 80, 140), (120, 120, 126))
-    return colours[number % len(colours)]
+    figure = Figure((9, 1.2 + info.num_classes * (0.1 + 0.12 * len(splits))), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    height = 0.8 / max(len(splits), 1)
+    for number, (domain, split) in enumerate(splits.items()):
+        places = np.arange(info.num_classes) + height * (number + 0.5) - 0.4
+        images = split.label_counts / max(split.counts["labels"], 1)
+        pixels = split.pixel_counts / max(split.pixel_counts.sum(), 1)
+        images[0] = np.nan  # labels do not name the background
+        for axis, share in zip(axes, (images, pixels), strict=True):
+            bars = axis.barh(places, 100 * share, height, label=domain, color=f"C{number}")
+            if number == 0:
+                axis.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+    for axis, title in zip(axes, ("images with the class, %", "pixels of the masks, %"), strict=True):
+        axis.set_title(title, fontsize=10)
+        axis.margins(x=0.12, y=0.01)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(info.num_classes), info.classes, fontsize=9)
+    axes[0].invert_yaxis()  # the background on top
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=6, frameon=False)
+    return figure
 
 
 if __name__ == "__main__":

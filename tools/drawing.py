@@ -16,7 +16,7 @@ from tools.files import atomic_write
 
 OVERLAY_SIDE = 1280
 GAP, MARGIN, LINE = 6, 18, 26
-PAPER, INK, FAINT, EMPTY = (255, 255, 255), (28, 28, 30), (120, 120, 126), (226, 226, 229)
+PAPER, INK, FAINT = (255, 255, 255), (28, 28, 30), (120, 120, 126)
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, palette: np.ndarray) -> np.ndarray:
@@ -42,20 +42,15 @@ def save_overlay(path: Path, image: np.ndarray, mask: np.ndarray, info: Any) -> 
     """Write `overlay`, at most `OVERLAY_SIDE` pixels long, with the legend of its classes below, as a JPEG."""
     painted = Image.fromarray(overlay(image, mask, info.palette))
     painted.thumbnail((OVERLAY_SIDE, OVERLAY_SIDE))
-    parts = [painted, legend(info, np.unique(mask).tolist(), painted.width)]
-    sheet = stack(parts, painted.width, margin=0)
+    sheet = np.vstack([painted, legend(info, np.unique(mask).tolist(), painted.width)])
     with atomic_write(path) as temporary:
-        sheet.save(temporary, format="JPEG", quality=92)
-
-
-def font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size=size)
+        Image.fromarray(sheet).save(temporary, format="JPEG", quality=92)
 
 
 def legend(info: Any, indices: Sequence[int], width: int) -> Image.Image:
     """Colour swatches with class names, wrapped to `width`; background is left out (it is the unpainted photograph)."""
     entries = [("ignored" if i == info.ignore_index else info.classes[i], i) for i in indices if i != 0]
-    face, swatch, places = font(15), 16, []
+    face, swatch, places = ImageFont.load_default(size=15), 16, []
     x, y = MARGIN, GAP
     for text, index in entries:
         step = swatch + 8 + int(face.getlength(text)) + 22
@@ -70,12 +65,3 @@ def legend(info: Any, indices: Sequence[int], width: int) -> Image.Image:
         draw.rectangle((x, y, x + swatch, y + swatch), fill=colour, outline=FAINT)
         draw.text((x + swatch + 8, y + swatch // 2), text, fill=INK, font=face, anchor="lm")
     return picture
-
-
-def stack(parts: Sequence[Image.Image], width: int, margin: int = MARGIN - GAP) -> Image.Image:
-    sheet = Image.new("RGB", (width, sum(p.height for p in parts) + 2 * margin), PAPER)
-    y = margin
-    for part in parts:
-        sheet.paste(part, (0, y))
-        y += part.height
-    return sheet

@@ -1,0 +1,111 @@
+"""Do two revisions compute the same? The check of a change that claims to have no effect.
+
+    python -m benchmarks.compare_commits main          # the revision `main` against the files here, committed or not
+    python -m benchmarks.compare_commits v1.0 main     # two revisions
+
+Each runs all stages on the generated data set, on one thread: 20 steps of each training script (an epoch each, so that
+the losses of every step are logged), inference, refinement with image regions, evaluation. A line per product says
+whether it is equal: losses, tensors of checkpoints and CAM files, bytes of masks, scores. The first value that differs
+is shown. Exit code 1 if any does. One minute of processor time per revision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tools import cli
+from tools.errors import UserError
+
+HERE, PYTHON = Path(__file__).resolve().parent.parent, sys.executable
+STEPS = "--max_epoch 20 --max_steps 1 --batch_size 4 --image_size 65 --min_image_size 49 --max_image_size 97"
+NETWORK = "--architecture test_resnet --backbone_weights none --trainable_stem --device cpu --num_workers 0 --lr 0.01"
+TRAIN, VIEWS = f"{STEPS} {NETWORK} --domain_train train", "--scales 1,1.5 --device cpu"
+MAPS = "experiments/predictions/csrm@train"
+CHAIN = (
+    f"train_classifier.py --tag prior {TRAIN}",
+    f"train_classifier.py --tag pnoc {TRAIN} --method pnoc --oc_weights experiments/models/prior.pth",
+    f"train_csrm.py --tag csrm {TRAIN} --decoder_channels 16 --restore experiments/models/prior.pth",
+    f"inference.py --tag csrm --domain train {VIEWS} --save_masks --threshold 0.3",
+    f"evaluate.py --domain train --mode cams --pred_dir {MAPS}/cams --output cams.json --num_workers 0",
+    f"refine_sam.py --tag csrm --domain train --proposals regions --pseudo_dir {MAPS}/pseudos-* --num_workers 0",
+    f"train_segmentation.py --tag seg {TRAIN} --decoder_channels 16 --masks_dir {MAPS}/sam-*",
+    f"train_segmentation.py --tag seg --predict --domain val {VIEWS}",
+    "evaluate.py --domain val --pred_dir experiments/predictions/seg@val/masks --output seg.json --num_workers 0",
+)
+
+
+def make_parser() -> cli.Parser:
+    """The command line of this benchmark."""
+    parser = cli.Parser(__doc__)
+    parser.add_argument("revisions", nargs="+", metavar="REV", help="one or two, as git names them")
+    parser.add_argument("--data_dir", type=Path, help="a `shapes` data set (default: 16 + 8 images, generated)")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run both, print what is equal, and say by the exit code whether all is."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = (args.data_dir or Path(folder, "data")).resolve()
+        if args.data_dir is None:
+            run(HERE, f"{PYTHON} -m datasets.prepare.shapes --num_train 16 --num_val 8 --size 96 --data_dir {data}")
+        first, second = (products(revision, Path(folder), data) for revision in (*args.revisions, None)[:2])
+    differing = [name for name in sorted({*first, *second}) if first.get(name) != second.get(name)]
+    for group in sorted({name.rpartition("/")[0] for name in (*first, *second)}):
+        wrong = [name for name in differing if name.rpartition("/")[0] == group]
+        print(f"differs  {wrong[0]}: {first.get(wrong[0])}, {second.get(wrong[0])}" if wrong else f"equal    {group}")
+    sys.exit(bool(differing))
+
+
+def products(revision: str | None, folder: Path, data: Path) -> dict[str, object]:
+    """What a revision (None: the files here) makes of the data: numbers, or hashes, by name."""
+    code, work = HERE, Path(tempfile.mkdtemp(dir=folder))
+    if revision:
+        code = work / "code"
+        run(HERE, f"git archive --output {work}/code.tar {revision}")
+        shutil.unpack_archive(work / "code.tar", code)
+    for command in CHAIN:
+        run(work, f"{PYTHON} {code}/{command} --dataset shapes --data_dir {data}")
+    found: dict[str, object] = {}
+    for path in (path for kind in ("pth", "npz", "png") for path in work.glob(f"experiments/**/*.{kind}")):
+        found[str(path.relative_to(work))] = digest(path)
+    for path in work.glob("*.json"):
+        scores = json.loads(path.read_text())
+        found |= {f"scores of {path.stem}/{name}": scores[name] for name in ("miou", "miou_foreground", "iou")}
+    for path in work.glob("experiments/logs/*"):
+        log = EventAccumulator(str(path)).Reload()
+        for tag in log.Tags()["scalars"]:
+            found |= {f"losses of {path.name}/step {e.step:2} {tag}": e.value for e in log.Scalars(tag)}
+    return found
+
+
+def run(folder: Path, command: str) -> None:
+    """Run a command on one thread; a word with `*` stands for the path that fits."""
+    words = [str(next(folder.glob(word))) if "*" in word else word for word in command.split()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{command}: {done.stderr.strip()[-400:]}. Correct it, then compare.")
+
+
+def digest(path: Path) -> str:
+    """SHA-256, 12 digits: of a checkpoint's networks, of the bytes of other files."""
+    if path.suffix != ".pth":
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    content = torch.load(path, weights_only=True)
+    networks = [(key, t.numpy().tobytes()) for part in ("model", "teacher") for key, t in content.get(part, {}).items()]
+    return hashlib.sha256(repr(networks).encode()).hexdigest()[:12]
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser().parse_args())
