@@ -46,7 +46,10 @@ def make_parser() -> cli.Parser:
     group = parser.add_argument_group("pseudo masks")
     group.add_argument("--pseudos_from", choices=["cams", "masks"], default="cams", help="which maps they are made of")
     group.add_argument(
-        "--threshold", type=cli.fraction, default=options.PSEUDO_MASK_THRESHOLD, help="background threshold on CAMs"
+        "--threshold",
+        type=cli.fraction_or_auto,
+        default=options.PSEUDO_MASK_THRESHOLD,
+        help="background threshold on CAMs; auto: from the CAMs themselves",
     )
     options.add_crf(group)
     return parser
@@ -76,6 +79,7 @@ from tools.crf import CAM_SETTINGS, mean_field, unary_from_labels
 from tools.devices import select_device
 from tools.files import claim_folder, save_mask
 from tools.maps import normalize, resize_maps
+from tools.seeds import auto_threshold
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ class Outputs:
         reading: of the segmentation branch, one of `tools.options.READINGS`: that of its training.
         pseudos_from: cams or masks, the maps that pseudo masks are made of.
         threshold: of the background, on CAMs.
+        is_auto: whether the threshold was read from the CAMs.
         crf: of the pseudo masks.
     """
 
@@ -98,12 +103,13 @@ class Outputs:
     reading: str
     pseudos_from: str
     threshold: float
+    is_auto: bool
     crf: options.CRF
 
     @property
     def pseudos_name(self) -> str:
         """The folder of the pseudo masks, named after what made them, so that two settings never mix."""
-        maps = f"t{self.threshold:g}" if self.pseudos_from == "cams" else "masks"
+        maps = "masks" if self.pseudos_from == "masks" else "tauto" if self.is_auto else f"t{self.threshold:g}"
         return f"pseudos-{maps}-c{self.crf.iterations}"
 
 
@@ -246,6 +252,16 @@ def check_flags(args: argparse.Namespace, model: nn.Module) -> None:
         )
 
 
+def background_threshold(args: argparse.Namespace, model: nn.Module, source: DataSource, views: options.Views) -> float:
+    """--threshold; `auto` is read from the CAMs of some of the images."""
+    if args.threshold != "auto" or args.pseudos_from == "masks":
+        return args.threshold
+    device = next(model.parameters()).device
+    threshold = auto_threshold(cam_forward(model), source, source.ids(args.domain), views, device)
+    print(f"--threshold auto: {threshold:g}")
+    return threshold
+
+
 def reading(checkpoint: dict) -> str:
     """How segmentation logits are read: CSRM's as its teacher's were, a segmentation model's foreground first."""
     if checkpoint["config"]["kind"] == "segmentation":
@@ -263,13 +279,15 @@ def main(args: argparse.Namespace) -> None:
     check_classes(checkpoint, source.info.classes, weights)
     check_flags(args, model)
     folder = options.predictions_dir(args.tag, args.domain)
+    views = options.views(args, checkpoint["args"]["image_size"])
     outputs = Outputs(
         wanted=tuple(kind for kind in ("cams", "masks", "pseudos") if getattr(args, f"save_{kind}")),
         cam_format=args.cam_format,
-        views=options.views(args, checkpoint["args"]["image_size"]),
+        views=views,
         reading=reading(checkpoint),
         pseudos_from=args.pseudos_from,
-        threshold=args.threshold,
+        threshold=background_threshold(args, model, source, views),
+        is_auto=args.threshold == "auto",
         crf=options.crf(args),
     )
     predict = Predictor(model, source, folder, outputs)

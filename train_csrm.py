@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tools import cli, options
+from tools.errors import UserError
 
 
 def make_parser() -> cli.Parser:
@@ -57,8 +58,24 @@ def add_csrm(parser: cli.Parser) -> None:
         default="cam",
         help="labels of L_c2s: CAMs and dense CRF; CAMs against the teacher's background; masks (an upper bound)",
     )
-    group.add_argument("--c2s_fg", type=cli.fraction, default=0.30, help="cam: CAM above which a pixel is foreground")
-    group.add_argument("--c2s_bg", type=cli.fraction, default=0.05, help="cam: CAM below which a pixel is background")
+    group.add_argument(
+        "--c2s_labels",
+        type=Path,
+        metavar="DIR",
+        help="labels of L_c2s from elsewhere: masks ID.png (255 ignored), or CAM files ID.npz (docs/seeds.md)",
+    )
+    group.add_argument(
+        "--c2s_fg",
+        type=cli.fraction_or_auto,
+        default=0.30,
+        help="cam: CAM above which a pixel is foreground; auto: from the CAMs of --restore",
+    )
+    group.add_argument(
+        "--c2s_bg",
+        type=cli.fraction_or_auto,
+        default=0.05,
+        help="cam: CAM below which a pixel is background; auto: half of --c2s_fg",
+    )
     group.add_argument(
         "--c2s_sigma", type=cli.fraction, default=0.75, help="mp: probability below which a pixel is ignored"
     )
@@ -132,6 +149,7 @@ from tools.losses import (
 from tools.maps import IGNORE_INDEX, normalize, resize_maps
 from tools.memory_bank import MemoryBank, contrastive_loss, entropy_masks
 from tools.pseudo_labels import mutual_promotion_labels, reliable_cam_labels, teacher_labels
+from tools.seeds import auto_threshold, label_folder
 from tools.training import Trainer, seed_everything
 from tools.validation import check_domain, validate
 
@@ -295,7 +313,8 @@ class LabelOptions:
     Attributes:
         mix: classmix, cutmix or none.
         mix_prob: probability that a step mixes.
-        mode: labels of L_c2s: cam (CAMs and dense CRF), mp (CAMs against the teacher's background) or gt (masks).
+        mode: labels of L_c2s: cam (CAMs and dense CRF), mp (CAMs against the teacher's background) or gt (masks, of the
+            dataset or of --c2s_labels).
         foreground, background: thresholds on the CAMs, for cam.
         sigma: probability below which a pixel is ignored, for mp.
         crf: for cam.
@@ -367,6 +386,41 @@ def pixel_labels(batch: Batch, teacher_out: dict[str, Tensor], images: slice, op
     )
 
 
+def labelled_source(source: DataSource, args: argparse.Namespace) -> DataSource:
+    """The dataset with the masks of --c2s_labels instead of its own.
+
+    Raises:
+        UserError: see `tools.seeds.label_folder`.
+    """
+    made = options.EXPERIMENTS / "labels" / args.tag
+    thresholds = (args.c2s_bg, args.c2s_fg)
+    if "auto" in thresholds:
+        raise UserError("--c2s_fg / --c2s_bg auto: read from the network's own CAMs. Give numbers with --c2s_labels.")
+    ids = source.ids(args.domain_train)
+    folder = label_folder(source, ids, args.c2s_labels, made, thresholds=thresholds, crf=options.crf(args))
+    return build_source(args.dataset, options.data_dir(args), folder)
+
+
+def cam_thresholds(student: nn.Module, source: DataSource, args: argparse.Namespace) -> tuple[float, float]:
+    """--c2s_bg and --c2s_fg; `auto` is read from the CAMs that --restore brought.
+
+    Raises:
+        UserError: `auto` without --restore.
+    """
+    background, foreground = args.c2s_bg, args.c2s_fg
+    if foreground == "auto":
+        if not args.restore:
+            raise UserError(
+                "--c2s_fg auto: there are no CAMs to read it from. Pass a prior with --restore, or a number."
+            )
+        views = options.Views(scales=(1.0,), hflip=True, long_side=args.image_size)
+        forward = lambda images: student(images, segmentation=False)["cams"]  # noqa: E731
+        device = next(student.parameters()).device
+        foreground = auto_threshold(forward, source, source.ids(args.domain_train), views, device)
+        print(f"--c2s_fg auto: {foreground:g}")
+    return foreground / 2 if background == "auto" else background, foreground
+
+
 def build_loaders(source: DataSource, args: argparse.Namespace) -> tuple[Loader, Loader]:
     """The labeled and the unlabeled loader: the same photographs, other crops, in other orders."""
     ids = source.ids(args.domain_train)
@@ -374,7 +428,7 @@ def build_loaders(source: DataSource, args: argparse.Namespace) -> tuple[Loader,
     shared = options.loader_arguments(args)
     labeled, unlabeled = (
         build_loader(
-            ImageDataset(source, ids, geometry, with_masks=args.c2s_mode == "gt"),
+            ImageDataset(source, ids, geometry, with_masks=bool(args.c2s_labels) or args.c2s_mode == "gt"),
             args.batch_size,
             **{**shared, "seed": 2 * args.seed + half, "num_workers": (shared["num_workers"] + 1) // 2},
         )
@@ -421,14 +475,14 @@ def loss_options(args: argparse.Namespace) -> LossOptions:
     )
 
 
-def label_options(args: argparse.Namespace) -> LabelOptions:
-    """The flags of the labels and of mixing."""
+def label_options(args: argparse.Namespace, background: float, foreground: float) -> LabelOptions:
+    """The flags of the labels and of mixing, with the thresholds of `cam_thresholds`."""
     return LabelOptions(
         mix=args.augment,
         mix_prob=args.cutmix_prob,
-        mode=args.c2s_mode,
-        foreground=args.c2s_fg,
-        background=args.c2s_bg,
+        mode="gt" if args.c2s_labels else args.c2s_mode,
+        foreground=foreground,
+        background=background,
         sigma=args.c2s_sigma,
         crf=options.crf(args),
         reading=args.teacher_labels,
@@ -462,12 +516,13 @@ def main(args: argparse.Namespace) -> None:
     distributed.start(device)
     source = build_source(args.dataset, options.data_dir(args))
     check_domain(source, args.domain_valid)
-    labeled, unlabeled = build_loaders(source, args)
+    labeled, unlabeled = build_loaders(labelled_source(source, args) if args.c2s_labels else source, args)
     seed_everything(args.seed)
     student = build_student(args, source.info.num_classes).to(device)
     teacher = Teacher(student)
     criterion = Criterion(loss_options(args), num_classes=source.info.num_classes, dim=args.decoder_channels).to(device)
-    labels, augment = label_options(args), PhotometricAugmentation()
+    labels = label_options(args, *cam_thresholds(student.eval(), source, args))
+    augment = PhotometricAugmentation()
     health = criterion.health
     companions = {"teacher": teacher.module, "health": health}
     if criterion.bank is not None:

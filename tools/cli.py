@@ -161,6 +161,11 @@ def fraction(text: str) -> float:
     return value
 
 
+def fraction_or_auto(text: str) -> float | str:
+    """A number in [0, 1], or `auto`."""
+    return text if text == "auto" else fraction(text)
+
+
 def numbers(text: str) -> list[float]:
     """A comma-separated list of positive numbers, such as `0.5,1,1.5,2`."""
     return [positive(part) for part in text.split(",")]

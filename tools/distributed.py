@@ -47,9 +47,15 @@ def start(device: torch.device) -> None:
 
 def stop() -> None:
     """Leave together, when the first has saved the result. Not after an error: the others do not know of it."""
+    wait()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wait() -> None:
+    """Until all processes are here."""
     if dist.is_initialized():
         dist.barrier()
-        dist.destroy_process_group()
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -64,7 +64,7 @@ esac
 : "${REPORT:=experiments/reports/$NAME}"      # scores of every stage, their table, the picture sheet
 : "${VIEW_FLAGS:=}"                           # test-time scales and flip
 : "${PSEUDOS_FROM:=cams}"                     # cams, or masks: CSRM's segmentation branch
-: "${THRESHOLD:=0.4}"                         # background threshold on the CAMs
+: "${THRESHOLD:=0.4}"                         # background threshold on the CAMs, or auto
 : "${CRF_T:=10}"                              # dense CRF iterations of the pseudo masks
 : "${PREPARE_FLAGS:=}"                        # of datasets.prepare: --download_dir DIR, --mirror URL
 : "${SAM_CHECKPOINT:=}" "${SAM_TYPE:=vit_h}"  # Segment Anything's weights, and the network they are for
@@ -76,7 +76,7 @@ if [[ -n "$SAM_CHECKPOINT" ]]; then : "${PROPOSALS:=sam}"; else : "${PROPOSALS:=
 PREDICTIONS=experiments/predictions
 if [[ -n "$CORRECTED" ]]; then TAG_SEG=$TAG_SEG-corrected; fi
 SHEET=${DOMAIN_EVAL:-$DOMAIN_TRAIN}  # the split whose images the report shows
-THRESHOLD=$(printf %g "$THRESHOLD")  # as inference.py names the folder
+if [[ "$THRESHOLD" != auto ]]; then THRESHOLD=$(printf %g "$THRESHOLD"); fi  # as inference.py names the folder
 if [[ "$PSEUDOS_FROM" == cams ]]; then PSEUDOS=t$THRESHOLD; else PSEUDOS=masks; fi
 PSEUDOS=$PREDICTIONS/$TAG_CSRM@$DOMAIN_TRAIN/pseudos-$PSEUDOS-c$CRF_T
 REFINED=$PREDICTIONS/$TAG_CSRM@$DOMAIN_TRAIN/sam-$PROPOSALS-$MERGE_MODE

@@ -67,7 +67,7 @@ report() {
   done
   show() { if [[ -d "$2" ]]; then columns+=("$1=$2${3:-}"); fi; }
   show "CAM prior" "$PREDICTIONS/$TAG_PRIOR@$DOMAIN_TRAIN/cams" :0.3
-  show "CSRM CAM" "$PREDICTIONS/$TAG_CSRM@$DOMAIN_TRAIN/cams" ":$THRESHOLD"
+  show "CSRM CAM" "$PREDICTIONS/$TAG_CSRM@$DOMAIN_TRAIN/cams" ":${THRESHOLD/auto/0.4}"
   show "Pseudo mask" "$PSEUDOS"
   show "Refined" "$REFINED"
   show "DeepLabV3+" "$PREDICTIONS/$TAG_SEG@$SHEET/masks"
