@@ -184,3 +184,34 @@ def test_a_second_round_learns_what_the_first_model_says_of_its_own_photographs(
     assert "--proposals_dir experiments/predictions/voc12-csrm@train_aug/proposals-regions" in refine
     assert f"--tag voc12-deeplab-round2 --domain_train train_aug --masks_dir {folder}/sam-regions" in second
     assert "--tag voc12-deeplab-round2 --predict" in predict and "/segmentation_val_round2.json" in final
+
+
+@pytest.mark.parametrize("masks", [True, False])
+@pytest.mark.parametrize("has_val", [True, False])
+def test_a_folder_without_a_val_split_is_segmented_itself(tmp_path, masks, has_val):
+    (tmp_path / "birds" / "images" / ("val" if has_val else "robin")).mkdir(parents=True)
+    if masks:
+        (tmp_path / "birds" / "masks").mkdir()
+    flags = {"DATASET": "folder", "DATA_DIR": "birds", "DEVICE": "cpu"}
+    for name in ("DOMAIN_EVAL", "DOMAIN_SCORE"):
+        flags[name] = "train" if masks and name == "DOMAIN_EVAL" else ""
+    del flags["DOMAIN_SCORE"]
+    commands(tmp_path, "4-segmentation", **flags)
+    calls = (tmp_path / "calls.txt").read_text()
+    domain = "val" if has_val else "train"
+    assert f"--predict --domain {domain} " in calls
+    assert (f"--domain {domain} --pred_dir experiments/predictions/folder-deeplab@{domain}/masks" in calls) == masks
+
+
+@pytest.mark.parametrize("preset, network", [("", "tf_efficientnet_lite0"), ("standard", "resnet50")])
+def test_the_size_of_a_run_on_your_own_photographs_follows_the_machine(tmp_path, preset, network):
+    """DEVICE=cpu means the small one; every schedule counts steps."""
+    (tmp_path / "birds" / "images").mkdir(parents=True)
+    flags = {"DATASET": "folder", "DATA_DIR": "birds", "DEVICE": "cpu", "PRESET": preset}
+    for runner in ("1-csrm", "4-segmentation"):
+        commands(tmp_path, runner, **flags)
+        for call in (tmp_path / "calls.txt").read_text().splitlines():
+            if call.startswith("train_") and "--predict" not in call:
+                assert f"--architecture {network} " in call and "--max_steps" in call and "--max_epoch" in call
+    _, process = commands(tmp_path, DATASET="folder", DATA_DIR="birds", PRESET="huge")
+    assert process.returncode == 2 and "PRESET=huge: choose small or standard" in process.stderr

@@ -27,12 +27,32 @@ coco14)
   ;;
 folder)
   : "${DATA_DIR:?set DATA_DIR to the folder that holds images/ and labels.csv}"
-  if [[ -d "$DATA_DIR/masks" ]]; then : "${DOMAIN_EVAL=train}" "${DOMAIN_SCORE=val}"; fi
-  : "${DOMAIN_TRAIN:=train}" "${DOMAIN_EVAL=}" "${DOMAIN_TEST:=val}" "${DOMAIN_SCORE=}"
-  : "${IMAGE_FLAGS:=--image_size 321 --min_image_size 240 --max_image_size 480}"
-  : "${BACKBONE:=--architecture resnet50}" "${BACKBONE_SEG:=--architecture resnet50}"
-  # 46 steps per epoch as for VOC, however many images there are: the segmentation branch needs its warm-up.
-  : "${PRIOR_FLAGS:=--lr 0.01}" "${CSRM_FLAGS:=--max_steps 46}" "${SEG_FLAGS:=}"
+  # Without a val split, the final model segments the training photographs.
+  if [[ -d "$DATA_DIR/splits" || -d "$DATA_DIR/images/val" ]]; then : "${DOMAIN_TEST:=val}"; else : "${DOMAIN_TEST:=train}"; fi
+  if [[ -d "$DATA_DIR/masks" ]]; then : "${DOMAIN_EVAL=train}" "${DOMAIN_SCORE=$DOMAIN_TEST}"; fi
+  : "${DOMAIN_TRAIN:=train}" "${DOMAIN_EVAL=}" "${DOMAIN_SCORE=}"
+  # Schedules count steps, so that 45 photographs are learnt like 4,500.
+  case "$PRESET" in
+  small)  # two CPU cores: 500 photographs in about an hour
+    : "${IMAGE_FLAGS:=--image_size 225 --min_image_size 160 --max_image_size 320}" "${VIEW_FLAGS:=--scales 1}"
+    : "${BACKBONE:=--architecture tf_efficientnet_lite0 --mode fix}"
+    : "${BACKBONE_SEG:=--architecture tf_efficientnet_lite0 --decoder_channels 64}"
+    : "${PRIOR_FLAGS:=--batch_size 16 --max_epoch 4 --max_steps 40 --lr 0.003 --augment none}"
+    : "${CSRM_FLAGS:=--decoder_channels 64 --batch_size 8 --max_epoch 8 --max_steps 30 --optimizer adamw --lr 0.0001 --wd 0.01 --warmup_epochs 5 --c2s_fg auto --c2s_bg auto --teacher_labels foreground --self_training auto}"
+    : "${SEG_FLAGS:=--batch_size 16 --max_epoch 4 --max_steps 50 --optimizer adamw --lr 0.0001 --wd 0.01 --max_image_size 400}"
+    ;;
+  standard)  # one GPU
+    : "${IMAGE_FLAGS:=--image_size 321 --min_image_size 240 --max_image_size 480}"
+    : "${BACKBONE:=--architecture resnet50}" "${BACKBONE_SEG:=--architecture resnet50}"
+    : "${PRIOR_FLAGS:=--max_epoch 15 --max_steps 46 --lr 0.01}" "${SEG_FLAGS:=--max_epoch 15 --max_steps 46}"
+    : "${CSRM_FLAGS:=--max_epoch 15 --max_steps 46 --warmup_epochs 8 --c2s_fg auto --c2s_bg auto --teacher_labels foreground --self_training auto}"
+    ;;
+  *)
+    echo "PRESET=$PRESET: choose small or standard" >&2
+    exit 2
+    ;;
+  esac
+  : "${PSEUDOS_FROM:=masks}" "${THRESHOLD:=auto}"
   ;;
 shapes)
   # A tiny network without pretrained weights, and schedules for two CPU cores and ten minutes.

@@ -6,6 +6,8 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/../..}"
 
 : "${DATASET:=voc12}"       # voc12, coco14, folder, shapes or deepglobe: picks a block in dataset.sh
 : "${DEVICE:=auto}"         # auto, cpu, cuda or cuda:N
+if [[ "$DEVICE" == cpu ]] || ! command -v nvidia-smi >/dev/null; then : "${PRESET:=small}"; fi
+: "${PRESET:=standard}"     # of DATASET=folder: small (two CPU cores) or standard (a GPU)
 : "${GPUS:=1}"              # of this machine; above 1, training and prediction are shared by as many processes
 : "${WORKERS:=$(nproc 2>/dev/null || sysctl -n hw.ncpu)}"  # loader and helper processes: one per core (Linux, macOS)
 : "${SEED:=0}"
