@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,7 +56,6 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from datasets import build_source
 from datasets.base import DatasetInfo, DataSource, check_shown, read_mask
@@ -63,7 +63,7 @@ from tools.cam import load_cams
 from tools.files import atomic_write, check_writable, save_json
 from tools.metrics import ConfusionMatrix, Scores, ThresholdSweep, scores, threshold_range
 
-IDS_PER_TASK = 64  # few enough that the progress bar moves, enough that passing the counts between processes is nothing
+IDS_PER_JOB = 16  # few enough that the progress bar moves, enough that passing the counts between processes is nothing
 
 
 def main(args: argparse.Namespace) -> None:
@@ -77,7 +77,7 @@ def main(args: argparse.Namespace) -> None:
     check_masks(source, ids)
     check_predictions(args.pred_dir, ids, suffix)
 
-    counts = count(PredictionChunks(source, ids, args.pred_dir, suffix, thresholds), args.num_workers)
+    counts = count(source, ids, args.pred_dir, suffix, thresholds, args.num_workers)
     if not counts[0, 1:].any():
         check_shown(map(source.mask_path, ids), source.info)  # says what the masks hold instead
     curve = [scores(matrix) for matrix in counts]
@@ -141,44 +141,46 @@ def check_predictions(pred_dir: Path, ids: Sequence[str], suffix: str) -> None:
         )
 
 
-class PredictionChunks(Dataset):
-    """Reads and counts `IDS_PER_TASK` predictions per item, in the loader's worker processes.
+def count(
+    source: DataSource, ids: Sequence[str], pred_dir: Path, suffix: str, thresholds: np.ndarray | None, workers: int
+) -> np.ndarray:
+    """Counts over all `ids`, int64 [thresholds, C, C+1] (see `tools.metrics`; one "threshold" for masks).
 
-    An item is int64 [thresholds, C, C+1] (see `tools.metrics`; one "threshold" for masks), or the UserError that says
-    what is wrong with a file: returned, because an error raised in a worker arrives wrapped in its traceback.
+    Args:
+        suffix: of the prediction files.
+        thresholds: None for masks, ascending [T] for CAM files.
+        workers: processes; 0: this one only.
+
+    Raises:
+        UserError: of the first file with a fault, in the order of the ids.
     """
+    if thresholds is None:
+        work = functools.partial(count_masks, source, pred_dir, suffix)
+    else:
+        work = functools.partial(count_cams, source, pred_dir, suffix, thresholds)
+    parts = [ids[start : start + IDS_PER_JOB] for start in range(0, len(ids), IDS_PER_JOB)]
+    return sum(parallel.run_jobs(work, parts, workers, "evaluating", f"x{IDS_PER_JOB} images"))
 
-    def __init__(
-        self, source: DataSource, ids: Sequence[str], pred_dir: Path, suffix: str, thresholds: np.ndarray | None
-    ) -> None:
-        """Args: suffix: of the prediction files; thresholds: None for masks, ascending [T] for CAM files."""
-        self.source, self.pred_dir, self.suffix, self.thresholds = source, pred_dir, suffix, thresholds
-        self.chunks = [ids[start : start + IDS_PER_TASK] for start in range(0, len(ids), IDS_PER_TASK)]
 
-    def __len__(self) -> int:
-        return len(self.chunks)
+def count_masks(source: DataSource, pred_dir: Path, suffix: str, ids: Sequence[str]) -> np.ndarray:
+    """Counts of some masks, int64 [1, C, C+1]."""
+    matrix = ConfusionMatrix(source.info.num_classes)
+    for image_id in ids:
+        mask = source.mask(image_id)
+        prediction = read_prediction(pred_dir / f"{image_id}{suffix}", mask.shape, source.info)
+        matrix.update(torch.tensor(mask), torch.tensor(prediction))
+    return matrix.counts[None].numpy()
 
-    def __getitem__(self, index: int) -> torch.Tensor | UserError:
-        try:
-            return self._count_masks(index) if self.thresholds is None else self._count_cams(index)
-        except UserError as error:
-            return error
 
-    def _count_masks(self, index: int) -> torch.Tensor:
-        matrix = ConfusionMatrix(self.source.info.num_classes)
-        for image_id in self.chunks[index]:
-            mask = self.source.mask(image_id)
-            prediction = read_prediction(self.pred_dir / f"{image_id}{self.suffix}", mask.shape, self.source.info)
-            matrix.update(torch.tensor(mask), torch.tensor(prediction))
-        return matrix.counts[None]
-
-    def _count_cams(self, index: int) -> torch.Tensor:
-        sweep = ThresholdSweep(self.source.info.num_classes, self.thresholds)
-        for image_id in self.chunks[index]:
-            mask = self.source.mask(image_id)
-            keys, cams = read_cams(self.pred_dir / f"{image_id}{self.suffix}", mask.shape, self.source.info)
-            sweep.update(mask, keys, cams)
-        return torch.from_numpy(sweep.counts)
+def count_cams(
+    source: DataSource, pred_dir: Path, suffix: str, thresholds: np.ndarray, ids: Sequence[str]
+) -> np.ndarray:
+    """Counts of some CAM files, int64 [thresholds, C, C+1]."""
+    sweep = ThresholdSweep(source.info.num_classes, thresholds)
+    for image_id in ids:
+        mask = source.mask(image_id)
+        sweep.update(mask, *read_cams(pred_dir / f"{image_id}{suffix}", mask.shape, source.info))
+    return sweep.counts
 
 
 def read_prediction(path: Path, size: tuple[int, int], info: DatasetInfo) -> np.ndarray:
@@ -215,21 +217,6 @@ def read_cams(path: Path, size: tuple[int, int], info: DatasetInfo) -> tuple[np.
 def _check_size(path: Path, size: tuple[int, ...], expected: tuple[int, int]) -> None:
     if tuple(size) != tuple(expected):
         raise UserError(f"{path}: size {size} (height, width), but the ground truth is {expected}. Predict it again.")
-
-
-def count(chunks: PredictionChunks, num_workers: int) -> np.ndarray:
-    """Add up all chunks, int64 [thresholds, C, C+1].
-
-    Raises:
-        UserError: of the first file with a fault, in the order of the ids.
-    """
-    total = 0
-    loader = DataLoader(chunks, batch_size=None, num_workers=min(num_workers, len(chunks)))
-    for counts in parallel.progress(loader, desc="evaluating", unit=f"x{IDS_PER_TASK} images"):
-        if isinstance(counts, UserError):
-            raise counts
-        total = total + counts
-    return total.numpy()
 
 
 def peaks(thresholds: np.ndarray | None, curve: Sequence[Scores]) -> list[tuple[float, float]]:

@@ -10,29 +10,19 @@ be tried on the same proposals. Both write to experiments/predictions/TAG@DOMAIN
     sam-{sam,regions,files}-MODE/ID.png     refined pseudo masks: class indices, 0 background
 
 A settings.json in each folder records what made it. Started again, the script continues with the images that are
-missing. Several processes may work at one folder: each image is made by the one that comes first. To divide the images
-beforehand, launch with torchrun (a GPU for each process) or give machines --shard 0/4, 1/4, ...
+missing. Several processes share the images: under torchrun (a GPU for each), or as --shard 0/4, 1/4 ... anywhere.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
-import contextlib
+import dataclasses
 import functools
-import itertools
-import multiprocessing
-import os
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.pool import ThreadPool
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from tools import cli, options, parallel
 from tools.errors import UserError
-from tools.parallel import process_pool
 
 
 def make_parser() -> cli.Parser:
@@ -148,32 +138,68 @@ import numpy as np
 from datasets import DataSource, build_source
 from datasets.base import DatasetInfo, check_shown, read_mask
 from tools import devices
-from tools.claims import claim, share_folder
-from tools.files import load_image, save_mask
+from tools.files import claim_folder, load_image, save_mask
 from tools.merging import merge_masks
 from tools.proposals import ProposalGenerator, SamGenerator, load_proposals, load_sam, save_proposals
 from tools.proposals.files import MaskFiles
+from tools.proposals.generator import MaskOptions
 from tools.proposals.regions import RegionGenerator
 
-SAM_OPTIONS = ("points_per_side", "pred_iou_thresh", "stability_score_thresh", "box_nms_thresh")
-SAM_OPTIONS += ("crop_n_layers", "min_mask_region_area")
-MERGE_OPTIONS = ("mode", "order", "inside_threshold", "recall_threshold", "keep_ignore")
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """What makes the proposals.
+
+    Attributes:
+        settings: what its masks depend on.
+        build: makes the generator, if an image needs it.
+        threads: of this process, that work at a time; None: helper processes work.
+    """
+
+    settings: dict[str, object]
+    build: Callable[[], ProposalGenerator]
+    threads: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How masks are merged: keyword arguments of `tools.merging.merge_masks`."""
+
+    mode: str
+    order: str
+    inside_threshold: float
+    recall_threshold: float
+    keep_ignore: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Folders:
+    """Where the files of an image lie: proposals/ID.json, pseudo_masks/ID.png, refined/ID.png."""
+
+    proposals: Path
+    pseudo_masks: Path | None
+    refined: Path
 
 
 def main(args: argparse.Namespace) -> None:
     """Run the steps asked for on this process's share of the images."""
     check_flags(args)
     source = build_source(args.dataset, options.data_dir(args))
-    index, number = args.shard or (parallel.rank(), parallel.world_size())
     listed = source.ids(args.domain)
-    ids = listed[index::number]
+    ids = parallel.share(listed, shard=args.shard)
+    folders = select_folders(args)
+    workers = parallel.own_workers(args.num_workers)
     if args.stage != "propose":
         check_present(args.pseudo_dir, ids, ".png", "the pseudo masks of inference.py with --pseudo_dir")
         check_shown(filter(Path.is_file, (args.pseudo_dir / f"{image_id}.png" for image_id in listed)), source.info)
     if args.stage != "merge":
-        propose(args, source, ids)
-    if args.stage != "propose":
-        merge(args, source.info, ids)
+        propose(select_backend(args), source, ids, folders.proposals, workers)
+    if args.stage == "propose":
+        print("Next: the same command with --stage merge --pseudo_dir FOLDER")
+        return
+    rule = Rule(args.mode, args.order, args.inside_threshold, args.recall_threshold, args.keep_ignore)
+    inputs = {"proposals": str(args.proposals_dir or args.proposals), "pseudo_dir": str(args.pseudo_dir)}
+    merge(rule, inputs, source.info, ids, folders, workers)
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -197,143 +223,112 @@ def check_present(folder: Path, ids: Sequence[str], suffix: str, remedy: str) ->
         raise UserError(f"{folder}: {missing[0]}{suffix} is missing ({len(missing)} of {len(ids)} are). Pass {remedy}.")
 
 
-def proposals_dir(args: argparse.Namespace) -> Path:
-    """Where the proposals lie."""
-    return args.proposals_dir or options.predictions_dir(args.tag, args.domain) / f"proposals-{args.proposals}"
-
-
-def refined_dir(args: argparse.Namespace) -> Path:
-    """Where the refined masks lie, named after what made them."""
+def select_folders(args: argparse.Namespace) -> Folders:
+    """Where files are read and written; the refined masks' folder is named after what makes them."""
+    folder = options.predictions_dir(args.tag, args.domain)
     order = "" if args.order == "class" else f"-{args.order}"
-    return options.predictions_dir(args.tag, args.domain) / f"sam-{args.proposals}-{args.mode}{order}"
-
-
-class ImageJob(NamedTuple):
-    """An image that needs proposals."""
-
-    image_id: str
-    image: Path
-    proposals: Path
-
-
-class MaskJob(NamedTuple):
-    """A pseudo mask that is to be refined."""
-
-    pseudo_mask: Path
-    proposals: Path
-    refined: Path
-
-
-def propose(args: argparse.Namespace, source: DataSource, ids: Sequence[str]) -> None:
-    """Write the proposals of the images that have none yet."""
-    folder = proposals_dir(args)
-    jobs = [ImageJob(image_id, source.image_path(image_id), folder / f"{image_id}.json") for image_id in ids]
-    share_folder(folder, proposal_settings(args), [job.proposals for job in jobs])
-    pending = [job for job in jobs if not job.proposals.exists()]
-    print(f"Proposals: {len(ids)} images, {len(ids) - len(pending)} done already; writing to {folder}")
-    if pending:
-        generator = build_generator(args)
-        done = work_through(
-            functools.partial(propose_batch, generator, folder),
-            pending,
-            name="proposals",
-            batch_size=generator.images_per_call,
-            processes=args.num_workers,
-            # SAM has one device: while a thread uses it, another reads and writes files.
-            threads=2 if args.proposals == "sam" and args.num_workers else 0,
-        )
-        collections.deque(done, maxlen=0)
-    print(f"Proposals are in {folder}")
-    if args.stage == "propose":
-        print("Next: the same command with --stage merge --pseudo_dir FOLDER")
-
-
-def proposal_settings(args: argparse.Namespace) -> dict[str, object]:
-    """What the proposals depend on."""
-    if args.proposals == "regions":
-        return {"proposals": "regions"} | vars(build_generator(args))
-    if args.proposals == "files":
-        return {"proposals": "files", "mask_files": str(args.mask_files)}
-    options = {name: getattr(args, name) for name in SAM_OPTIONS}
-    options["precision"] = str(devices.autocast_dtype(args.mixed_precision, devices.select_device(args.device)))
-    return {"proposals": "sam", "checkpoint": args.checkpoint.name, "model_type": args.model_type} | options
-
-
-def build_generator(args: argparse.Namespace) -> ProposalGenerator:
-    """The backend that --proposals names."""
-    if args.proposals == "regions":
-        return RegionGenerator(max_size=args.region_max_size, min_contrast=args.region_min_contrast)
-    if args.proposals == "files":
-        return MaskFiles(args.mask_files)
-    device = devices.select_device(args.device)
-    return SamGenerator(
-        load_sam(args.checkpoint, args.model_type, device),
-        dtype=devices.autocast_dtype(args.mixed_precision, device),
-        compile=args.compile,
-        images_per_call=args.images_per_batch,
-        points_per_batch=args.points_per_batch,
-        **{name: getattr(args, name) for name in SAM_OPTIONS},
+    return Folders(
+        proposals=args.proposals_dir or folder / f"proposals-{args.proposals}",
+        pseudo_masks=args.pseudo_dir,
+        refined=folder / f"sam-{args.proposals}-{args.mode}{order}",
     )
 
 
-def propose_batch(generator: ProposalGenerator, folder: Path, jobs: Sequence[ImageJob]) -> list[bool | None]:
-    """Write the proposals of some images below `folder`; for each True, or None if another process is at it."""
-    with contextlib.ExitStack() as claims:
-        mine = [claims.enter_context(claim(folder, job.proposals)) for job in jobs]
-        todo = [job for job, is_mine in zip(jobs, mine, strict=True) if is_mine and not job.proposals.exists()]
-        if todo:
-            images = [load_image(job.image) for job in todo]
-            found = generator([job.image_id for job in todo], images)
-            for job, image, masks in zip(todo, images, found, strict=True):
-                save_proposals(job.proposals, masks, image.shape[:2])
-    return [True if is_mine or job.proposals.exists() else None for job, is_mine in zip(jobs, mine, strict=True)]
+def select_backend(args: argparse.Namespace) -> Backend:
+    """The backend that --proposals names."""
+    name = {"proposals": args.proposals}
+    if args.proposals == "regions":
+        regions = RegionGenerator(max_size=args.region_max_size, min_contrast=args.region_min_contrast)
+        return Backend(name | dataclasses.asdict(regions), lambda: regions)
+    if args.proposals == "files":
+        return Backend(name | {"mask_files": str(args.mask_files)}, lambda: MaskFiles(args.mask_files))
+    sought = MaskOptions(
+        points_per_side=args.points_per_side,
+        pred_iou_thresh=args.pred_iou_thresh,
+        stability_score_thresh=args.stability_score_thresh,
+        box_nms_thresh=args.box_nms_thresh,
+        crop_n_layers=args.crop_n_layers,
+        min_mask_region_area=args.min_mask_region_area,
+    )
+    device = devices.select_device(args.device)
+    dtype = devices.autocast_dtype(args.mixed_precision, device)
+    weights = {"checkpoint": args.checkpoint.name, "model_type": args.model_type}
+    return Backend(
+        name | weights | dataclasses.asdict(sought) | {"precision": str(dtype)},
+        lambda: SamGenerator(
+            load_sam(args.checkpoint, args.model_type, device),
+            sought,
+            dtype=dtype,
+            compile=args.compile,
+            images_per_call=args.images_per_batch,
+            points_per_batch=args.points_per_batch,
+        ),
+        # While one thread uses the GPU, another reads and writes files.
+        threads=2 if device.type == "cuda" and args.num_workers else 1,
+    )
 
 
-def merge(args: argparse.Namespace, info: DatasetInfo, ids: Sequence[str]) -> None:
-    """Write the refined masks that are not there yet, and report what changed over all of them."""
-    proposals, folder = proposals_dir(args), refined_dir(args)
-    check_present(proposals, ids, ".json", "the same flags with --stage propose first")
-    options = {name: getattr(args, name) for name in MERGE_OPTIONS}
-    settings = {"proposals": str(args.proposals_dir or args.proposals), "pseudo_dir": str(args.pseudo_dir)}
-    jobs = [
-        MaskJob(args.pseudo_dir / f"{image_id}.png", proposals / f"{image_id}.json", folder / f"{image_id}.png")
-        for image_id in ids
-    ]
-    share_folder(folder, options | settings, [job.refined for job in jobs])
-    done = sum(job.refined.exists() for job in jobs)
-    print(f"Merging: {len(ids)} images, {done} done already; writing to {folder}")
-    work = functools.partial(merge_batch, info, options, folder)
-    changes = sum(work_through(work, jobs, name="merging", batch_size=4, processes=args.num_workers))
-    print_changes(info, changes)
-    print(f"Refined masks are in {folder}")
-    print(f"Next: python train_segmentation.py --tag TAG --masks_dir {folder}   (plus the data flags)")
+def propose(backend: Backend, source: DataSource, ids: Sequence[str], folder: Path, workers: int) -> None:
+    """Write the proposals of the images that have none yet."""
+    claim_folder(folder, backend.settings)
+    pending = [image_id for image_id in ids if not (folder / f"{image_id}.json").exists()]
+    print(f"Proposals: {len(ids)} images, {len(ids) - len(pending)} done already; writing to {folder}")
+    if pending:
+        generator = backend.build()
+        size = generator.images_per_call
+        jobs = [pending[start : start + size] for start in range(0, len(pending), size)]
+        unit = "image" if size == 1 else f"x{size} images"
+        work = functools.partial(propose_batch, generator, source, folder)
+        if backend.threads is None:
+            done = parallel.run_jobs(work, jobs, workers, "proposals", unit)
+        else:
+            done = parallel.thread_map(work, jobs, backend.threads)
+            done = parallel.progress(done, desc="proposals", unit=unit, total=len(jobs))
+        for _ in done:
+            pass
+    print(f"Proposals are in {folder}")
 
 
-def merge_batch(info: DatasetInfo, options: dict, folder: Path, jobs: Sequence[MaskJob]) -> list[np.ndarray | None]:
-    """`merge_file` for several."""
-    return [merge_file(info, options, folder, job) for job in jobs]
+def propose_batch(generator: ProposalGenerator, source: DataSource, folder: Path, ids: Sequence[str]) -> None:
+    """Write the proposals of some images."""
+    images = [load_image(source.image_path(image_id)) for image_id in ids]
+    for image_id, image, masks in zip(ids, images, generator(ids, images), strict=True):
+        save_proposals(folder / f"{image_id}.json", masks, image.shape[:2])
 
 
-def merge_file(info: DatasetInfo, options: dict[str, object], folder: Path, job: MaskJob) -> np.ndarray | None:
-    """Refine one pseudo mask, into `folder`, unless that is done.
+def merge(
+    rule: Rule, inputs: dict[str, str], info: DatasetInfo, ids: Sequence[str], folders: Folders, workers: int
+) -> None:
+    """Write the refined masks that are not there yet, and report what changed over all of them.
+
+    Args:
+        inputs: which proposals and pseudo masks these are; recorded beside the rule.
+    """
+    check_present(folders.proposals, ids, ".json", "the same flags with --stage propose first")
+    claim_folder(folders.refined, dataclasses.asdict(rule) | inputs)
+    done = sum((folders.refined / f"{image_id}.png").exists() for image_id in ids)
+    print(f"Merging: {len(ids)} images, {done} done already; writing to {folders.refined}")
+    work = functools.partial(merge_file, rule, info, folders)
+    print_changes(info, sum(parallel.run_jobs(work, ids, workers, "merging", "image")))
+    print(f"Refined masks are in {folders.refined}")
+    print(f"Next: python train_segmentation.py --tag TAG --masks_dir {folders.refined}   (plus the data flags)")
+
+
+def merge_file(rule: Rule, info: DatasetInfo, folders: Folders, image_id: str) -> np.ndarray:
+    """Refine one pseudo mask, unless that is done.
 
     Returns:
-        int64 [C+1, C+1], pixels by class before (rows) and after (columns); the last of both is ignore. None if another
-        process is at this mask.
+        int64 [C+1, C+1], pixels by class before (rows) and after (columns); the last of both is ignore.
 
     Raises:
         UserError: a file cannot be used, the two differ in size, or the mask has a class that the dataset has not.
     """
-    pseudo_mask = read_mask(job.pseudo_mask, info)
-    before = with_ignore_last(info, pseudo_mask)
-    if not job.refined.exists():
-        with claim(folder, job.refined) as mine:
-            if mine and not job.refined.exists():
-                masks = load_proposals(job.proposals, pseudo_mask.shape)
-                save_mask(job.refined, merge_masks(pseudo_mask, masks, **options), info.palette)
-            elif not mine:
-                return None
-    after = with_ignore_last(info, read_mask(job.refined, info))
+    pseudo_mask = read_mask(folders.pseudo_masks / f"{image_id}.png", info)
+    path = folders.refined / f"{image_id}.png"
+    if not path.exists():
+        masks = load_proposals(folders.proposals / f"{image_id}.json", pseudo_mask.shape)
+        save_mask(path, merge_masks(pseudo_mask, masks, **dataclasses.asdict(rule)), info.palette)
+    before, after = with_ignore_last(info, pseudo_mask), with_ignore_last(info, read_mask(path, info))
     side = info.num_classes + 1
     return np.bincount((before * side + after).ravel(), minlength=side**2).reshape(side, side)
 
@@ -341,60 +336,6 @@ def merge_file(info: DatasetInfo, options: dict[str, object], folder: Path, job:
 def with_ignore_last(info: DatasetInfo, mask: np.ndarray) -> np.ndarray:
     """The mask as int64 with C in place of the ignore index."""
     return np.where(mask == info.ignore_index, info.num_classes, mask.astype(np.int64))
-
-
-@contextlib.contextmanager
-def mapper(processes: int, threads: int) -> Iterator[Callable]:
-    """Yield a function like `map` that uses `threads` if there are any, else `processes`, else only this thread."""
-    if threads:
-        with ThreadPool(threads) as pool:
-            yield pool.imap
-    elif processes:
-        with process_pool(processes, start_worker) as pool:
-            yield pool.imap
-    else:
-        yield map
-
-
-def start_worker() -> None:
-    """A worker ends when the script is killed."""
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def work_through(
-    work: Callable, jobs: Sequence, *, name: str, batch_size: int, processes: int, threads: int = 0
-) -> Iterator:
-    """Yield a result for every job, with a progress bar called `name`.
-
-    Args:
-        work: takes up to `batch_size` jobs and returns as many results; None for a job that another process is at. Such
-            a job comes up again until that process has finished it, or has died.
-    """
-    batches = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
-    postponed = []
-    with mapper(min(processes, len(batches)), threads) as map_batches:
-        results = itertools.chain.from_iterable(map_batches(work, batches))
-        for job, result in zip(jobs, parallel.progress(results, total=len(jobs), desc=name, unit="image"), strict=True):
-            if result is None:
-                postponed.append(job)
-            else:
-                yield result
-    while postponed:
-        waiting = []
-        for job in postponed:
-            (result,) = work([job])
-            if result is None:
-                waiting.append(job)
-            else:
-                yield result
-        if len(waiting) == len(postponed):
-            time.sleep(0.5)
-        postponed = waiting
 
 
 def print_changes(info: DatasetInfo, changes: np.ndarray) -> None:

@@ -32,7 +32,7 @@ from benchmarks.measuring import ByteCounter, peak_memory
 from tools import cli, devices, options
 from tools.files import load_image
 from tools.proposals import load_sam
-from tools.proposals.generator import MaskGenerator
+from tools.proposals.generator import MaskGenerator, MaskOptions
 
 SHARPENED_THRESHOLDS = {"pred_iou_thresh": 0.4, "stability_score_thresh": 0.3, "box_nms_thresh": 0.98}
 """What leaves tens of masks of an image, and drops others, when the weights are those of `sharpen`."""
@@ -88,11 +88,12 @@ def build_generators(args: argparse.Namespace, model: Sam, dtype: torch.dtype | 
     options = {"points_per_side": args.points_per_side}
     options |= {} if args.checkpoint else SHARPENED_THRESHOLDS
     batches = {"points_per_batch": args.points_per_batch, "images_per_batch": args.images_per_batch}
-    generators: dict[str, Callable] = {"ours, float32": MaskGenerator(model, **options, **batches)}
+    ours = functools.partial(MaskGenerator, model, MaskOptions(**options), **batches)
+    generators: dict[str, Callable] = {"ours, float32": ours()}
     if dtype:
-        generators[f"ours, {dtype}".replace("torch.", "")] = MaskGenerator(model, dtype=dtype, **options, **batches)
+        generators[f"ours, {dtype}".replace("torch.", "")] = ours(dtype=dtype)
     if args.compile:
-        generators["ours, compiled"] = MaskGenerator(model, dtype=dtype, compile=True, **options, **batches)
+        generators["ours, compiled"] = ours(dtype=dtype, compile=True)
     stock = SamAutomaticMaskGenerator(model, output_mode="coco_rle", **options)
     return generators | {"stock": functools.partial(run_stock, stock)}
 
@@ -104,7 +105,7 @@ def print_count(args: argparse.Namespace) -> None:
         model = BUILDERS[args.model_type]().eval().requires_grad_(False)
         image = torch.empty(1, 3, model.image_encoder.img_size, model.image_encoder.img_size)
         tokens = torch.empty(prompts, 2, model.prompt_encoder.embed_dim)
-    generator = MaskGenerator(model)
+    generator = MaskGenerator(model, MaskOptions())
     embedding = model.image_encoder(image)
     dense = model.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).expand(prompts, *embedding.shape[1:])
     parts = {

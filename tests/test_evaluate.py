@@ -140,7 +140,7 @@ def test_pickled_cams_are_read_on_request(data, cams, tmp_path):
 
 def test_worker_processes_and_chunks_change_nothing(data, masks, tmp_path, monkeypatch):
     run(data, masks, "--output", tmp_path / "one.json")
-    monkeypatch.setattr(evaluate, "IDS_PER_TASK", 3)
+    monkeypatch.setattr(evaluate, "IDS_PER_JOB", 3)
     run(data, masks, "--output", tmp_path / "two.json", workers=2)
     assert (tmp_path / "one.json").read_text() == (tmp_path / "two.json").read_text()
 

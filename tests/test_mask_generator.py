@@ -11,7 +11,7 @@ from segment_anything.utils.amg import mask_to_rle_pytorch
 
 from benchmarks.sam import SHARPENED_THRESHOLDS, build_tiny_sam, sharpen, synthetic_image
 from tools.errors import UserError
-from tools.proposals.generator import MaskGenerator, interpolation_matrix, uncompressed_rle
+from tools.proposals.generator import MaskGenerator, MaskOptions, interpolation_matrix, uncompressed_rle
 
 SHAPES = [(120, 160), (130, 100), (97, 97)]
 
@@ -45,7 +45,7 @@ def stock(model, image, **options):
 
 def test_it_finds_the_masks_of_the_stock_generator(model, images):
     options = {"points_per_side": 24, **SHARPENED_THRESHOLDS}
-    found = MaskGenerator(model, images_per_batch=2, points_per_batch=100, **options)(images[:2])
+    found = MaskGenerator(model, MaskOptions(**options), images_per_batch=2, points_per_batch=100)(images[:2])
     assert 80 < sum(len(masks) for masks in found) < 250
     for masks, image in zip(found, images[:2], strict=True):
         expected = stock(model, image, **options)
@@ -56,37 +56,36 @@ def test_it_finds_the_masks_of_the_stock_generator(model, images):
 @pytest.mark.parametrize(
     "options",
     [
-        {"crop_n_layers": 1, "crop_n_points_downscale_factor": 2},
+        {"crop_n_layers": 1},
         {"min_mask_region_area": 60},
-        {"crop_n_layers": 2, "crop_nms_thresh": 0.5, "min_mask_region_area": 30},
+        {"crop_n_layers": 2, "min_mask_region_area": 30},
         {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "box_nms_thresh": 0.9},
-        {"stability_score_offset": 5.0},
         {"pred_iou_thresh": 9.0},
     ],
 )
 def test_every_option_means_the_same(model, images, options):
     options = {"points_per_side": 10, **SHARPENED_THRESHOLDS, **options}
-    assert_partners(MaskGenerator(model, **options)(images[2:])[0], stock(model, images[2], **options))
+    assert_partners(MaskGenerator(model, MaskOptions(**options))(images[2:])[0], stock(model, images[2], **options))
 
 
 @pytest.mark.parametrize("batch", [{"images_per_batch": 3}, {"points_per_batch": 7}, {"points_per_batch": 1000}])
 def test_batches_change_nothing(model, images, batch):
-    options = {"points_per_side": 8, **SHARPENED_THRESHOLDS}
-    one_by_one = [MaskGenerator(model, **options)([image])[0] for image in images]
-    for found, expected in zip(MaskGenerator(model, **options, **batch)(images), one_by_one, strict=True):
+    options = MaskOptions(points_per_side=8, **SHARPENED_THRESHOLDS)
+    one_by_one = [MaskGenerator(model, options)([image])[0] for image in images]
+    for found, expected in zip(MaskGenerator(model, options, **batch)(images), one_by_one, strict=True):
         assert_partners(found, expected)
 
 
 def test_half_precision_finds_nearly_the_same(model, images):
-    options = {"points_per_side": 16, **SHARPENED_THRESHOLDS, "box_nms_thresh": 1.0}
-    (exact,), (half,) = (MaskGenerator(model, dtype=dtype, **options)(images[:1]) for dtype in (None, torch.bfloat16))
+    options = MaskOptions(points_per_side=16, **SHARPENED_THRESHOLDS | {"box_nms_thresh": 1.0})
+    (exact,), (half,) = (MaskGenerator(model, options, dtype=dtype)(images[:1]) for dtype in (None, torch.bfloat16))
     iou = coco_rle.iou(half, exact, [0] * len(exact)).max(axis=1)
     assert 0.8 < len(half) / len(exact) < 1.25 and np.mean(iou > 0.9) > 0.8
 
 
 def test_scores_that_are_no_numbers_are_refused(model, images, monkeypatch):
     """As from a network that overflows in fp16: without the check, its images would silently have no masks."""
-    generator = MaskGenerator(model, points_per_side=8, points_per_batch=50)
+    generator = MaskGenerator(model, MaskOptions(points_per_side=8), points_per_batch=50)
     decode = generator._decode
     monkeypatch.setattr(generator, "_decode", lambda *args: (decode(*args)[0], decode(*args)[1] * torch.nan))
     with pytest.raises(UserError, match="--mixed_precision"):
@@ -94,7 +93,7 @@ def test_scores_that_are_no_numbers_are_refused(model, images, monkeypatch):
 
 
 def test_no_image_and_no_mask(model):
-    generator = MaskGenerator(model, points_per_side=3, pred_iou_thresh=99.0)
+    generator = MaskGenerator(model, MaskOptions(points_per_side=3, pred_iou_thresh=99.0))
     assert generator([]) == [] and generator([np.zeros((20, 30, 3), np.uint8)]) == [[]]
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
+import multiprocessing
+import multiprocessing.synchronize
+import os
+import signal
+
 import cv2
 import numpy as np
 import pytest
-import torch
 
 from tools import parallel
 from tools.errors import UserError
-from tools.parallel import process_pool, run_jobs
+from tools.parallel import run_jobs
 
 
 def blur(side: int) -> tuple[float, int]:
@@ -33,29 +39,68 @@ def test_results_come_in_order(workers, busy_opencv):
 
 
 def test_workers_do_not_wait_for_threads_they_do_not_have(busy_opencv):
-    with process_pool(2) as pool:
-        results = pool.map_async(blur, [1000, 1500]).get(timeout=30)
-    assert results == [(1.0, 1), (1.0, 1)]
+    assert list(run_jobs(blur, [1000, 1500], 2, "test", "image")) == [(1.0, 1), (1.0, 1)]
     assert cv2.getNumThreads() == 4
 
 
-@pytest.mark.parametrize("threads", [0, 1, 3, 9])
-def test_threads_keep_the_order_and_share_the_cores(threads):
-    before = torch.get_num_threads()
-    results = list(parallel.thread_map(lambda item: (item**2, torch.get_num_threads()), range(5), threads))
-    assert [square for square, _ in results] == [0, 1, 4, 9, 16]
-    assert {cores for _, cores in results} == {before if threads <= 1 else max(1, before // min(threads, 5))}
-    assert torch.get_num_threads() == before
+def refuse(number):
+    if number == 5:
+        raise UserError("5: not a number I like. Take another.")
+    return number
 
 
-def test_an_error_in_a_thread_is_raised_and_nothing_more_is_begun():
-    begun = []
+def die(number):
+    if number == 5:
+        os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory is full
+    return number
 
-    def work(item):
-        begun.append(item)
-        if item == 2:
-            raise UserError("2.jpg: broken.")
 
-    with pytest.raises(UserError, match="2.jpg"):
-        list(parallel.thread_map(work, range(1000), 2))
-    assert len(begun) < 1000
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_of_the_user_arrives_as_it_was_raised(workers):
+    with pytest.raises(UserError, match="^5: not a number I like. Take another.$"):
+        list(run_jobs(refuse, range(200), workers, "test", "number"))
+    assert not multiprocessing.active_children()
+
+
+def test_a_killed_worker_ends_the_run_in_one_line():
+    with pytest.raises(
+        UserError, match=r"^--num_workers 2: a helper process was killed[^\n]*Lower --num_workers[^\n]*$"
+    ):
+        list(run_jobs(die, range(200), 2, "test", "number"))
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    "module, name, number",
+    [(multiprocessing.synchronize._multiprocessing, "SemLock", errno.ENOSPC), (os, "fork", errno.ENOMEM)],
+)
+def test_no_room_for_the_workers_is_one_line(monkeypatch, module, name, number):
+    """/dev/shm, where semaphores lie, is full; or there is memory for one process, but not for two."""
+    works, calls = getattr(module, name), itertools.count(1)
+
+    def full(*args, **options):
+        if next(calls) == 2:
+            raise OSError(number, os.strerror(number))
+        return works(*args, **options)
+
+    monkeypatch.setattr(module, name, full)
+    with pytest.raises(UserError, match=rf"^--num_workers 2: .*\({os.strerror(number)}\).*/dev/shm[^\n]*$"):
+        list(run_jobs(abs, range(2), 2, "test", "number"))
+    for child in multiprocessing.active_children():
+        child.join(timeout=10)
+    assert not multiprocessing.active_children()
+
+
+def test_workers_end_when_nobody_wants_more():
+    results = run_jobs(abs, range(-1000, 0), 2, "test", "number")
+    assert next(results) == 1000 and len(multiprocessing.active_children()) == 2
+    results.close()
+    assert not multiprocessing.active_children()
+
+
+def test_shares_are_disjoint_and_whole(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert parallel.share("abcdefg") == "be"
+    assert parallel.share("abcdefg", ["e", "c"]) == ["e"]
+    assert [parallel.share("abcdefg", shard=(index, 2)) for index in range(2)] == ["aceg", "bdf"]  # counts for more

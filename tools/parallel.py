@@ -11,19 +11,23 @@ from __future__ import annotations
 import contextlib
 import functools
 import multiprocessing
-import multiprocessing.pool
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 import cv2
 from tqdm import tqdm
 
+from tools.errors import UserError
+
 Item = TypeVar("Item")
 
-CHUNK = 16  # jobs handed to a worker at a time
+CHUNK = 4  # jobs handed to a worker at a time
 
 
 def rank() -> int:
@@ -56,12 +60,18 @@ def own_workers(workers: int) -> int:
     return -(-workers // local_world_size())
 
 
-def share(items: Sequence[Item], pending: Iterable[Item] | None = None) -> Sequence[Item]:
-    """This process's part of a job: every `world_size()`-th item; of these only the `pending` ones, if they are given.
+def share(
+    items: Sequence[Item], pending: Iterable[Item] | None = None, *, shard: tuple[int, int] | None = None
+) -> Sequence[Item]:
+    """This process's part of a job: every n-th item; of these only the `pending` ones, if they are given.
 
     What is pending shrinks while processes start, so it is `items` that are dealt out.
+
+    Args:
+        shard: which part of how many, (0..n-1, n); by default that of torchrun.
     """
-    mine = items[rank() :: world_size()]
+    index, number = shard or (rank(), world_size())
+    mine = items[index::number]
     if pending is None:
         return mine
     todo = set(pending)
@@ -81,15 +91,37 @@ def progress(items: Iterable, *, desc: str, unit: str, total: int | None = None,
 def run_jobs(work: Callable[[Any], Any], jobs: Sequence, workers: int, name: str, unit: str) -> Iterator:
     """Yield work(job) for every job, in their order, from `workers` processes (0: from this one).
 
-    `work` is sent to each process once, so it may be a `functools.partial` that holds a whole dataset.
+    `work` is sent to each process once, so it may be a `functools.partial` that holds a whole dataset. What it raises
+    is raised here. The processes end with the iteration, with an error, and with this process.
+
+    Raises:
+        UserError: a process cannot be started, or was killed; and what `work` raises.
     """
     bar = functools.partial(progress, total=len(jobs), desc=name, unit=unit)
     workers = min(workers, len(jobs))
     if workers == 0:
         yield from bar(map(work, jobs))
         return
-    with process_pool(workers, _start, work) as pool:
-        yield from bar(pool.imap(_call, jobs, chunksize=max(1, min(CHUNK, len(jobs) // (4 * workers)))))
+    chunk = max(1, min(CHUNK, len(jobs) // (4 * workers)))
+    with _opencv_on_one_thread(), contextlib.ExitStack() as stack:
+        try:
+            pool = ProcessPoolExecutor(workers, initializer=_start, initargs=(work,))
+            stack.callback(pool.shutdown, cancel_futures=True)
+            results = pool.map(_call, jobs, chunksize=chunk)
+        except OSError as error:
+            for started in multiprocessing.active_children():  # the pool does not know them yet
+                started.terminate()
+            raise UserError(
+                f"--num_workers {workers}: the helper processes cannot start ({error.strerror}). Make room in /dev/shm "
+                "(docker: --shm-size 1g) and in memory, or pass --num_workers 0."
+            ) from error
+        try:
+            yield from bar(results)
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"--num_workers {workers}: a helper process was killed, probably because memory is full. Lower "
+                "--num_workers and run the same command again."
+            ) from error
 
 
 def thread_map(work: Callable[[Item], Any], items: Sequence[Item], threads: int) -> Iterator:
@@ -115,26 +147,33 @@ def thread_map(work: Callable[[Item], Any], items: Sequence[Item], threads: int)
 
 
 @contextlib.contextmanager
-def process_pool(
-    workers: int, initializer: Callable[..., None] | None = None, *arguments: Any
-) -> Iterator[multiprocessing.pool.Pool]:
-    """A pool of `workers` processes, each of which keeps to its core: together they already use them all.
+def _opencv_on_one_thread() -> Iterator[None]:
+    """Stop OpenCV's threads before a fork, and keep each process to its core: together they already use them all.
 
-    OpenCV's threads are stopped here, before the fork. A process that inherits their pool, but not the threads, would
-    wait for them for ever once it resizes the pool.
+    A process that inherits the threads' pool, but not the threads, would wait for them for ever once it resizes the
+    pool.
     """
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:
-        with multiprocessing.Pool(workers, initializer, arguments) as pool:
-            yield pool
+        yield
     finally:
         cv2.setNumThreads(threads)
 
 
 def _start(work: Callable[[Any], Any]) -> None:
+    """Make a helper process ready. It ends with its parent, and on Ctrl-C without a word: the parent speaks."""
     global _work
     _work = work
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _call(job: Any) -> Any:

@@ -34,7 +34,7 @@ from datasets.voc12 import SHAPES_CLASSES
 from tools import cli
 from tools.errors import UserError
 from tools.files import check_writable, save_json, save_mask
-from tools.parallel import process_pool
+from tools.parallel import run_jobs
 
 CLASSES = ("background", *KINDS)
 assert CLASSES == SHAPES_CLASSES, "the reader and the generator name other classes"
@@ -252,7 +252,7 @@ def generate(
         num_train, num_val: images.
         size: longer side of the images, pixels.
         seed: same seed, same bytes.
-        workers: processes; by default one per core.
+        workers: processes, 0: this one only; by default one per core.
 
     Raises:
         UserError: a number is out of range, or `root` holds something else, or cannot be written.
@@ -308,12 +308,8 @@ def _write_set(root: Path, parameters: dict[str, int], workers: int) -> None:
         (root / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("\n".join(ids) + "\n", encoding="utf-8")
         jobs += [(image_id, (parameters["seed"], number, index)) for index, image_id in enumerate(ids)]
     write = functools.partial(_write_sample, root, parameters["size"])
-    if workers > 1:
-        with process_pool(workers) as pool:
-            pool.map(write, jobs, chunksize=16)
-    else:
-        for job in jobs:
-            write(job)
+    for _ in run_jobs(write, jobs, workers, "shapes", "image"):
+        pass
     save_json(root / MARKER, parameters)
 
 
@@ -361,5 +357,8 @@ if __name__ == "__main__":
     parser.add_argument("--num_val", type=int, default=NUM_VAL, help="validation images")
     parser.add_argument("--size", type=int, default=SIZE, help="longer side of the images, pixels")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes")
-    parser.add_argument("--workers", type=cli.positive_int, default=os.cpu_count() or 1, help="processes")
+    workers = os.cpu_count() or 1
+    parser.add_argument(
+        "--num_workers", "--workers", dest="workers", type=cli.count, default=workers, help="helper processes; 0: none"
+    )
     cli.run(_main, parser.parse_args())

@@ -1,6 +1,6 @@
 """Mask proposals: the backends that make them, and the files that keep them, one per image.
 
-    generator = SamGenerator(load_sam("sam_vit_h_4b8939.pth", "vit_h", device), dtype=torch.bfloat16)
+    generator = SamGenerator(load_sam("sam_vit_h_4b8939.pth", "vit_h", device), MaskOptions(), dtype=torch.bfloat16)
     for image_id, masks in zip(ids, generator(ids, images)):
         save_proposals(f"proposals-sam/{image_id}.json", masks, size)
     masks = load_proposals("proposals-sam/ID.json", size)  # what tools.merging takes
@@ -27,7 +27,7 @@ from pycocotools import mask as coco_rle
 
 from tools.errors import UserError
 from tools.files import atomic_write
-from tools.proposals.generator import MaskGenerator
+from tools.proposals.generator import MaskGenerator, MaskOptions
 from tools.rle import check_counts, encode
 
 if TYPE_CHECKING:
@@ -50,15 +50,16 @@ class ProposalGenerator(Protocol):
 class SamGenerator:
     """Segment Anything (ICCV 2023) prompted with a grid of points."""
 
-    def __init__(self, model: Sam, *, images_per_call: int = 1, **options: Any) -> None:
+    def __init__(self, model: Sam, options: MaskOptions, *, images_per_call: int = 1, **running: Any) -> None:
         """
         Args:
             model: from `load_sam`, already on its device.
+            options: which masks are looked for and kept.
             images_per_call: images that the encoder sees at a time.
-            options: of `tools.proposals.generator.MaskGenerator`, such as points_per_side or pred_iou_thresh.
+            running: `dtype`, `compile`, `points_per_batch` of `tools.proposals.generator.MaskGenerator`.
         """
         self.images_per_call = images_per_call
-        self.generator = MaskGenerator(model, images_per_batch=images_per_call, **options)
+        self.generator = MaskGenerator(model, options, images_per_batch=images_per_call, **running)
 
     def __call__(self, image_ids: Sequence[str], images: Sequence[np.ndarray]) -> list[list[dict]]:
         """The masks of each image, uint8 RGB HxWx3, as COCO RLE."""

@@ -1,6 +1,6 @@
 """Segment Anything's automatic mask generator, made for throughput.
 
-    generator = MaskGenerator(load_sam("sam_vit_h_4b8939.pth", "vit_h", device), dtype=torch.bfloat16)
+    generator = MaskGenerator(load_sam("sam_vit_h_4b8939.pth", "vit_h", device), MaskOptions(), dtype=torch.bfloat16)
     masks = generator(images)  # for each image its masks, as COCO RLE
 
 Rules and defaults are those of `segment_anything.SamAutomaticMaskGenerator`: a grid of point prompts with three masks
@@ -34,6 +34,32 @@ from tools.errors import UserError
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
+
+
+STABILITY_OFFSET = 1.0  # of the mask threshold, in logits; these three as in SamAutomaticMaskGenerator
+CROP_NMS_THRESH = 0.7  # box IoU above which masks of two crops are duplicates
+CROP_OVERLAP = 512 / 1500  # of neighbouring crops, as a fraction of the image's shorter side
+
+
+@dataclass(frozen=True)
+class MaskOptions:
+    """Which masks are looked for and kept, under the names of `segment_anything.SamAutomaticMaskGenerator`.
+
+    Attributes:
+        points_per_side: prompts along each side of the image, or crop.
+        pred_iou_thresh: masks with a lower predicted IoU are dropped, in [0, 1].
+        stability_score_thresh: masks whose area changes more with the threshold are dropped, in [0, 1].
+        box_nms_thresh: box IoU above which masks of a view are duplicates, in [0, 1].
+        crop_n_layers: layer i looks at 4^i crops too; 0: at the whole image only.
+        min_mask_region_area: holes and islands with fewer pixels are removed; 0: none.
+    """
+
+    points_per_side: int = 32
+    pred_iou_thresh: float = 0.88
+    stability_score_thresh: float = 0.95
+    box_nms_thresh: float = 0.7
+    crop_n_layers: int = 0
+    min_mask_region_area: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,30 +118,21 @@ class MaskGenerator:
     def __init__(
         self,
         model: Sam,
+        options: MaskOptions,
         *,
         dtype: torch.dtype | None = None,
         compile: bool = False,
         images_per_batch: int = 1,
         points_per_batch: int = 64,
-        points_per_side: int = 32,
-        pred_iou_thresh: float = 0.88,
-        stability_score_thresh: float = 0.95,
-        stability_score_offset: float = 1.0,
-        box_nms_thresh: float = 0.7,
-        crop_n_layers: int = 0,
-        crop_nms_thresh: float = 0.7,
-        crop_overlap_ratio: float = 512 / 1500,
-        crop_n_points_downscale_factor: int = 1,
-        min_mask_region_area: int = 0,
     ) -> None:
         """
         Args:
             model: on its device, in evaluation mode.
+            options: which masks are looked for and kept.
             dtype: of the encoder and the decoder; None: float32. Scores and enlarging are float32.
             compile: let torch.compile have the networks: minutes at the start, faster afterwards.
             images_per_batch: images or crops that the encoder sees at a time.
             points_per_batch: prompts that are decoded, and full-size masks that exist, at a time.
-            others: as in `segment_anything.SamAutomaticMaskGenerator`.
         """
         from segment_anything.utils.amg import build_all_layer_point_grids
         from segment_anything.utils.transforms import ResizeLongestSide
@@ -127,17 +144,12 @@ class MaskGenerator:
         encoder, self._decoder = (copy.deepcopy(net).to(dtype) for net in networks) if dtype else networks
         wrap = torch.compile if compile else lambda function: function
         self._encode, self._predict = wrap(encoder), wrap(self.predict)
+        self.options = options
         self.images_per_batch = images_per_batch
         self.points_per_batch = points_per_batch
-        self.point_grids = build_all_layer_point_grids(points_per_side, crop_n_layers, crop_n_points_downscale_factor)
-        self.pred_iou_thresh = pred_iou_thresh if pred_iou_thresh > 0 else -math.inf  # as there: 0 is no filter
-        self.stability_score_thresh = stability_score_thresh
-        self.stability_score_offset = stability_score_offset
-        self.box_nms_thresh = box_nms_thresh
-        self.crop_n_layers = crop_n_layers
-        self.crop_nms_thresh = crop_nms_thresh
-        self.crop_overlap_ratio = crop_overlap_ratio
-        self.min_mask_region_area = min_mask_region_area
+        self.point_grids = build_all_layer_point_grids(options.points_per_side, options.crop_n_layers, 1)
+        # As there: 0 is no filter.
+        self.pred_iou_thresh = options.pred_iou_thresh if options.pred_iou_thresh > 0 else -math.inf
         self._transform = ResizeLongestSide(model.image_encoder.img_size)
         self._device_lock = threading.Lock()
 
@@ -163,7 +175,7 @@ class MaskGenerator:
     def _views(self, index: int, size: tuple[int, int]) -> list[View]:
         from segment_anything.utils.amg import generate_crop_boxes
 
-        boxes, layers = generate_crop_boxes(size, self.crop_n_layers, self.crop_overlap_ratio)
+        boxes, layers = generate_crop_boxes(size, self.options.crop_n_layers, CROP_OVERLAP)
         return [View(index, size, tuple(box), layer) for box, layer in zip(boxes, layers, strict=True)]
 
     def _resize(self, image: np.ndarray, view: View) -> np.ndarray:
@@ -195,7 +207,7 @@ class MaskGenerator:
                 "then --compile false."
             )
         candidates = Candidates.join(parts)
-        return candidates.select(nms(candidates.boxes.float(), candidates.scores, self.box_nms_thresh))
+        return candidates.select(nms(candidates.boxes.float(), candidates.scores, self.options.box_nms_thresh))
 
     def _decode(self, embedding: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
         """Masks at low resolution, logits [3P, h, w], and their predicted IoU, float32 [3P], for prompts [P, 2]."""
@@ -238,9 +250,9 @@ class MaskGenerator:
 
         threshold, (height, width) = self.model.mask_threshold, view.size
         full = self._enlarge(view, logits)
-        stability = calculate_stability_score(full, threshold, self.stability_score_offset).nan_to_num(0)
+        stability = calculate_stability_score(full, threshold, STABILITY_OFFSET).nan_to_num(0)
         boxes = batched_mask_to_box(full > threshold)
-        kept = stability >= self.stability_score_thresh
+        kept = stability >= self.options.stability_score_thresh
         kept &= ~is_box_near_crop_edge(boxes, view.box, [0, 0, width, height])
         return Candidates(view, logits, uncrop_boxes_xyxy(boxes, view.box), scores).select(kept.nonzero().flatten())
 
@@ -263,7 +275,7 @@ class MaskGenerator:
         boxes = torch.cat([candidates.boxes for candidates in found]).float()
         weights = torch.tensor(scores).repeat_interleave(torch.tensor(sizes)).to(boxes.device)
         kept = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
-        kept[nms(boxes, weights, self.crop_nms_thresh)] = True
+        kept[nms(boxes, weights, CROP_NMS_THRESH)] = True
         parts = kept.split(sizes)
         return [candidates.select(part.nonzero().flatten()) for candidates, part in zip(found, parts, strict=True)]
 
@@ -283,9 +295,9 @@ class MaskGenerator:
         from segment_anything.utils.amg import MaskData, coco_encode_rle
 
         masks = MaskData(rles=rles, boxes=boxes.cpu())
-        if self.min_mask_region_area > 0:
-            threshold = max(self.box_nms_thresh, self.crop_nms_thresh)
-            SamAutomaticMaskGenerator.postprocess_small_regions(masks, self.min_mask_region_area, threshold)
+        if self.options.min_mask_region_area > 0:
+            threshold = max(self.options.box_nms_thresh, CROP_NMS_THRESH)
+            SamAutomaticMaskGenerator.postprocess_small_regions(masks, self.options.min_mask_region_area, threshold)
         return [coco_encode_rle(rle) for rle in masks["rles"]]
 
 

@@ -12,10 +12,13 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import cv2
 import numpy as np
 from skimage.segmentation import felzenszwalb
+
+from tools.errors import UserError
 
 CHANNEL_BINS = (16, 24, 24)  # of L, a, b: chroma is finer because photographs use only the middle of its range
 ORIENTATIONS, STRENGTHS = 4, 6  # of the texture histogram
@@ -41,42 +44,35 @@ class RegionTree:
     contrasts: np.ndarray
 
 
+@dataclass(frozen=True, kw_only=True)
 class RegionGenerator:
-    """Regions of a merge hierarchy as mask proposals. Satisfies `tools.proposals.ProposalGenerator`."""
+    """Regions of a merge hierarchy as mask proposals. Satisfies `tools.proposals.ProposalGenerator`.
 
-    images_per_call = 1
+    Attributes:
+        scale: of the leaves: larger gives fewer and larger ones.
+        sigma: Gaussian smoothing before the leaves are found, in pixels.
+        min_size: smallest region, as a fraction of the image's area.
+        max_size: largest region, likewise. Merging takes every mask that is half inside a class, so a region that joins
+            an object and its surroundings does more harm than a missing whole object, whose parts are there.
+        min_contrast: least mean edge strength along a region's border, in grey levels per pixel. What Segment
+            Anything's stability score is for: a region without a clear edge is a guess.
+        duplicate_iou: a region that shares this much with the next larger kept region around it is left out.
+        max_masks: at most this many per image, the largest ones.
+    """
 
-    def __init__(
-        self,
-        *,
-        scale: float = 50.0,
-        sigma: float = 0.8,
-        min_size: float = 0.002,
-        max_size: float = 0.15,
-        min_contrast: float = 0.0,
-        duplicate_iou: float = 0.85,
-        max_masks: int = 150,
-    ) -> None:
-        """
-        Args:
-            scale: of the leaves: larger gives fewer and larger ones.
-            sigma: Gaussian smoothing before the leaves are found, in pixels.
-            min_size: smallest region, as a fraction of the image's area.
-            max_size: largest region, likewise. Merging takes every mask that is half inside a class, so a region that
-                joins an object and its surroundings does more harm than a missing whole object, whose parts are there.
-            min_contrast: least mean edge strength along a region's border, in grey levels per pixel. What Segment
-                Anything's stability score is for: a region without a clear edge is a guess.
-            duplicate_iou: a region that shares this much with the next larger kept region around it is left out.
-            max_masks: at most this many per image, the largest ones.
-        """
-        assert 0 <= min_size < max_size <= 1, f"regions between {min_size} and {max_size} of the image"
-        self.scale = scale
-        self.sigma = sigma
-        self.min_size = min_size
-        self.max_size = max_size
-        self.min_contrast = min_contrast
-        self.duplicate_iou = duplicate_iou
-        self.max_masks = max_masks
+    images_per_call: ClassVar[int] = 1
+
+    scale: float = 50.0
+    sigma: float = 0.8
+    min_size: float = 0.002
+    max_size: float = 0.15
+    min_contrast: float = 0.0
+    duplicate_iou: float = 0.85
+    max_masks: int = 150
+
+    def __post_init__(self) -> None:
+        if self.max_size <= self.min_size:
+            raise UserError(f"--region_max_size {self.max_size}: not above {self.min_size}, the smallest. Raise it.")
 
     def __call__(self, image_ids: Sequence[str], images: Sequence[np.ndarray]) -> list[np.ndarray]:
         """`propose` for each image."""
