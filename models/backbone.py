@@ -149,7 +149,7 @@ class Backbone(nn.Module):
         self.net.eval()
         maps = self(torch.zeros(1, 3, *size))
         self.net.train()
-        expected = [(1, self.low_channels, *_cells(size, self.low_stride)), (1, self.channels, 3, 4)]
+        expected = [(1, self.low_channels, *cells(size, self.low_stride)), (1, self.channels, 3, 4)]
         return [tuple(map_.shape) for map_ in maps] == expected
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -181,14 +181,20 @@ class Backbone(nn.Module):
         Half on either side: of an image with sides of 16n + 1 pixels the patches of 16 are then centred at the pixels
         0, 16, 32, ..., where a padded convolution of stride 16 looks too.
         """
-        extra = [-side % self.output_stride for side in x.shape[:1:-1]]  # width, height: the order of F.pad
+        extra = self._extra(x.shape[:1:-1])  # width, height: the order of F.pad
         return F.pad(x, [part for total in extra for part in (total // 2, total - total // 2)], mode="replicate")
 
     def _cropped(self, low: torch.Tensor, size: torch.Size) -> torch.Tensor:
         """Stage-1 features without those of the padding alone."""
-        for dim, side, cells in zip((-2, -1), size, _cells(size, self.low_stride), strict=True):
-            low = low.narrow(dim, -side % self.output_stride // 2 // self.low_stride, cells)
+        starts = [total // 2 // self.low_stride for total in self._extra(size)]
+        for dim, start, length in zip((-2, -1), starts, cells(size, self.low_stride), strict=True):
+            low = low.narrow(dim, start, length)
         return low
+
+    def _extra(self, size: torch.Size) -> list[int]:
+        """How many pixels are missing to the next multiple of the output stride."""
+        stride = self.output_stride
+        return [count * stride - side for side, count in zip(size, cells(size, stride), strict=True)]
 
     def train(self, mode: bool = True) -> Backbone:
         super().train(mode)
@@ -234,8 +240,9 @@ class Backbone(nn.Module):
         return list(layers.values()), [index[name] for name in outputs]
 
 
-def _cells(size: list[int] | torch.Size, stride: int) -> list[int]:
-    return [-(-side // stride) for side in size]
+def cells(size: list[int] | torch.Size, stride: int) -> list[int]:
+    """ceil(side / stride); without negative numbers, which ONNX divides differently."""
+    return [(side + stride - 1) // stride for side in size]
 
 
 def _rule(architecture: str) -> Rule:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.backbone import LOW_LEVEL_STRIDE, Backbone
+from models.backbone import LOW_LEVEL_STRIDE, Backbone, cells
 from models.config import DecoderConfig
 from tools.errors import UserError
 
@@ -121,7 +121,7 @@ class Trunk(nn.Module):
 
     def forward(self, low: torch.Tensor, high: torch.Tensor, image_size: torch.Size) -> torch.Tensor:
         """Stage-1 and last-stage features of images of size (H, W), float [B,C,h,w] each -> [B,`channels`,H/4,W/4]."""
-        size = [-(-side // LOW_LEVEL_STRIDE) for side in image_size]
+        size = cells(image_size, LOW_LEVEL_STRIDE)
         return torch.cat([_enlarge(self.aspp(high), size), _enlarge(self.low(low), size)], dim=1)
 
 

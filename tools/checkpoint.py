@@ -18,11 +18,14 @@ uninterrupted one would have drawn.
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from tools.errors import UserError
 from tools.files import atomic_write
@@ -38,22 +41,30 @@ def save_checkpoint(path: Path, **content: Any) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of ours onto the CPU.
+    """Read a checkpoint of ours onto the CPU: TAG.pth, or the model.safetensors of an export with its config.json.
 
     Raises:
         UserError: the file is missing, damaged, or not a checkpoint of this project.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        exported = Path(path).suffix == ".safetensors"
+        content = _read_export(Path(path)) if exported else torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such checkpoint. Train it first, or pass another with --weights.") from error
-    except (OSError, EOFError, RuntimeError, ValueError, LookupError, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, LookupError, pickle.UnpicklingError, SafetensorError) as error:
         raise UserError(f"{path}: not a readable checkpoint. Train it again, or pass another.") from error
     if not isinstance(content, dict) or not {"config", "model", "classes", "epoch"} <= content.keys():
         raise UserError(
             f"{path}: bare weights, not a checkpoint of this project. Use them with --restore when training."
         )
     return content
+
+
+def _read_export(path: Path) -> dict[str, Any]:
+    tensors, config = load_file(path), path.with_name("config.json")
+    if not config.is_file():
+        raise UserError(f"{config}: missing; it says which network {path.name} is. Copy it there too.")
+    return {**json.loads(config.read_text(encoding="utf-8")), "model": tensors}
 
 
 def fingerprint(path: str | Path) -> str:
