@@ -97,7 +97,7 @@ import torch
 from torch import nn
 from torchvision.transforms import v2
 
-from datasets import DataSource, ImageDataset, Loader, build_loader, build_source
+from datasets import DatasetInfo, DataSource, ImageDataset, Loader, build_loader, build_source
 from datasets.loaders import class_balance
 from datasets.transforms import PhotometricAugmentation, train_geometry
 from models import build_model
@@ -147,19 +147,19 @@ def build_training_loader(source: DataSource, args: argparse.Namespace) -> Loade
     return build_loader(dataset, args.batch_size, weights=weights, **options.loader_arguments(args))
 
 
-def load_ordinary(args: argparse.Namespace, num_classes: int) -> nn.Module:
+def load_ordinary(args: argparse.Namespace, info: DatasetInfo) -> nn.Module:
     """The ordinary classifier of poc and pnoc: --oc_weights with frozen batch norm; for poc, with everything frozen.
 
     Raises:
         UserError: the file is not a classifier of this architecture and these classes.
     """
     fixed = {"weights": "none", "batch_norm": "fix"}
-    model = build_model("classifier", num_classes=num_classes, **{**options.network_arguments(args), **fixed})
-    report = restore(model, args.oc_weights)
-    if report.missing or report.mismatched:
+    model = build_model("classifier", num_classes=info.num_classes, **{**options.network_arguments(args), **fixed})
+    report = restore(model, args.oc_weights, info.classes)
+    if report.missing or report.mismatched or report.new_classes:
         raise UserError(
-            f"--oc_weights {args.oc_weights}: not a trained {args.architecture} with {num_classes - 1} classes. "
-            "Train one with --method vanilla."
+            f"--oc_weights {args.oc_weights}: not a trained {args.architecture} with these "
+            f"{info.num_foreground} classes. Train one with --method vanilla."
         )
     return model.eval() if args.method == "pnoc" else model.eval().requires_grad_(False)
 
@@ -212,8 +212,8 @@ def main(args: argparse.Namespace) -> None:
     seed_everything(args.seed)
     model = build_model("classifier", num_classes=source.info.num_classes, **options.network_arguments(args)).to(device)
     if args.restore:
-        restore(model, args.restore)
-    ordinary = load_ordinary(args, source.info.num_classes).to(device) if args.oc_weights else None
+        restore(model, args.restore, source.info.classes)
+    ordinary = load_ordinary(args, source.info).to(device) if args.oc_weights else None
     criterion = PriorCriterion(args.method, label_smoothing=args.label_smoothing, w_re=args.w_re, ordinary=ordinary)
     augment = Augmentation(args.augment, args.cutmix_prob)
     companions: dict[str, Any] = {}

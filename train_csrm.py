@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -489,12 +489,12 @@ def label_options(args: argparse.Namespace, background: float, foreground: float
     )
 
 
-def build_student(args: argparse.Namespace, num_classes: int) -> nn.Module:
+def build_student(args: argparse.Namespace, classes: Sequence[str]) -> nn.Module:
     """The network, with the weights of --restore."""
     heads = {"use_sal_head": args.use_sal_head, "use_rep_head": args.use_rep_head}
-    student = build_model("csrm", num_classes=num_classes, **options.network_arguments(args), **heads)
+    student = build_model("csrm", num_classes=len(classes), **options.network_arguments(args), **heads)
     if args.restore:
-        report = restore(student, args.restore)
+        report = restore(student, args.restore, classes)
         student.new_classifier = "classifier.weight" not in report.restored
     return student
 
@@ -518,7 +518,7 @@ def main(args: argparse.Namespace) -> None:
     check_domain(source, args.domain_valid)
     labeled, unlabeled = build_loaders(labelled_source(source, args) if args.c2s_labels else source, args)
     seed_everything(args.seed)
-    student = build_student(args, source.info.num_classes).to(device)
+    student = build_student(args, source.info.classes).to(device)
     teacher = Teacher(student)
     criterion = Criterion(loss_options(args), num_classes=source.info.num_classes, dim=args.decoder_channels).to(device)
     labels = label_options(args, *cam_thresholds(student.eval(), source, args))

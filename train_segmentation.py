@@ -124,7 +124,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         device
     )
     if args.restore:
-        restore(model, args.restore)
+        restore(model, args.restore, source.info.classes)
     run = options.training(args)
     trainer = Trainer(model, run, source.info.classes, device=device, steps_per_epoch=len(loader))
     for epoch in trainer.epochs():

@@ -2,25 +2,28 @@
 
     restore(model, "experiments/models/prior.pth")    # a classifier's checkpoint into CSRM: backbone and CAM classifier
 
-Tensors are matched by name and shape. What was and was not restored is printed, and no match at all is an error: a
-prior that silently fails to load looks like a training run that merely goes badly.
+Tensors are matched by name and shape, class outputs by class. What was and was not restored is printed, and a file that
+gives little or nothing is an error: a prior that silently fails to load looks like a training run that goes badly.
 """
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from tools.errors import UserError
+from tools.weights import common_prefix, load_weights
+
+OUTPUTS = {"classifier.weight": 1, "segmentation.4.weight": 0, "segmentation.4.bias": 0}
+"""Tensors with a row for each class, and the class of their first row: the classifier has none for the background."""
+
+_BACKBONE = re.compile(r"(?:backbone\.)?net\.(.+)")
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,9 @@ class RestoreReport:
         mismatched: tensors it has in another shape: name -> (shape in the file, shape in the model).
         unused: names in the file that nothing in the model goes by. Second names of tensors that were used do not
             count: public priors list their layers once by layer and once by stage.
+        file_classes: of a file that names its classes in another order than the model's, or names others: its own.
+        new_classes: of a file that names its classes, ours that it has not; their rows keep their initial values.
+        nameless: the file gave class outputs without naming the classes.
     """
 
     path: str
@@ -41,6 +47,9 @@ class RestoreReport:
     missing: list[str]
     mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
     unused: list[str]
+    file_classes: list[str]
+    new_classes: list[str]
+    nameless: bool
 
     def __str__(self) -> str:
         total = len(self.restored) + len(self.missing) + len(self.mismatched)
@@ -49,79 +58,122 @@ class RestoreReport:
             lines.append(f"  keep their initial values: {_summary(self.missing)}")
         for name, (theirs, ours) in self.mismatched.items():
             lines.append(f"  keeps its initial value: {name}, {list(theirs)} in the file but {list(ours)} in the model")
+        if self.file_classes:
+            lines.append(f"  outputs are matched by class; the file's are {', '.join(self.file_classes)}")
+        if self.new_classes:
+            lines.append(f"  keep their initial values, as the file has no such class: {', '.join(self.new_classes)}")
+        if self.nameless:
+            lines.append("  classes: the file does not name its own, so they are taken to be ours, in our order")
         if self.unused:
             lines.append(f"  not used from the file: {_summary(self.unused)}")
         return "\n".join(lines)
 
 
-def restore(model: nn.Module, path: str | Path) -> RestoreReport:
+def restore(model: nn.Module, path: str | Path, classes: Sequence[str] | None = None) -> RestoreReport:
     """Copy into `model`, in place, every tensor of a file that it has under the same name and shape; print what was.
 
     Args:
         model: with or without a `Backbone`; dtypes and devices stay the model's.
         path: a checkpoint of this project, a state dict (.pth, as published with Puzzle-CAM, P-NOC, torchvision and
-            timm) or a .safetensors file.
+            timm, under whatever prefix) or a .safetensors file.
+        classes: names, background first, of the model's outputs. If the file names its classes too, the outputs are
+            matched by name: rows of a class that the file has not keep their initial values.
 
     Raises:
-        UserError: the file cannot be read, or fits nowhere.
+        UserError: the file cannot be read, fits nowhere, gives less than half of the backbone, or is not finite.
     """
-    source = load_state_dict(path)
+    weights = load_weights(path)
+    source = {name: tensor for name, tensor in weights.tensors.items() if not _is_counter(name)}
     target = {name: tensor for name, tensor in model.state_dict().items() if not _is_counter(name)}
-    names = {name: next((alias for alias in _aliases(name) if alias in source), None) for name in target}
-    found = {name: source[alias] for name, alias in names.items() if alias}
-    fits = {name: tensor for name, tensor in found.items() if tensor.shape == target[name].shape}
+    found = {name: source[alias] for name, alias in _pairs(target, source).items()}
     used = {tensor.data_ptr() for tensor in found.values()}
+    sort = classes is not None and weights.classes is not None and weights.classes != tuple(classes)
+    new_classes: list[str] = []
+    if sort:
+        new_classes = _sort_rows(found, target, weights.classes, classes)
+    fits = {name: tensor for name, tensor in found.items() if _fits(tensor, target[name])}
     report = RestoreReport(
         path=str(path),
         restored=list(fits),
-        missing=[name for name, alias in names.items() if alias is None],
+        missing=[name for name in target if name not in found],
         mismatched={n: (tuple(t.shape), tuple(target[n].shape)) for n, t in found.items() if n not in fits},
         unused=sorted(name for name, tensor in source.items() if tensor.data_ptr() not in used),
+        file_classes=list(weights.classes[1:]) if sort else [],
+        new_classes=new_classes,
+        nameless=weights.classes is None and any(name in fits for name in OUTPUTS),
     )
-    if not fits:
-        raise UserError(
-            f"{path}: none of its {len(source)} tensors fits this network ({_summary(target)}). "
-            "Check --architecture, or pass the weights of another file."
-        )
+    _check(path, fits, source, target)
     model.load_state_dict(fits, strict=False)
     print(report)
     return report
 
 
-def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
-    """Read the weights in a file onto the CPU: of a checkpoint the model's, without the prefix of data parallelism.
+def _pairs(target: Iterable[str], source: Iterable[str]) -> dict[str, str]:
+    """The model's names that a file has, and how they are called there.
 
-    Raises:
-        UserError: the file is missing, cannot be read, or holds no tensors.
+    The file may have them below a prefix, and the backbone alone below another; timm renames `stages.0` to `stages_0`
+    when it takes features from a network.
     """
-    try:
-        is_safetensors = Path(path).suffix == ".safetensors"
-        content = load_file(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file of weights.") from error
-    except (OSError, EOFError, RuntimeError, ValueError, LookupError, pickle.UnpicklingError, SafetensorError) as error:
-        raise UserError(f"{path}: not a readable file of weights. Pass a state dict (.pth or .safetensors).") from error
-    for wrapper in ("teacher", "model", "state_dict"):  # of CSRM the teacher, the model that inference uses too
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    tensors = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)} if isinstance(content, dict) else {}
-    tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items() if not _is_counter(name)}
-    if not tensors:
-        raise UserError(f"{path}: holds no weights. Pass a state dict or a checkpoint of this project.")
-    return tensors
+    names = set(source)
+    inner = {name: match[1] for name in target if (match := _BACKBONE.fullmatch(name))}
+    outside = common_prefix(names, set(target))
+    inside = common_prefix(names, {alias for name in inner.values() for alias in (name, name.replace("_", ".", 1))})
+    pairs = {}
+    for name in target:
+        aliases = [outside + name]
+        if name in inner:
+            aliases += [inside + inner[name], inside + inner[name].replace("_", ".", 1)]
+        present = [alias for alias in aliases if alias in names]
+        if present:
+            pairs[name] = present[0]
+    return pairs
 
 
-def _aliases(name: str) -> Iterator[str]:
-    """Names a tensor of ours may have in a file: its own; of the backbone, those of public priors and of timm too."""
-    yield name
-    match = re.fullmatch(r"(?:backbone\.)?net\.(.+)", name)
-    if match:
-        inner = match.group(1)
-        # timm renames `stages.0` to `stages_0` when it takes features from a network.
-        nested = inner.replace("_", ".", 1)
-        # Public priors call the whole backbone `backbone` or `model`.
-        for prefix in ("backbone.net.", "backbone.", "model.", ""):
-            yield from (prefix + inner, prefix + nested)
+def _sort_rows(
+    found: dict[str, torch.Tensor], target: dict[str, torch.Tensor], theirs: Sequence[str], ours: Sequence[str]
+) -> list[str]:
+    """Bring the outputs in `found` from the order of their classes to ours, in place.
+
+    Returns:
+        The classes that the file has not. If that is all of them, the outputs are taken out of `found`.
+    """
+    shared = [name for name in ours[1:] if name in theirs[1:]]
+    for output, first in OUTPUTS.items():
+        rows = found.pop(output, None)
+        if rows is None or not shared:
+            continue
+        if len(rows) != len(theirs) - first or rows.shape[1:] != target[output].shape[1:]:
+            found[output] = rows
+            continue
+        found[output] = target[output].clone()
+        for name in [ours[0], *shared][first:]:
+            found[output][ours.index(name) - first] = rows[theirs.index(name) - first].to(found[output])
+    return [name for name in ours[1:] if name not in shared]
+
+
+def _fits(tensor: torch.Tensor, target: torch.Tensor) -> bool:
+    return tensor.shape == target.shape and tensor.is_floating_point() == target.is_floating_point()
+
+
+def _check(
+    path: str | Path, fits: dict[str, torch.Tensor], source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]
+) -> None:
+    """Raise UserError unless what fits is a start."""
+    if not fits:
+        raise UserError(
+            f"{path}: none of its {len(source)} tensors fits this network ({_summary(target)}). "
+            "Check --architecture, or pass the weights of another file."
+        )
+    ours = [name for name in target if _BACKBONE.fullmatch(name)]
+    given = sum(name in fits for name in ours)
+    if given < len(ours) / 2:
+        raise UserError(
+            f"{path}: gives {given} of the {len(ours)} tensors of the backbone, so it is of another network. "
+            "Check --architecture, or pass the weights of another file."
+        )
+    broken = [name for name, tensor in fits.items() if not tensor.isfinite().all()]
+    if broken:
+        raise UserError(f"{path}: {len(broken)} tensors hold values that are not finite. Pass another file.")
 
 
 def _is_counter(name: str) -> bool:

@@ -13,6 +13,7 @@ from command import TRAINING, data_flags, parse, refusal, run
 from torch import nn
 
 import train_classifier
+from datasets import DatasetInfo
 from datasets.loaders import EpochSampler, class_balance
 from tools.options import Optimization
 from tools.priors import Opponent, PriorCriterion, Sample, cut_tiles, hide_class, join_tiles, ramp, random_class
@@ -294,7 +295,7 @@ def test_a_killed_run_ends_with_the_same_bytes(folder_root, folder, ordinary, mo
 def test_what_may_change_in_the_ordinary_classifier(ordinary, method, trained):
     args = parse("train_classifier", "--tag", "t", *TRAINING, *method_flags(method, ordinary))
     train_classifier.complete(args)
-    model = train_classifier.load_ordinary(args, num_classes=3)
+    model = train_classifier.load_ordinary(args, DatasetInfo(("background", "cat", "dog")))
     changing = [name for name, p in model.named_parameters() if p.requires_grad]
     assert {name.split(".")[2] for name in changing if name.startswith("backbone")} == trained
     assert ("classifier.weight" in changing) == bool(trained) and not any(".bn" in name for name in changing)

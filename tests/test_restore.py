@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import re
+import zipfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -12,8 +16,9 @@ from torch import nn
 
 from models import Backbone, build_model
 from models.config import BackboneConfig
-from models.restore import load_state_dict, restore
+from models.restore import restore
 from tools.errors import UserError
+from tools.weights import load_weights
 
 
 def build(kind: str, seed: int, architecture: str = "test_resnet", num_classes: int = 4) -> nn.Module:
@@ -124,7 +129,7 @@ def test_unreadable_files_are_answered_in_one_line(tmp_path, name):
     content = {"text.pth": b"<html>404</html>", "empty.pth": b"", "bad.safetensors": b"\xff" * 20}
     (tmp_path / name).write_bytes(content.get(name, (tmp_path / "whole.pth").read_bytes()[:5000]))
     with pytest.raises(UserError, match=f"{name}: not a readable file of weights") as error:
-        load_state_dict(tmp_path / name)
+        load_weights(tmp_path / name)
     assert "\n" not in str(error.value)
 
 
@@ -132,17 +137,157 @@ def test_unreadable_files_are_answered_in_one_line(tmp_path, name):
 def test_files_without_weights_are_refused(tmp_path, content):
     torch.save(content, tmp_path / "file.pth")
     with pytest.raises(UserError, match=r"file\.pth: holds no weights"):
-        load_state_dict(tmp_path / "file.pth")
+        load_weights(tmp_path / "file.pth")
 
 
 def test_a_pickled_object_is_refused_unopened(tmp_path):
     torch.save(nn.Conv2d(1, 1, 1), tmp_path / "module.pth")
     with pytest.raises(UserError, match="not a readable file of weights"):
-        load_state_dict(tmp_path / "module.pth")
+        load_weights(tmp_path / "module.pth")
 
 
 def test_missing_files_name_the_file_or_the_flag(tmp_path):
     with pytest.raises(UserError, match=r"none\.pth: no such file"):
-        load_state_dict(tmp_path / "none.pth")
+        load_weights(tmp_path / "none.pth")
     with pytest.raises(UserError, match="--backbone_weights imagnet: no such file"):
         backbone_of("test_resnet", weights="imagnet")
+
+
+# -- files of other people -------------------------------------------------------------------------------------------
+def beside(**extra):
+    return lambda prior: {"model": public_state_dict(prior), **extra}
+
+
+def prefixed(prefix: str):
+    return lambda prior: {prefix + name: value for name, value in prior.state_dict().items()}
+
+
+FOREIGN = {
+    "a namespace": beside(args=argparse.Namespace(lr=0.1, out=Path("x"), seed=np.int64(1))),
+    "numpy numbers": beside(best=np.float64(71), history=np.arange(3.0), name=np.str_("a")),
+    "an optimiser": beside(optimizer={"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}),
+    "a tensor": beside(best=torch.tensor(71.0)),
+    "model_state_dict": lambda prior: {"model_state_dict": public_state_dict(prior), "epoch": 3},
+    "net": lambda prior: {"net": prior.state_dict(), "acc": 91.5},
+    "two wrappers": lambda prior: {"model": {"state_dict": public_state_dict(prior)}},
+    "an unknown wrapper": lambda prior: {"student_weights": public_state_dict(prior), "epoch": 3},
+    "compiled": prefixed("_orig_mod."),
+    "compiled, data parallel": prefixed("module._orig_mod."),
+    "lightning": lambda prior: {"state_dict": {f"model.{k}": v for k, v in prior.state_dict().items()}},
+    "compiled inside": lambda prior: {k.replace("net.", "net._orig_mod."): v for k, v in prior.state_dict().items()},
+    "an encoder": lambda prior: {
+        k.replace("backbone.net.", "encoder_q."): v for k, v in prior.state_dict().items()
+    } | {"queue": torch.ones(3, 4)},
+    "parts": lambda prior: {"encoder": prior.backbone.net.state_dict(), "classifier": prior.classifier.state_dict()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_checkpoints_of_others_are_read_whole(tmp_path, kind):
+    prior, model = build("classifier", 0), build("csrm", 1)
+    torch.save(FOREIGN[kind](prior), tmp_path / "prior.pth")
+    report = restore(model, tmp_path / "prior.pth")
+    assert same(model.backbone, prior.backbone) and same(model.classifier, prior.classifier)
+    assert {name.partition(".")[0] for name in report.missing} == {"trunk", "segmentation", "representation"}
+
+
+def test_a_numpy_number_of_an_older_numpy_is_no_obstacle(tmp_path):
+    """NumPy 1 calls `numpy._core` `numpy.core`."""
+    prior = build("classifier", 0)
+    torch.save({"model": prior.state_dict(), "best": np.float64(71)}, tmp_path / "new.pth")
+    with zipfile.ZipFile(tmp_path / "new.pth") as new, zipfile.ZipFile(tmp_path / "old.pth", "w") as old:
+        for name in new.namelist():
+            old.writestr(name, new.read(name).replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    assert load_weights(tmp_path / "old.pth").tensors.keys() == prior.state_dict().keys()
+
+
+class Bomb:
+    def __reduce__(self):
+        return (print, ("the bomb went off",))
+
+
+@pytest.mark.parametrize("content", [Bomb(), {"model": {"a": torch.zeros(1)}, "extra": Bomb()}])
+def test_code_in_a_file_is_never_run(tmp_path, capsys, content):
+    torch.save(content, tmp_path / "file.pth")
+    with pytest.raises(UserError, match=r"file\.pth: not a readable file of weights: it holds Python .*print"):
+        load_weights(tmp_path / "file.pth")
+    assert capsys.readouterr().out == ""
+
+
+def test_what_stands_in_for_an_object_keeps_nothing(tmp_path):
+    torch.save({"args": argparse.Namespace(lr=1), "a": torch.ones(2)}, tmp_path / "file.pth")
+    assert list(load_weights(tmp_path / "file.pth").tensors) == ["a"]
+    assert "argparse.Namespace" not in map(str, torch.serialization.get_safe_globals())
+
+
+@pytest.mark.parametrize("kept", [1, 30])
+def test_a_file_that_gives_little_of_the_backbone_is_an_error_and_changes_nothing(tmp_path, kept):
+    prior, model = build("classifier", 0), build("csrm", 1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    names = [name for name in prior.state_dict() if not name.endswith("num_batches_tracked")]
+    state = {name: prior.state_dict()[name] for name in names[:kept]}
+    torch.save(state | {f"layer9.{i}.weight": torch.zeros(3, 3) for i in range(50)}, tmp_path / "little.pth")
+    with pytest.raises(UserError, match=rf"little\.pth: gives {kept} of the 75 tensors of the backbone"):
+        restore(model, tmp_path / "little.pth")
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_weights_that_are_not_finite_are_an_error(tmp_path):
+    prior = build("classifier", 0)
+    prior.classifier.weight.data[0, 0] = float("nan")
+    torch.save(prior.state_dict(), tmp_path / "nan.pth")
+    with pytest.raises(UserError, match=r"nan\.pth: 1 tensors hold values that are not finite"):
+        restore(build("csrm", 1), tmp_path / "nan.pth")
+
+
+def test_integers_do_not_pass_for_weights(tmp_path):
+    prior, model = build("classifier", 0), build("csrm", 1)
+    state = prior.state_dict() | {"classifier.weight": torch.ones(3, 96, 1, 1, dtype=torch.int8)}
+    torch.save(state, tmp_path / "quantised.pth")
+    assert "classifier.weight" in restore(model, tmp_path / "quantised.pth").mismatched
+
+
+# -- the order of classes ----------------------------------------------------------------------------------------------
+ANIMALS = ("background", "cat", "dog", "cow")
+
+
+def restore_classes(tmp_path, kind: str, ours: tuple[str, ...]):
+    source, model = build(kind, 0), build(kind, 1, num_classes=len(ours))
+    initial = build(kind, 1, num_classes=len(ours))
+    torch.save(wrap_checkpoint(source.state_dict()) | {"classes": list(ANIMALS)}, tmp_path / "prior.pth")
+    return source, model, initial, restore(model, tmp_path / "prior.pth", ours)
+
+
+@pytest.mark.parametrize("ours", [ANIMALS, (*ANIMALS[:1], "dog", "cow", "cat"), ("background", "cow", "cat")])
+def test_outputs_go_to_the_class_of_their_name(tmp_path, ours):
+    source, model, _, report = restore_classes(tmp_path, "csrm", ours)
+    for index, name in enumerate(ours):
+        there = ANIMALS.index(name)
+        assert torch.equal(model.segmentation[4].weight[index], source.segmentation[4].weight[there])
+        assert torch.equal(model.segmentation[4].bias[index], source.segmentation[4].bias[there])
+        if index:
+            assert torch.equal(model.classifier.weight[index - 1], source.classifier.weight[there - 1])
+    assert report.new_classes == report.missing == [] and not report.nameless
+    assert ("outputs are matched by class; the file's are cat, dog, cow" in str(report)) == (ours != ANIMALS)
+
+
+def test_the_outputs_of_a_class_the_file_has_not_keep_their_initial_values(tmp_path, capsys):
+    source, model, initial, report = restore_classes(tmp_path, "classifier", ("background", "zebra", "dog"))
+    assert torch.equal(model.classifier.weight[0], initial.classifier.weight[0])
+    assert torch.equal(model.classifier.weight[1], source.classifier.weight[1])
+    assert report.new_classes == ["zebra"] and "classifier.weight" in report.restored
+    assert "keep their initial values, as the file has no such class: zebra\n" in capsys.readouterr().out
+
+
+def test_outputs_of_other_classes_throughout_are_not_taken(tmp_path, capsys):
+    _, model, initial, report = restore_classes(tmp_path, "csrm", ("background", "zebra", "giraffe", "gnu"))
+    assert torch.equal(model.classifier.weight, initial.classifier.weight)
+    assert torch.equal(model.segmentation[4].bias, initial.segmentation[4].bias)
+    assert {"classifier.weight", "segmentation.4.weight", "segmentation.4.bias"} <= set(report.missing)
+    assert "as the file has no such class: zebra, giraffe, gnu" in capsys.readouterr().out
+
+
+def test_a_file_that_does_not_name_its_classes_is_said_to(tmp_path, capsys):
+    torch.save(public_state_dict(build("classifier", 0)), tmp_path / "prior.pth")
+    assert restore(build("csrm", 1), tmp_path / "prior.pth", ANIMALS).nameless
+    assert "classes: the file does not name its own, so they are taken to be ours" in capsys.readouterr().out

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,9 +28,13 @@ from tools.errors import UserError
 from tools.files import atomic_write
 from tools.proposals.generator import MaskGenerator, MaskOptions
 from tools.rle import check_counts, encode
+from tools.weights import common_prefix, load_weights
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
+
+
+SAM_WIDTHS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}  # channels of the image encoder
 
 
 class ProposalGenerator(Protocol):
@@ -79,24 +82,23 @@ def load_sam(checkpoint: str | os.PathLike, model_type: str, device: torch.devic
     """
     from segment_anything import sam_model_registry
 
-    state = _load_state(Path(checkpoint))
+    if not Path(checkpoint).is_file():
+        raise UserError(f"{checkpoint}: no such checkpoint. Download one, or use --proposals regions.")
+    tensors = load_weights(checkpoint).tensors
     model = sam_model_registry[model_type](checkpoint=None)
-    try:
-        model.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
+    wanted = model.state_dict()
+    prefix = common_prefix(tensors, set(wanted))
+    state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    fits = sum(name in state and state[name].shape == tensor.shape for name, tensor in wanted.items())
+    if fits < len(wanted) or len(state) > len(wanted):
+        position = state.get("image_encoder.pos_embed", torch.zeros(1))
+        other = SAM_WIDTHS.get(position.shape[-1], model_type)
+        remedy = f"--model_type {other}" if other != model_type else "--model_type to match the file"
         raise UserError(
-            f"{checkpoint}: not the weights of SAM {model_type}. Set --model_type to match the file."
-        ) from error
+            f"{checkpoint}: not the weights of SAM {model_type} ({fits} of {len(wanted)} tensors fit). Set {remedy}."
+        )
+    model.load_state_dict(state)
     return model.to(device).eval()
-
-
-def _load_state(checkpoint: Path) -> Any:
-    try:
-        return torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{checkpoint}: no such checkpoint. Download one, or use --proposals regions.") from error
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"{checkpoint}: not a PyTorch checkpoint, or cut short. Download it again.") from error
 
 
 def save_proposals(
