@@ -222,7 +222,7 @@ class Criterion(nn.Module):
         """The losses of one mixed batch, by name; "loss" is their weighted sum.
 
         Args:
-            student, teacher: outputs of `models.CSRM` for the mixed images (teacher: {} where not needed).
+            student, teacher: outputs of `models.CSRM` for the mixed images (teacher: anything where not needed).
             epoch: counted from 0.
         """
         options, warmup = self.options, self.health.warmup_epochs(epoch)
@@ -335,12 +335,13 @@ def train_step(
     batch: Batch, student: nn.Module, teacher: Teacher, criterion: Criterion, labels: LabelOptions, epoch: int
 ) -> dict[str, Tensor]:
     """One step of CSRM up to its losses: teacher labels, mixing, student, losses."""
-    # 1. The teacher looks at both halves.
-    teacher_out = teacher(normalize(batch.images), representations=False)
+    # 1. The teacher looks at both halves. Where nothing is mixed afterwards, this is all that the losses ask it.
+    mixes = labels.mix != "none" and random.random() < labels.mix_prob
+    needs_teacher = criterion.needs_teacher(epoch)
+    teacher_out = teacher(normalize(batch.images), representations=needs_teacher and not mixes)
     seg_logits, class_logits = teacher_out["seg_logits"], teacher_out["class_logits"]
 
     # 2. Its CAMs become reliable pixel labels. Those of the unlabeled half serve only as material for mixing.
-    mixes = labels.mix != "none" and random.random() < labels.mix_prob
     to_label = slice(None) if mixes else slice(len(batch.images) // 2)
     cam_labels = pixel_labels(batch, teacher_out, to_label, labels)
 
@@ -356,7 +357,8 @@ def train_step(
     # 5. Student and teacher look at the mixed images.
     inputs = normalize(images)
     student_out = student(inputs)
-    teacher_out = teacher(inputs) if criterion.needs_teacher(epoch) else {}
+    if mixes and needs_teacher:
+        teacher_out = teacher(inputs)
 
     # 6. The five losses.
     targets = Targets(image_labels, cam_labels[: len(images) // 2], hard_labels, confidence)

@@ -203,7 +203,7 @@ def test_labels_are_made_of_the_unlabeled_half_only_to_be_mixed(monkeypatch):
 
 
 def test_the_teacher_looks_at_the_mixed_images_after_warm_up_only():
-    step, calls = Step(), []
+    step, calls = Step("--cutmix_prob", 1), []
     step.teacher.module.register_forward_hook(lambda *call: calls.append(call))
     step(epoch=0)
     assert len(calls) == 1
@@ -274,3 +274,18 @@ def test_the_classifier_is_new_unless_the_prior_brings_it(folder_root, tmp_path,
         restored = ["--restore", source] if source else []
         run("train_csrm", *data, "--tag", tag, *TRAINING, *DECODER, "--crf_t", 1, *restored)
     assert rates == [pytest.approx(10), pytest.approx(10), pytest.approx(1)]
+
+
+@pytest.mark.parametrize("probability, passes", [(0, [True]), (1, [False, True])])
+def test_a_step_that_does_not_mix_asks_the_teacher_once(monkeypatch, probability, passes):
+    """One pass with representations serves labels and losses; its outputs are those of a second look."""
+    step, asked = Step("--cutmix_prob", probability), []
+    forward = step.teacher.module.forward
+
+    def counting(x, *, representations=True):
+        asked.append(representations)
+        return forward(x, representations=representations)
+
+    monkeypatch.setattr(step.teacher.module, "forward", counting)
+    step()
+    assert asked == passes
