@@ -74,7 +74,7 @@ def add_csrm(parser: cli.Parser) -> None:
         "--c2s_bg",
         type=cli.fraction_or_auto,
         default=0.05,
-        help="cam: CAM below which a pixel is background; auto: half of --c2s_fg",
+        help="cam: CAM below which a pixel is background; auto: from the CAMs of --restore",
     )
     group.add_argument(
         "--c2s_sigma", type=cli.fraction, default=0.75, help="mp: probability below which a pixel is ignored"
@@ -404,23 +404,25 @@ def labelled_source(source: DataSource, args: argparse.Namespace) -> DataSource:
 
 
 def cam_thresholds(student: nn.Module, source: DataSource, args: argparse.Namespace) -> tuple[float, float]:
-    """--c2s_bg and --c2s_fg; `auto` is read from the CAMs that --restore brought.
+    """--c2s_bg and --c2s_fg. `auto`: half of the threshold t that --restore's CAMs ask for, and 1.25 t.
 
     Raises:
         UserError: `auto` without --restore.
     """
-    background, foreground = args.c2s_bg, args.c2s_fg
-    if foreground == "auto":
-        if not args.restore:
-            raise UserError(
-                "--c2s_fg auto: there are no CAMs to read it from. Pass a prior with --restore, or a number."
-            )
+    thresholds = {"bg": args.c2s_bg, "fg": args.c2s_fg}
+    automatic = [name for name, value in thresholds.items() if value == "auto"]
+    if automatic and not args.restore:
+        raise UserError(
+            f"--c2s_{automatic[0]} auto: no CAMs to read it from. Pass a prior with --restore, or a number."
+        )
+    if automatic:
         views = options.Views(scales=(1.0,), hflip=True, long_side=args.image_size)
         forward = lambda images: student(images, segmentation=False)["cams"]  # noqa: E731
         device = next(student.parameters()).device
-        foreground = auto_threshold(forward, source, source.ids(args.domain_train), views, device)
-        print(f"--c2s_fg auto: {foreground:g}")
-    return foreground / 2 if background == "auto" else background, foreground
+        middle = auto_threshold(forward, source, source.ids(args.domain_train), views, device)
+        thresholds |= {name: round(middle * {"bg": 0.5, "fg": 1.25}[name], 3) for name in automatic}
+        print("  ".join(f"--c2s_{name} auto: {thresholds[name]:g}" for name in automatic))
+    return thresholds["bg"], thresholds["fg"]
 
 
 def build_loaders(source: DataSource, args: argparse.Namespace) -> tuple[Loader, Loader]:

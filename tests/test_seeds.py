@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -130,7 +131,7 @@ def test_photograph_and_label_take_the_same_crop_flip_and_mixing(folder_root, tm
 def test_auto_is_refused_where_there_is_nothing_to_read_it_from(folder_root, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = [*data_flags(folder_root), "--tag", "t", *TRAINING, *DECODER]
-    assert "--c2s_fg auto: there are no CAMs" in refusal(capsys, "train_csrm", *flags, "--c2s_fg", "auto")
+    assert "--c2s_fg auto: no CAMs to read it from" in refusal(capsys, "train_csrm", *flags, "--c2s_fg", "auto")
     line = refusal(capsys, "train_csrm", *flags, "--c2s_labels", folder_root / "masks", "--c2s_bg", "auto")
     assert "Give numbers with --c2s_labels" in line
 
@@ -141,7 +142,8 @@ def test_auto_thresholds_in_training_and_inference(folder_root, tmp_path, monkey
     run("train_classifier", *data, "--tag", "p", *TRAINING)
     restore = ["--restore", "experiments/models/p.pth", "--c2s_fg", "auto", "--c2s_bg", "auto"]
     run("train_csrm", *data, "--tag", "c", *TRAINING, *DECODER, *restore)
-    assert "--c2s_fg auto: 0." in capsys.readouterr().out
+    found = dict(re.findall(r"--c2s_(bg|fg) auto: (\S+)", capsys.readouterr().out))
+    assert float(found["fg"]) == pytest.approx(2.5 * float(found["bg"]), abs=0.002) and 0 < float(found["bg"]) < 0.5
     views = ["--scales", "1", "--crf_t", 0, "--device", "cpu", "--num_workers", 0]
     run("inference", *data, "--tag", "c", "--domain", "train", *views, "--threshold", "auto")
     folder = Path("experiments/predictions/c@train")
