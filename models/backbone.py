@@ -73,6 +73,9 @@ RULES = (
 )
 """Families not named here take images of one size only, have no feature maps, or were not tried."""
 
+UNFIT = ("bat_resnext26ts",)
+"""Networks of these families that take images of one size only all the same."""
+
 
 class Backbone(nn.Module):
     """Stage-1 features at stride 4 and last-stage features of a timm network, for images of any size.
@@ -251,7 +254,7 @@ def _rule(architecture: str) -> Rule:
         remedy = f"Did you mean {', '.join(close)}?" if close else "timm.list_models() lists those it knows."
         raise UserError(f"--architecture {architecture}: timm has no such model. {remedy}")
     for rule in RULES:
-        if is_model_in_modules(architecture, rule.families.split()):
+        if is_model_in_modules(architecture, rule.families.split()) and architecture.partition(".")[0] not in UNFIT:
             return rule
     raise _refusal(architecture)
 
@@ -279,6 +282,11 @@ def _create(config: BackboneConfig, rule: Rule, pretrained: bool) -> nn.Module:
             "Pass a file with --backbone_weights FILE, or none."
         ) from error
     if not rule.dilates:
+        if not hasattr(net, "forward_intermediates"):
+            raise UserError(
+                f"--architecture {config.architecture}: timm {timm.__version__} is too old to give its feature maps. "
+                "Run `pip install -U timm`, or choose another."
+            )
         # The head takes no part in the loss; the last normalisation stays.
         net.prune_intermediate_layers(1, prune_norm=False, prune_head=True)
     _keep_resnest_pooling(net)

@@ -186,6 +186,7 @@ def test_resnest_keeps_the_pooling_of_its_authors():
         ("test_vit_relpos", "no known way to feature maps"),
         ("test_maxvit", "no known way to feature maps"),
         ("mixer_s32_224", "no known way to feature maps"),
+        ("bat_resnext26ts.ch_in1k", "no known way to feature maps"),
         ("beit_base_patch16_224", "no known way to feature maps"),
         (
             "mobilevitv2_050",
@@ -198,6 +199,12 @@ def test_unsuitable_architectures_are_refused_in_one_line(architecture, message)
     with pytest.raises(UserError, match=message) as error:
         backbone_of(architecture)
     assert str(error.value).startswith(f"--architecture {architecture}:") and "\n" not in str(error.value)
+
+
+def test_a_timm_that_is_too_old_for_a_network_is_named(monkeypatch):
+    monkeypatch.delattr(timm.models.pvt_v2.PyramidVisionTransformerV2, "forward_intermediates")
+    with pytest.raises(UserError, match=r"pvt_v2_b0: timm .* is too old .*pip install -U timm"):
+        backbone_of("pvt_v2_b0")
 
 
 @pytest.mark.parametrize("error", [OSError("no route to host"), RuntimeError("no pretrained weights exist")])
