@@ -345,12 +345,8 @@ def _add_fields(parent: ElementTree.Element, **fields: object) -> None:
         ElementTree.SubElement(parent, name).text = str(value)
 
 
-def _main(args: argparse.Namespace) -> None:
-    numbers = {name: getattr(args, name) for name in ("num_train", "num_val", "size", "seed", "workers")}
-    print(f"{generate(args.data_dir, **numbers)}: {args.num_train} training and {args.num_val} validation images.")
-
-
-if __name__ == "__main__":
+def make_parser() -> cli.Parser:
+    """The command line of this module."""
     parser = cli.Parser(__doc__)
     parser.add_argument("--data_dir", type=Path, required=True, help="folder to make")
     parser.add_argument("--num_train", type=int, default=NUM_TRAIN, help="training images")
@@ -361,4 +357,14 @@ if __name__ == "__main__":
     parser.add_argument(
         "--num_workers", "--workers", dest="workers", type=cli.count, default=workers, help="helper processes; 0: none"
     )
-    cli.run(_main, parser.parse_args())
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Generate the set."""
+    numbers = {name: getattr(args, name) for name in ("num_train", "num_val", "size", "seed", "workers")}
+    print(f"{generate(args.data_dir, **numbers)}: {args.num_train} training and {args.num_val} validation images.")
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser().parse_args())
