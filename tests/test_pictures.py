@@ -190,6 +190,17 @@ def test_colour_tiffs_however_their_planes_lie(tmp_path, planes, bits, compressi
         np.testing.assert_array_equal(load_image(tmp_path / "a.tif"), NOISE)
 
 
+def test_white_of_a_tiff_of_12_bits_is_4095(tmp_path):
+    """Written out: two pixels share three bytes."""
+    pixels, tags = bytes([0xFF, 0xF0, 0x00, 0x80, 0x00, 0x10]), b""
+    values = {256: 2, 257: 2, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 2, 279: 6}
+    for tag, value in values.items():
+        tags += struct.pack("<HHLL", tag, 4, 1, value)
+    header = b"II*\0" + struct.pack("<L", 14) + pixels
+    (tmp_path / "a.tif").write_bytes(header + struct.pack("<H", len(values)) + tags + bytes(4))
+    np.testing.assert_array_equal(load_image(tmp_path / "a.tif")[..., 0], [[255, 0], [round(2048 / 4095 * 255), 1]])
+
+
 @pytest.mark.parametrize("kind", ["i1", "i2", "i4", "u4", "f4"])
 def test_numbers_without_a_known_range_are_refused(tmp_path, kind):
     tifffile.imwrite(tmp_path / "a.tif", NOISE[..., 0].astype(kind))
