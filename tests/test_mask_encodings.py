@@ -70,14 +70,14 @@ class Encoded:
 
 @st.composite
 def encoded_masks(draw) -> Encoded:
-    classes = draw(st.integers(2, 21))
+    kind = draw(st.sampled_from([GREY, PALETTE, *CHANNELS]))
+    bits = draw(st.sampled_from({GREY: [1, 2, 4, 8, 16], PALETTE: [1, 2, 4, 8]}.get(kind, [8, 16])))
+    classes = draw(st.sampled_from([2, 3, 21, 200]))
+    values = [value for value in (*range(classes), 255) if value < 2**bits]
+    values = draw(st.lists(st.sampled_from(values), min_size=1, max_size=4))
     size = draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
-    values = draw(st.lists(st.sampled_from([*range(classes), 255]), min_size=1, max_size=4))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     truth = rng.choice(values, size)
-    kind = draw(st.sampled_from(list(CHANNELS)))
-    depths = {GREY: [1, 2, 4, 8, 16], PALETTE: [1, 2, 4, 8]}.get(kind, [8, 16])
-    bits = draw(st.sampled_from([n for n in depths if truth.max() < 2**n] or [8]))
     if kind == PALETTE:
         return palette_mask(draw, rng, truth, classes, bits)
     scale = draw(st.sampled_from([1, 255, 257] if bits == 16 else [1]))
