@@ -59,4 +59,5 @@ def test_one_point_and_a_flat_line_have_axes_too():
 
 def test_more_curves_than_colours_use_them_again():
     chart = line_chart({str(n): [(1, n), (2, n)] for n in range(charts.COLOURS + 1)}, x="x", y="y")
-    assert re.findall(r'polyline class="(c\d)"', chart) == [f"c{n}" for n in range(charts.COLOURS)] + ["c0"]
+    colours = [f"c{n}" for n in range(charts.COLOURS)] + ["c0"]
+    assert re.findall(r'polyline class="(c\d+)"', chart) == re.findall(r'li class="(c\d+)"', chart) == colours

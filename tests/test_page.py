@@ -92,11 +92,12 @@ def test_what_a_mask_shows_in_words():
 
 def test_the_page_has_all_numbers_and_needs_nothing_from_outside():
     curve = [{"threshold": t, "miou": m} for t, m in ((0.1, 20.0), (0.2, 44.4), (0.3, 30.0))]
+    curves = {"loss": [(1, 2.0)], "valid/miou": [(1, 3.0)]}
     text = render(
         page(
             [card("a/<b>", doubt=0.25, iou=0.5)],
             stages={"cam": score(44.4, threshold=0.2, curve=curve), "final": score(61.25, domain="val", images=7)},
-            runs=[Run("csrm", {"loss": [(1, 2.0)], "valid/miou": [(1, 3.0)]}, 3725.0, {"lr": 0.1}, {"kept": [1, 2]})],
+            runs=[Run("csrm", curves, 3725.0, {"lr": 0.1}, {"kept": [1.0, 2.0]})],
             commands=[Command("2026-11-26", 61.0, 0, "python a.py --x '<1>'"), Command("2026-11-26", 2.0, 2, "b")],
         )
     )
@@ -117,9 +118,12 @@ def test_what_is_empty_is_left_out():
     assert "<section" not in text and "<title>empty</title>" in text
 
 
-def test_health_of_any_form_is_shown():
-    for health in ([1, 2], {"a": {"b": True}}, "fine"):
-        assert "Health of the run" in render(Page("x", "today", runs=[Run("t", health=health)]))
+def test_the_health_of_a_run_has_a_chart_for_each_signal_that_was_measured():
+    health = {"class_logit": [1.0, 2.5], "vanished": [None, 25.0], "kept": [None, None], "teaches_itself": [2, 2]}
+    curves = {"health/class_logit": [(1, 1.0)], "loss": [(1, 3.0)]}
+    text = render(Page("x", "today", runs=[Run("csrm", curves, health=health)]))
+    assert re.findall(r'<li class="c0">([^<]*)</li>', text) == ["loss 3", "class_logit 2.5", "vanished 25"]
+    assert '<th scope="row">teaches_itself</th><td>[2, 2]</td>' in text
 
 
 def test_two_hundred_images_of_noise_stay_below_fifteen_megabytes():

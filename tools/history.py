@@ -31,14 +31,14 @@ class Run:
         curves: scalar of the TensorBoard log -> (epoch, value), ascending.
         seconds: time spent in it; None if nothing was logged.
         settings: the flags its checkpoint was made with.
-        health: what models/TAG.health.json holds; None if there is none.
+        health: `tools.health.Health.report`, of models/TAG.health.json; None if there is none.
     """
 
     tag: str
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     seconds: float | None = None
     settings: dict[str, object] = field(default_factory=dict)
-    health: object = None
+    health: dict[str, object] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,12 @@ def read_curves(logs: Path) -> tuple[dict[str, list[tuple[float, float]]], float
     return {name: sorted(values.items()) for name, values in curves.items()}, sum(spans) if spans else None
 
 
-def _read_health(path: Path) -> object:
+def _read_health(path: Path) -> dict[str, object] | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}). Delete it; training writes it again.") from error
 
 

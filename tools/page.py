@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from tools.charts import Points, line_chart
+from tools.health import SIGNALS
 from tools.history import Command, Run
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -211,6 +212,8 @@ def _run(run: Run) -> str:
     groups: dict[str, dict[str, Points]] = {}
     for name, points in run.curves.items():
         group, slash, rest = name.partition("/")
+        if group == "health":  # each has its own unit, and so its own chart below
+            continue
         groups.setdefault(group if slash else "loss", {})[rest if slash else name] = points
     charts = "".join(line_chart(curves, x="epoch", y=group) for group, curves in groups.items())
     parts = [f'<div class="charts">{charts}</div>' if charts else ""]
@@ -222,19 +225,14 @@ def _run(run: Run) -> str:
     return _section(f"run-{escape(run.tag)}", f"Training of {escape(run.tag)}{took}", "".join(parts))
 
 
-def _health(health: object) -> str:
-    """Whatever the file holds: lists of numbers as curves, other things as a table."""
-    if not isinstance(health, Mapping):
-        return f"<pre>{escape(json.dumps(health, indent=1))}</pre>"
-    series = {name: list(enumerate(values, 1)) for name, values in health.items() if _is_series(values)}
-    charts = "".join(line_chart({name: points}, x="epoch", y=name) for name, points in series.items())
-    rest = {name: value for name, value in health.items() if name not in series}
-    return f'<div class="charts">{charts}</div>' + (_pairs(rest) if rest else "")
-
-
-def _is_series(values: object) -> bool:
-    numbers = isinstance(values, list) and len(values) > 1
-    return numbers and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
+def _health(health: Mapping[str, object]) -> str:
+    """The signals of `tools.health`, each over the epochs in which it was measured, and what was decided by them."""
+    series = {name: health[name] for name in SIGNALS if name in health}
+    charts = "".join(
+        line_chart({name: [(epoch, v) for epoch, v in enumerate(values, 1) if v is not None]}, x="epoch", y=name)
+        for name, values in series.items()
+    )
+    return f'<div class="charts">{charts}</div>' + _pairs({k: v for k, v in health.items() if k not in series})
 
 
 def _pairs(values: Mapping[str, object]) -> str:
@@ -321,7 +319,9 @@ def _card(card: Card, titles: Sequence[str], reviewed: str) -> str:
         alt = escape(f"{title} of {card.image_id}: {layer.text}")
         layers += f'<img class="layer view-{number}" src="{layer.source}" alt="{alt}">'
         iou = "" if layer.iou is None else f"IoU {100 * layer.iou:.0f} %, "
-        notes += f'<span class="view-{number}">{escape(title)}: {iou}{escape(layer.text)}</span>'
+        notes += f'<span class="view-{number}">{escape(title)}: {iou}{escape(layer.text)}</span>'.replace(
+            " %", "&nbsp;%"
+        )
     chosen = card.layers.get(reviewed)
     iou = "" if chosen is None or chosen.iou is None else f"{chosen.iou:.4f}"
     labels = escape(", ".join(card.labels) or "no class")
