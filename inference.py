@@ -64,6 +64,7 @@ from torch import nn
 
 from datasets import DataSource, build_source
 from models import load_model
+from tools import identity
 from tools.cam import (
     cam_labels,
     enlarged_argmax,
@@ -74,12 +75,18 @@ from tools.cam import (
     stride4_size,
     working_photograph,
 )
-from tools.checkpoint import check_classes, fingerprint
+from tools.checkpoint import check_classes
 from tools.crf import CAM_SETTINGS, mean_field, unary_from_labels
 from tools.devices import select_device
-from tools.files import claim_folder, save_mask
+from tools.files import save_mask
 from tools.maps import normalize, resize_maps
 from tools.seeds import auto_threshold
+
+HARMLESS = ("seed", "domain", "save_cams", "save_masks", "save_pseudos", "cam_format")
+"""Flags on which the content of no file depends."""
+
+PSEUDO_MASKS = ("pseudos_from", "threshold", "crf_t", "crf_gt_prob", "crf_backend")
+"""Flags on which only the pseudo masks depend."""
 
 
 @dataclass(frozen=True)
@@ -130,21 +137,25 @@ class Predictor:
 
     def path(self, kind: str, image_id: str) -> Path:
         """The file of `kind` ('cams', 'masks' or 'pseudos') of an image."""
-        suffix = "png" if kind == "pseudos" else self.outputs.cam_format
-        return self.folders[kind] / f"{image_id}.{suffix}"
+        return self.folders[kind] / f"{image_id}{self.suffix(kind)}"
 
-    def claim(self, weights: str) -> None:
-        """Make the folders; refuse those that hold the files of other weights (a fingerprint) or settings.
+    def claim(self, maps: dict, pseudos: dict, *, overwrite: bool) -> None:
+        """Make the folders; refuse those that hold the files of other weights, settings, photographs or labels.
+
+        Args:
+            maps, pseudos: the identities of CAMs and masks, and of pseudo masks (`tools.identity`).
+            overwrite: delete such files instead.
 
         Raises:
-            UserError: see `tools.files.claim_folder`.
+            UserError: see `tools.identity.claim_folder`.
         """
-        outputs, crf = self.outputs, self.outputs.crf
-        views = {"weights": weights, "scales": list(outputs.views.scales), "hflip": outputs.views.hflip}
-        pseudos = {"crf_t": crf.iterations, "crf_gt_prob": crf.gt_prob, "crf_backend": crf.backend}
-        pseudos |= {"pseudos_from": outputs.pseudos_from, "threshold": outputs.threshold}
-        for kind in outputs.wanted:
-            claim_folder(self.folders[kind], {**views, **pseudos} if kind == "pseudos" else views)
+        for kind in self.outputs.wanted:
+            made_by = pseudos if kind == "pseudos" else maps
+            identity.claim_folder(self.folders[kind], made_by, self.suffix(kind), overwrite=overwrite)
+
+    def suffix(self, kind: str) -> str:
+        """Of the files of `kind`."""
+        return ".png" if kind == "pseudos" else f".{self.outputs.cam_format}"
 
     def pending(self, ids: list[str]) -> list[str]:
         """The images of which a wanted file is missing."""
@@ -291,7 +302,13 @@ def main(args: argparse.Namespace) -> None:
         crf=options.crf(args),
     )
     predict = Predictor(model, source, folder, outputs)
-    predict.claim(fingerprint(weights))
+    flags = {**vars(args), "weights": weights}
+    inputs = source.fingerprints(ids, labels=True)
+    maps, pseudos = (
+        identity.describe("inference.py", flags, inputs=inputs, harmless=harmless)
+        for harmless in ((*HARMLESS, *PSEUDO_MASKS), HARMLESS)
+    )
+    predict.claim(maps, pseudos, overwrite=args.overwrite)
     pending = predict.pending(ids)
     print(f"{len(ids)} images of '{args.domain}', {len(ids) - len(pending)} done already; writing to {folder}")
     mine = parallel.share(ids, pending)

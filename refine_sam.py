@@ -41,6 +41,7 @@ def make_parser() -> cli.Parser:
         help="do every N-th image, from the I-th on (I from 0); default: torchrun's rank, else all",
     )
     options.add_workers(group)
+    options.add_overwrite(group)
     data = options.add_dataset(parser, domain=("train_aug", "split to refine"))
     data.add_argument("--pseudo_dir", type=Path, help="folder of the ID.png pseudo masks (needed to merge)")
     group = parser.add_argument_group("proposals")
@@ -137,11 +138,11 @@ import numpy as np
 
 from datasets import DataSource, build_source
 from datasets.base import DatasetInfo, check_shown, read_mask
-from tools import devices
-from tools.files import claim_folder, load_image, save_mask
+from tools import devices, identity
+from tools.files import load_image, save_mask
 from tools.merging import merge_masks
 from tools.proposals import ProposalGenerator, SamGenerator, load_proposals, load_sam, save_proposals
-from tools.proposals.files import MaskFiles
+from tools.proposals.files import MaskFiles, mask_file
 from tools.proposals.generator import MaskOptions
 from tools.proposals.regions import RegionGenerator
 
@@ -151,7 +152,8 @@ class Backend:
     """What makes the proposals.
 
     Attributes:
-        settings: what its masks depend on.
+        settings: what its masks depend on, by flag.
+        mask_files: the folder whose files it reads; None: it reads none.
         build: makes the generator, if an image needs it.
         threads: of this process, that work at a time; None: helper processes work.
     """
@@ -159,6 +161,7 @@ class Backend:
     settings: dict[str, object]
     build: Callable[[], ProposalGenerator]
     threads: int | None = None
+    mask_files: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,13 +196,17 @@ def main(args: argparse.Namespace) -> None:
         check_present(args.pseudo_dir, ids, ".png", "the pseudo masks of inference.py with --pseudo_dir")
         check_shown(filter(Path.is_file, (args.pseudo_dir / f"{image_id}.png" for image_id in listed)), source.info)
     if args.stage != "merge":
-        propose(select_backend(args), source, ids, folders.proposals, workers)
+        backend = select_backend(args)
+        made_by = proposals_identity(backend, source, listed)
+        identity.claim_folder(folders.proposals, made_by, ".json", overwrite=args.overwrite)
+        propose(backend, source, ids, folders.proposals, workers)
     if args.stage == "propose":
         print("Next: the same command with --stage merge --pseudo_dir FOLDER")
         return
     rule = Rule(args.mode, args.order, args.inside_threshold, args.recall_threshold, args.keep_ignore)
-    inputs = {"proposals": str(args.proposals_dir or args.proposals), "pseudo_dir": str(args.pseudo_dir)}
-    merge(rule, inputs, source.info, ids, folders, workers)
+    check_present(folders.proposals, ids, ".json", "the same flags with --stage propose first")
+    identity.claim_folder(folders.refined, merged_identity(rule, folders, listed), ".png", overwrite=args.overwrite)
+    merge(rule, source.info, ids, folders, workers)
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -241,7 +248,7 @@ def select_backend(args: argparse.Namespace) -> Backend:
         regions = RegionGenerator(max_size=args.region_max_size, min_contrast=args.region_min_contrast)
         return Backend(name | dataclasses.asdict(regions), lambda: regions)
     if args.proposals == "files":
-        return Backend(name | {"mask_files": str(args.mask_files)}, lambda: MaskFiles(args.mask_files))
+        return Backend(name, lambda: MaskFiles(args.mask_files), mask_files=args.mask_files)
     sought = MaskOptions(
         points_per_side=args.points_per_side,
         pred_iou_thresh=args.pred_iou_thresh,
@@ -252,7 +259,7 @@ def select_backend(args: argparse.Namespace) -> Backend:
     )
     device = devices.select_device(args.device)
     dtype = devices.autocast_dtype(args.mixed_precision, device)
-    weights = {"checkpoint": args.checkpoint.name, "model_type": args.model_type}
+    weights = {"checkpoint": args.checkpoint, "model_type": args.model_type}
     return Backend(
         name | weights | dataclasses.asdict(sought) | {"precision": str(dtype)},
         lambda: SamGenerator(
@@ -270,7 +277,6 @@ def select_backend(args: argparse.Namespace) -> Backend:
 
 def propose(backend: Backend, source: DataSource, ids: Sequence[str], folder: Path, workers: int) -> None:
     """Write the proposals of the images that have none yet."""
-    claim_folder(folder, backend.settings)
     pending = [image_id for image_id in ids if not (folder / f"{image_id}.json").exists()]
     print(f"Proposals: {len(ids)} images, {len(ids) - len(pending)} done already; writing to {folder}")
     if pending:
@@ -296,16 +302,27 @@ def propose_batch(generator: ProposalGenerator, source: DataSource, folder: Path
         save_proposals(folder / f"{image_id}.json", masks, image.shape[:2])
 
 
-def merge(
-    rule: Rule, inputs: dict[str, str], info: DatasetInfo, ids: Sequence[str], folders: Folders, workers: int
-) -> None:
-    """Write the refined masks that are not there yet, and report what changed over all of them.
+def proposals_identity(backend: Backend, source: DataSource, ids: Sequence[str]) -> dict:
+    """What the proposals of these images are."""
+    inputs = source.fingerprints(ids)
+    if backend.mask_files:
+        inputs["mask files"] = identity.contents({i: mask_file(backend.mask_files, i) for i in ids})
+    flags = {**backend.settings, "mask_files": backend.mask_files}
+    return identity.describe("refine_sam.py", flags, inputs=inputs)
 
-    Args:
-        inputs: which proposals and pseudo masks these are; recorded beside the rule.
-    """
-    check_present(folders.proposals, ids, ".json", "the same flags with --stage propose first")
-    claim_folder(folders.refined, dataclasses.asdict(rule) | inputs)
+
+def merged_identity(rule: Rule, folders: Folders, ids: Sequence[str]) -> dict:
+    """What the refined masks of these images are. Proposals are told apart by the size of their files."""
+    inputs = {
+        "pseudo masks": identity.contents({i: folders.pseudo_masks / f"{i}.png" for i in ids}),
+        "proposals": identity.sizes({i: folders.proposals / f"{i}.json" for i in ids}),
+    }
+    flags = {**dataclasses.asdict(rule), "pseudo_dir": folders.pseudo_masks, "proposals_dir": folders.proposals}
+    return identity.describe("refine_sam.py", flags, inputs=inputs)
+
+
+def merge(rule: Rule, info: DatasetInfo, ids: Sequence[str], folders: Folders, workers: int) -> None:
+    """Write the refined masks that are not there yet, and report what changed over all of them."""
     done = sum((folders.refined / f"{image_id}.png").exists() for image_id in ids)
     print(f"Merging: {len(ids)} images, {done} done already; writing to {folders.refined}")
     work = functools.partial(merge_file, rule, info, folders)

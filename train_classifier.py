@@ -102,7 +102,7 @@ from datasets.loaders import class_balance
 from datasets.transforms import PhotometricAugmentation, train_geometry
 from models import build_model
 from models.restore import restore
-from tools import distributed
+from tools import distributed, identity
 from tools.devices import select_device
 from tools.ema import Teacher, ema_decay
 from tools.maps import normalize
@@ -220,7 +220,8 @@ def main(args: argparse.Namespace) -> None:
     if args.ema:
         average = Teacher(model)
         companions["teacher"] = average.module  # under the name by which inference.py and --restore prefer it
-    run = options.training(args)
+    inputs = source.fingerprints(source.ids(args.domain_train), labels=True)
+    run = options.training(args, identity.describe("train_classifier.py", vars(args), inputs=inputs))
     trainer = Trainer(
         model, run, source.info.classes, device=device, steps_per_epoch=len(loader), companions=companions
     )

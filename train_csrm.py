@@ -131,7 +131,7 @@ from datasets.mixing import classmix, cutmix
 from datasets.transforms import PhotometricAugmentation, crop_geometry, train_geometry
 from models import build_model
 from models.restore import restore
-from tools import distributed, parallel
+from tools import distributed, identity, parallel
 from tools.devices import select_device
 from tools.ema import Teacher, ema_decay
 from tools.files import save_json
@@ -399,7 +399,9 @@ def labelled_source(source: DataSource, args: argparse.Namespace) -> DataSource:
     if "auto" in thresholds:
         raise UserError("--c2s_fg / --c2s_bg auto: read from the network's own CAMs. Give numbers with --c2s_labels.")
     ids = source.ids(args.domain_train)
-    folder = label_folder(source, ids, args.c2s_labels, made, thresholds=thresholds, crf=options.crf(args))
+    folder = label_folder(
+        source, ids, args.c2s_labels, made, thresholds=thresholds, crf=options.crf(args), overwrite=args.overwrite
+    )
     return build_source(args.dataset, options.data_dir(args), folder)
 
 
@@ -520,7 +522,8 @@ def main(args: argparse.Namespace) -> None:
     distributed.start(device)
     source = build_source(args.dataset, options.data_dir(args))
     check_domain(source, args.domain_valid)
-    labeled, unlabeled = build_loaders(labelled_source(source, args) if args.c2s_labels else source, args)
+    learnt = labelled_source(source, args) if args.c2s_labels else source
+    labeled, unlabeled = build_loaders(learnt, args)
     seed_everything(args.seed)
     student = build_student(args, source.info.classes).to(device)
     teacher = Teacher(student)
@@ -531,9 +534,11 @@ def main(args: argparse.Namespace) -> None:
     companions = {"teacher": teacher.module, "health": health}
     if criterion.bank is not None:
         companions["memory_bank"] = criterion.bank
+    has_masks = bool(args.c2s_labels) or args.c2s_mode == "gt"
+    inputs = learnt.fingerprints(source.ids(args.domain_train), labels=True, masks=has_masks)
     trainer = Trainer(
         student,
-        options.training(args),
+        options.training(args, identity.describe("train_csrm.py", vars(args), inputs=inputs)),
         source.info.classes,
         device=device,
         steps_per_epoch=len(labeled),

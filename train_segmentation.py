@@ -72,17 +72,23 @@ from datasets import DataSource, ImageDataset, Photographs, build_loader, build_
 from datasets.transforms import segmentation_geometry
 from models import build_model, load_model
 from models.restore import restore
-from tools import distributed
+from tools import distributed, identity
 from tools.cam import enlarged_argmax, multi_scale_logits, working_photograph
-from tools.checkpoint import check_classes, fingerprint
+from tools.checkpoint import check_classes
 from tools.crf import SEGMENTATION_SETTINGS, mean_field, unary_from_probabilities
 from tools.devices import select_device
 from tools.drawing import save_overlay
-from tools.files import claim_folder, load_mask, save_mask
+from tools.files import load_mask, save_mask
 from tools.losses import cross_entropy
 from tools.maps import normalize
 from tools.training import Trainer, seed_everything
 from tools.validation import check_domain, validate
+
+PREDICTION = ("predict", "images", "save_overlays", "weights", "max_images", "scales", "hflip", "crf_t", "crf_backend")
+"""Flags of the prediction; the training does not see them."""
+
+PREDICTION_RESULT = ("scales", "hflip", "crf_t", "crf_backend")
+"""Those on which a predicted mask depends, besides the weights."""
 
 
 def train_step(model: nn.Module, batch: dict, device: torch.device, label_smoothing: float) -> dict[str, torch.Tensor]:
@@ -112,6 +118,17 @@ def training_set(source: DataSource, args: argparse.Namespace) -> Dataset:
     return ConcatDataset([others, *[read(better, [i for i in ids if i in corrected])] * args.corrected_weight])
 
 
+def training_identity(source: DataSource, args: argparse.Namespace) -> dict:
+    """What the training is: its flags, weights, photographs and masks."""
+    ids = source.ids(args.domain_train)
+    inputs = source.fingerprints(ids, masks=True)
+    if args.corrected_dir:
+        better = build_source(args.dataset, options.data_dir(args), args.corrected_dir)
+        inputs["corrected masks"] = better.fingerprints(ids, masks=True)["masks"]
+    harmless = (*PREDICTION, "domain")
+    return identity.describe("train_segmentation.py", vars(args), inputs=inputs, harmless=harmless)
+
+
 def train(args: argparse.Namespace, device: torch.device) -> None:
     """Train DeepLabV3+ and say what to do next."""
     distributed.start(device)
@@ -125,7 +142,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     )
     if args.restore:
         restore(model, args.restore, source.info.classes)
-    run = options.training(args)
+    run = options.training(args, training_identity(source, args))
     trainer = Trainer(model, run, source.info.classes, device=device, steps_per_epoch=len(loader))
     for epoch in trainer.epochs():
         loader.set_epoch(epoch)
@@ -159,12 +176,10 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
     source = None if args.images else build_source(args.dataset, options.data_dir(args))
     weights = args.weights or options.model_path(args.tag)
     model, checkpoint = load_model(weights, device, kinds=["segmentation", "csrm"])
-    settings = {name: getattr(args, name) for name in ("scales", "hflip", "crf_t", "crf_backend")}
     views = options.views(args, checkpoint["args"]["image_size"])
     crf = options.CRF(iterations=args.crf_t, backend=args.crf_backend)
     if source is None:
         source, domain, name = Photographs(args.images, checkpoint["classes"]), "train", args.images.resolve().name
-        settings["images"] = str(args.images.resolve())
         if source.unread:
             print(f"{len(source.unread)} files are of kinds that are not read, the first is {source.unread[0]}")
     else:
@@ -173,8 +188,13 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
     ids = source.ids(domain)[: args.max_images]
     folder = options.predictions_dir(args.tag, name)
     masks, overlays = folder / "masks", folder / "overlays"
-    claim_folder(masks, {"weights": fingerprint(weights), **settings})
     wanted = [(masks, "png"), (overlays, "jpg")] if args.save_overlays else [(masks, "png")]
+    flags = {name: getattr(args, name) for name in PREDICTION_RESULT}
+    flags["images"] = args.images and str(args.images.resolve())  # two folders of one name never mix
+    inputs = source.fingerprints(ids)
+    made_by = identity.describe("train_segmentation.py", {**flags, "weights": weights}, inputs=inputs)
+    for kind, suffix in wanted:
+        identity.claim_folder(kind, made_by, f".{suffix}", overwrite=args.overwrite)
     pending = [i for i in ids if not all((kind / f"{i}.{suffix}").exists() for kind, suffix in wanted)]
     print(f"{len(ids)} images of '{name}', {len(ids) - len(pending)} done already; writing to {folder}")
 

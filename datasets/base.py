@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from datasets.listing import MASK_SUFFIXES, FileIndex, Likeness, clean_id, first_repeated, index_files
+from tools import identity
 from tools.errors import UserError
 from tools.files import file_orientation, load_image, load_mask, read_lines
 from tools.files import upright_size as _upright_size
@@ -246,6 +247,24 @@ class DataSource(ABC):
         with ThreadPoolExecutor(LABEL_READERS) as pool:
             labels = list(pool.map(self.image_label, ids))
         return np.stack(labels) if labels else np.zeros((0, self.info.num_foreground), np.float32)
+
+    def fingerprints(self, ids: Sequence[str], *, labels: bool = False, masks: bool = False) -> dict[str, dict]:
+        """What can be read of these images, by kind and id, as `tools.identity` compares it.
+
+        Photographs are told apart by the size of their files, labels by the names of the classes, masks by their
+        content ("" for an image without one).
+
+        Raises:
+            UserError: an image without a photograph, or without the label asked for.
+        """
+        inputs: dict[str, dict] = {"photographs": identity.sizes({i: self.image_path(i) for i in ids})}
+        if labels:
+            names = np.array(self.info.classes[1:], dtype=object)
+            rows = zip(ids, self.image_labels(ids), strict=True)
+            inputs["labels"] = {i: ";".join(names[row > 0]) for i, row in rows}
+        if masks:
+            inputs["masks"] = identity.contents({i: self.mask_path(i) for i in ids})
+        return inputs
 
     @abstractmethod
     def has_label(self, image_id: str) -> bool:

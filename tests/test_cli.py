@@ -302,12 +302,13 @@ def test_a_tag_that_is_taken(capsys, folder_root):
     flags = [*data_flags(folder_root), "--tag", "t", *TRAINING, "--max_epoch", 2]
     run("train_classifier", *flags)
     again = lambda *extra: refusal(capsys, "train_classifier", *flags, *extra)  # noqa: E731
-    assert "t.pth: made with architecture test_resnet, not mobilenetv2_035" in again("--architecture=mobilenetv2_035")
-    assert "made with output_stride 16, not 8" in again("--dilated")
-    assert "made with max_epoch 2, not 3" in again("--max_epoch", 3)
-    assert "made with optimizer sgd, not adamw" in again("--optimizer", "adamw")
-    assert "made with lr 0.1, not 0.2" in again("--lr", 0.2)
-    assert "made with kind classifier, not csrm" in refusal(capsys, "train_csrm", *flags, *DECODER)
+    line = again("--architecture=mobilenetv2_035")
+    assert "t.pth: made with --architecture test_resnet, not mobilenetv2_035. Choose another --tag, or pass" in line
+    assert "made with --dilated False, not True" in again("--dilated")
+    assert "made with --max_epoch 2, not 3" in again("--max_epoch", 3)
+    assert "made with --lr 0.1, not 0.2" in again("--lr", 0.2)
+    line = refusal(capsys, "train_csrm", *flags, *DECODER)
+    assert "made with train_classifier.py, not train_csrm.py" in line
 
 
 def test_starting_from_weights_that_are_none(capsys, folder_root):

@@ -62,6 +62,8 @@ def test_a_second_model_needs_its_own_tag(folder_root, folders, tmp_path, monkey
     flags = [*data_flags(folder_root), *TRAINING, *DECODER, "--masks_dir", folders / "pseudo"]
     run("train_segmentation", *flags, "--tag", "first")
     corrected = ["--corrected_dir", folders / "corrected"]
-    assert "made with corrected_dir None" in refusal(capsys, "train_segmentation", *flags, "--tag", "first", *corrected)
+    assert "first.pth: made with no corrected masks" in refusal(
+        capsys, "train_segmentation", *flags, "--tag", "first", *corrected
+    )
     run("train_segmentation", *flags, "--tag", "second", *corrected)
     assert "1 of 3 masks are corrected; each of them counts 3 times" in capsys.readouterr().out

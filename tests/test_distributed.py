@@ -275,11 +275,11 @@ def test_predictions_have_the_same_bytes(two, folder_root, tmp_path, monkeypatch
     shutil.copytree(two.folder / MODELS, tmp_path / MODELS)
     monkeypatch.chdir(tmp_path)
     predict(folder_root)
-    files = [path.relative_to(tmp_path) for path in (tmp_path / PREDICTIONS).rglob("*") if path.is_file()]
+    files = [path.relative_to(tmp_path) for path in (tmp_path / PREDICTIONS).rglob("[!.]*") if path.is_file()]
     assert len(files) == 4 * 3 + 4  # cams, masks and pseudo masks, segmentation; settings of each
     for path in files:
         assert path.read_bytes() == (two.folder / path).read_bytes(), path
-    assert len(files) == len([path for path in (two.folder / PREDICTIONS).rglob("*") if path.is_file()])
+    assert len(files) == len([path for path in (two.folder / PREDICTIONS).rglob("[!.]*") if path.is_file()])
 
 
 def test_the_mean_of_every_loss_and_its_gradient_are_those_of_the_whole_batch(one, two):

@@ -287,7 +287,7 @@ def test_a_killed_run_ends_with_the_same_bytes(folder_root, folder, ordinary, mo
     assert CHECKPOINT.read_bytes() == expected
     finished = torch.load(CHECKPOINT, weights_only=True)
     assert finished.keys() - {"teacher"} == {
-        "version", "config", "model", "classes", "args", "epoch", "max_epoch", "step"
+        "version", "config", "model", "classes", "args", "epoch", "identity", "max_epoch", "step"
     }  # fmt: skip
 
 
@@ -372,8 +372,8 @@ def test_flags_of_the_methods_that_do_not_fit(capsys, folder_root, folder, ordin
     alone = refuse("--architecture", "resnest14d", "--batch_size", 1)
     assert "--batch_size 1: the batch norm of this network needs more" in alone
     run("train_classifier", *data_flags(folder_root), "--tag", "a", *TRAINING)
-    assert "made with method vanilla, not puzzle" in refuse("--method", "puzzle")
-    assert "made with ema 0.0, not 0.5" in refuse("--ema", 0.5)
+    assert "made with --method vanilla, not puzzle" in refuse("--method", "puzzle")
+    assert "made with --ema 0.0, not 0.5" in refuse("--ema", 0.5)
 
 
 # -- sampler ---------------------------------------------------------------------------------------------------------

@@ -113,12 +113,12 @@ def test_sam_from_a_checkpoint(project, monkeypatch):
     run(*flags, "--points-per-side", "2", "--pred-iou-thresh", "0", "--stability-score-thresh", "0")
     assert load_mask("experiments/predictions/t@train/sam-sam-max_iou_imp2/a.png").shape == (96, 96)
     settings = json.loads((proposals_folder("sam") / "settings.json").read_text())
-    assert settings["points_per_side"] == 2 and settings["checkpoint"] == "sam.pth"
+    assert settings["settings"]["points_per_side"] == 2 and settings["files"]["checkpoint"]["file"] == "sam.pth"
 
 
 def test_other_settings_do_not_mix_in_one_folder(project):
     run()
-    with pytest.raises(UserError, match="made with other settings"):
+    with pytest.raises(UserError, match=r"made with --inside_threshold 0.5, not 0.7\."):
         run("--inside_threshold", "0.7")
     run("--mode", "max_iou", "--order", "largest_overlap")
     assert (refined_folder("regions-max_iou-largest_overlap") / "c.png").exists()

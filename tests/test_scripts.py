@@ -22,7 +22,9 @@ from tools.files import load_mask
 from tools.maps import normalize
 
 MODELS, PREDICTIONS = Path("experiments/models"), Path("experiments/predictions")
+REFINED = PREDICTIONS / "csrm@train" / "sam-regions-max_iou_imp2"
 RELABEL = ["--save_cams", "false", "--save_masks", "--pseudos_from", "masks"]
+RESTORE = ["--restore", MODELS / "prior.pth"]
 VIEWS = ["--scales", "1,2", "--crf_t", "2", "--device", "cpu"]
 
 
@@ -40,8 +42,7 @@ def chain(folder_root, tmp_path_factory):
         patch.chdir(tmp_path_factory.mktemp("chain"))
         stage("prior", "train_classifier", "--tag", "prior", *TRAINING)
         stage("prior cams", "inference", "--tag", "prior", "--domain", "train", *VIEWS)
-        restore = ["--restore", MODELS / "prior.pth"]
-        stage("csrm", "train_csrm", "--tag", "csrm", *TRAINING, *DECODER, *restore, "--warmup_epochs", "0",
+        stage("csrm", "train_csrm", "--tag", "csrm", *TRAINING, *DECODER, *RESTORE, "--warmup_epochs", "0",
               "--domain_valid", "val")  # fmt: skip
         stage("cams", "inference", "--tag", "csrm", "--domain", "train", *VIEWS, "--save_masks")
         stage("background", "inference", "--tag", "csrm", "--domain", "val", *VIEWS, "--save_masks",
@@ -49,15 +50,14 @@ def chain(folder_root, tmp_path_factory):
         pseudos = PREDICTIONS / "csrm@train" / "pseudos-t0.4-c2"
         stage("refined", "refine_sam", "--tag", "csrm", "--domain", "train", "--pseudo_dir", pseudos,
               "--proposals", "regions", "--num_workers", "0")  # fmt: skip
-        refined = PREDICTIONS / "csrm@train" / "sam-regions-max_iou_imp2"
-        stage("deeplab", "train_segmentation", "--tag", "deeplab", *TRAINING, *DECODER, "--masks_dir", refined,
+        stage("deeplab", "train_segmentation", "--tag", "deeplab", *TRAINING, *DECODER, "--masks_dir", REFINED,
               "--domain_valid", "val")  # fmt: skip
         stage("predict", "train_segmentation", "--tag", "deeplab", "--predict", "--domain", "val", *VIEWS)
         stage("relabelled", "inference", "--tag", "deeplab", "--domain", "train", *VIEWS, *RELABEL)
         for name, mode, folder, domain in (
             ("cams", "cams", "csrm@train/cams", "train"),
             ("maps", "cams", "csrm@train/masks", "train"),
-            ("refined", "png", refined.relative_to(PREDICTIONS), "train"),
+            ("refined", "png", REFINED.relative_to(PREDICTIONS), "train"),
             ("final", "png", "deeplab@val/masks", "val"),
         ):
             stage(f"evaluate {name}", "evaluate", "--pred_dir", PREDICTIONS / folder, "--mode", mode,
@@ -150,7 +150,7 @@ def test_the_last_model_segments_a_folder_of_photographs(chain, tmp_path, capsys
     assert "no readable folder of images" in refusal(capsys, *command)
     elsewhere = tmp_path / "elsewhere" / "holiday"
     shutil.copytree(tmp_path / "old", elsewhere)
-    assert "made with other settings" in refusal(capsys, *command, "--images", elsewhere)
+    assert f"made with --images {tmp_path}/holiday, not {elsewhere}" in refusal(capsys, *command, "--images", elsewhere)
 
 
 @pytest.mark.parametrize("name", ["cams", "maps", "refined", "final"])
@@ -171,9 +171,9 @@ def test_finished_checkpoints_drop_what_only_a_resumed_run_needs(chain):
     "script, flags",
     [
         ("train_classifier", ["--tag", "prior", *TRAINING]),
-        ("train_csrm", ["--tag", "csrm", *TRAINING, *DECODER, "--warmup_epochs", "0"]),
+        ("train_csrm", ["--tag", "csrm", *TRAINING, *DECODER, "--warmup_epochs", "0", *RESTORE]),
         ("inference", ["--tag", "csrm", "--domain", "train", *VIEWS, "--save_masks"]),
-        ("train_segmentation", ["--tag", "deeplab", *TRAINING, *DECODER]),
+        ("train_segmentation", ["--tag", "deeplab", *TRAINING, *DECODER, "--masks_dir", REFINED]),
         ("train_segmentation", ["--tag", "deeplab", "--predict", "--domain", "val", *VIEWS]),
     ],
 )
@@ -229,9 +229,9 @@ def test_a_prior_that_sees_nothing_is_noticed(chain, folder_root, capsys):
 
 def test_predictions_of_other_settings_are_not_taken_for_done(chain, folder_root, capsys):
     flags = [*data_flags(folder_root), "--tag", "csrm", "--domain", "train", *VIEWS]
-    assert "cams: made with other settings" in refusal(capsys, "inference", *flags, "--hflip", "false")
+    assert "cams: made with --hflip True, not False. Choose" in refusal(capsys, "inference", *flags, "--hflip", "false")
     other = [*data_flags(folder_root), "--tag", "csrm", "--domain", "train", "--weights", MODELS / "prior.pth", *VIEWS]
-    assert "cams: made with other settings" in refusal(capsys, "inference", *other)
+    assert "cams: made with --weights experiments/models/csrm.pth (content " in refusal(capsys, "inference", *other)
 
 
 def test_images_in_class_folders_go_through_all_stages(folder_root, tmp_path, monkeypatch):

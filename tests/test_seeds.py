@@ -86,7 +86,7 @@ def test_cam_files_become_reliable_labels(folder_root, tmp_path):
         label = torch.from_numpy(source.image_label(image_id))[None]
         expected = reliable_cam_labels(source.photograph(image_id), cams, label, 0.3, 0.6, crf_iterations=2)[0]
         assert np.array_equal(load_mask(made / f"{image_id}.png"), expected.numpy())
-    with pytest.raises(UserError, match="made with other settings|made with"):
+    with pytest.raises(UserError, match="made: made with --c2s_bg 0.3, not 0.2"):
         label_folder(source, SPLITS["train"], tmp_path / "cams", made, thresholds=(0.2, 0.6), crf=CRF(iterations=2))
 
 

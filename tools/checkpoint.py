@@ -9,6 +9,7 @@ A checkpoint is a dict of plain containers and tensors, read with `weights_only=
     classes     class names, background first            teacher    CSRM: the teacher's weights
     args        the command line, for the record         epoch      epochs finished; max_epoch: of how many
     step        optimiser steps taken                    version    of the code
+    identity    what made it (`tools.identity`)
     optimizer, scaler, memory_bank                       what only a resumed run needs
 
 Random states are not stored: every epoch seeds all generators from (seed, epoch), so a resumed run draws what an
@@ -17,7 +18,6 @@ uninterrupted one would have drawn.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 from pathlib import Path
@@ -29,9 +29,7 @@ from safetensors.torch import load_file
 
 from tools.errors import UserError
 from tools.files import atomic_write
-
-VERSION = "1.0.0"
-"""Version of the code, kept in every checkpoint."""
+from tools.identity import VERSION
 
 
 def save_checkpoint(path: Path, **content: Any) -> None:
@@ -65,11 +63,6 @@ def _read_export(path: Path) -> dict[str, Any]:
     if not config.is_file():
         raise UserError(f"{config}: missing; it says which network {path.name} is. Copy it there too.")
     return {**json.loads(config.read_text(encoding="utf-8")), "model": tensors}
-
-
-def fingerprint(path: str | Path) -> str:
-    """Which weights these are: the first 16 hexadecimal digits of the file's SHA-256."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def check_classes(checkpoint: dict[str, Any], classes: tuple[str, ...], path: str | Path) -> None:

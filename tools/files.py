@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import fcntl
 import io
 import json
 import os
 import re
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,6 +82,35 @@ def check_writable(folder: str | os.PathLike) -> Path:
     except OSError as error:
         raise UserError(f"{folder}: cannot write there ({error.strerror}). Choose a writable folder.") from error
     return folder
+
+
+@contextlib.contextmanager
+def locked(folder: Path, seconds: float = 60) -> Iterator[bool]:
+    """Hold an existing folder for this process alone; the operating system ends that with the process at the latest.
+
+    Args:
+        seconds: how long to wait for another process.
+
+    Yields:
+        Whether no other process holds it. True, too, where the file system has no locks.
+    """
+    handle, deadline = os.open(folder, os.O_RDONLY), time.monotonic() + seconds
+    try:
+        while not (mine := _lock(handle)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        yield mine
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # a file system without locks
+    return True
 
 
 def read_text(path: str | os.PathLike) -> str:
@@ -384,22 +415,3 @@ def save_json(path: str | os.PathLike, content: object) -> None:
     """Write `content` as indented JSON."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def claim_folder(folder: str | os.PathLike, settings: dict[str, object]) -> Path:
-    """Create `folder`, or make sure that what is in it was made with the same settings (JSON-able values).
-
-    Without this, a stage started again with other settings would take the old files for its own.
-
-    Raises:
-        UserError: it was made with others, or cannot be written to.
-    """
-    folder = check_writable(folder)
-    record = folder / "settings.json"
-    if not record.exists():
-        save_json(record, settings)
-    elif json.loads(record.read_text(encoding="utf-8")) != settings:
-        raise UserError(
-            f"{folder}: made with other settings (see {record.name}). Delete the folder or choose another --tag."
-        )
-    return folder

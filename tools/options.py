@@ -106,6 +106,8 @@ class Training:
         compile: whether torch.compile fuses the networks.
         optimization: of the weights.
         flags: the whole command line by name, plain values; kept in the checkpoint.
+        made_by: the identity of the run (`tools.identity`); a checkpoint of another one is not gone on with.
+        overwrite: train anew where the checkpoint is another run's.
     """
 
     tag: str
@@ -116,6 +118,8 @@ class Training:
     compile: bool
     optimization: Optimization
     flags: dict[str, object]
+    made_by: dict[str, object]
+    overwrite: bool = False
 
 
 def add_common(parser: cli.Parser) -> None:
@@ -127,6 +131,13 @@ def add_common(parser: cli.Parser) -> None:
         "--device", default="auto", help="auto (the GPU if there is one), cpu, cuda or cuda:N (not with torchrun)"
     )
     add_workers(group)
+    add_overwrite(group)
+
+
+def add_overwrite(group: argparse._ActionsContainer) -> None:
+    """--overwrite."""
+    text = "make anew what was made with other flags or other data; what the same command made is kept and continued"
+    cli.add_switch(group, "--overwrite", False, text)
 
 
 def add_workers(group: argparse._ActionsContainer) -> None:
@@ -287,13 +298,14 @@ def views(args: argparse.Namespace, long_side: float) -> Views:
     return Views(scales=tuple(args.scales), hflip=args.hflip, long_side=long_side)
 
 
-def training(args: argparse.Namespace) -> Training:
-    """The flags of `add_common` and `add_optimization`."""
-    names = ("tag", "seed", "batch_size", "max_epoch", "mixed_precision", "compile")
+def training(args: argparse.Namespace, made_by: dict[str, object]) -> Training:
+    """The flags of `add_common` and `add_optimization`, and the identity of the run."""
+    names = ("tag", "seed", "batch_size", "max_epoch", "mixed_precision", "compile", "overwrite")
     return Training(
+        made_by=made_by,
         **{name: getattr(args, name) for name in names},
         optimization=optimization(args),
-        flags={name: _plain(value) for name, value in vars(args).items()},
+        flags={name: _plain(value) for name, value in vars(args).items() if name != "overwrite"},
     )
 
 

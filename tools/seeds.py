@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from skimage.filters import threshold_otsu
 
-from tools import distributed, parallel
+from tools import distributed, identity, parallel
 from tools.cam import Forward, load_cams, multi_scale_cams, working_photograph
 from tools.errors import UserError
-from tools.files import claim_folder, save_mask
+from tools.files import save_mask
 from tools.maps import normalize
 from tools.options import CRF, PSEUDO_MASK_THRESHOLD, Views
 from tools.pseudo_labels import reliable_cam_labels
@@ -58,7 +58,14 @@ def auto_threshold(forward: Forward, source: Any, ids: Sequence[str], views: Vie
 
 
 def label_folder(
-    source: Any, ids: Sequence[str], folder: Path, made: Path, *, thresholds: tuple[float, float], crf: CRF
+    source: Any,
+    ids: Sequence[str],
+    folder: Path,
+    made: Path,
+    *,
+    thresholds: tuple[float, float],
+    crf: CRF,
+    overwrite: bool = False,
 ) -> Path:
     """The folder of masks ID.png that L_c2s learns: `folder` itself, or `made`, where those of CAM files are written.
 
@@ -66,9 +73,10 @@ def label_folder(
         source: a `datasets.DataSource` with image labels.
         folder: ID.png, ID.npz or ID.npy of every id.
         thresholds: background and foreground, on CAMs divided by their maximum.
+        overwrite: make `made` anew if it holds the labels of other files or thresholds.
 
     Raises:
-        UserError: a file is missing, or cannot be read.
+        UserError: a file is missing, or cannot be read; or `made` holds other labels.
     """
     suffix = next((s for s in (".png", ".npz", ".npy") if (folder / f"{ids[0]}{s}").is_file()), None)
     missing = [i for i in ids if suffix is None or not (folder / f"{i}{suffix}").is_file()]
@@ -79,7 +87,13 @@ def label_folder(
         )
     if suffix == ".png":
         return folder
-    claim_folder(made, {"cams": str(folder.resolve()), "thresholds": list(thresholds), "crf": asdict(crf)})
+    inputs = {
+        **source.fingerprints(ids, labels=True),
+        "CAM files": identity.contents({i: folder / f"{i}{suffix}" for i in ids}),
+    }
+    flags = {"c2s_bg": thresholds[0], "c2s_fg": thresholds[1], "c2s_labels": folder}
+    flags |= {"crf_t": crf.iterations, "crf_gt_prob": crf.gt_prob, "crf_backend": crf.backend}
+    identity.claim_folder(made, identity.describe("train_csrm.py", flags, inputs=inputs), ".png", overwrite=overwrite)
 
     def make(image_id: str) -> None:
         labels = labels_of_cams(source, image_id, folder / f"{image_id}{suffix}", thresholds, crf)

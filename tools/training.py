@@ -27,19 +27,12 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from tools import distributed, options, parallel
-from tools.checkpoint import check_classes, load_checkpoint, save_checkpoint
+from tools import distributed, identity, options, parallel
+from tools.checkpoint import load_checkpoint, save_checkpoint
 from tools.devices import autocast_dtype
 from tools.errors import UserError
 from tools.files import check_writable
 from tools.optim import Update
-
-SAME_FLAGS = (
-    *("seed", "batch_size", "max_epoch", "max_steps", "accumulate_steps", "optimizer", "lr", "wd"),
-    *("image_size", "min_image_size", "max_image_size", "method", "w_re", "ema", "sampler"),
-    *("corrected_dir", "corrected_weight"),
-)
-"""Flags that a resumed run must share with its beginning, as far as the script has them."""
 
 RESUME_ONLY = ("optimizer", "schedule", "scaler", "memory_bank", "opponent", "health")
 """Entries dropped from the checkpoint of a finished run."""
@@ -186,6 +179,7 @@ class Trainer:
             **self.update.state_dict(),
             "classes": list(self.classes),
             "args": self.run.flags,
+            "identity": identity.digest(self.run.made_by),
             "epoch": epoch,
             "max_epoch": self.run.max_epoch,
             "step": self.updates,
@@ -198,8 +192,12 @@ class Trainer:
         if not self.path.exists():
             return 0
         checkpoint = load_checkpoint(self.path)
-        check_classes(checkpoint, self.classes, self.path)
-        self._check_same_run(checkpoint)
+        other = identity.difference(checkpoint.get("identity", {}), identity.digest(self.run.made_by))
+        if other and self.run.overwrite:
+            print(f"{self.path}: made with {other}. Training anew, as --overwrite says.")
+            return 0
+        if other:
+            raise UserError(f"{self.path}: made with {other}. Choose another --tag, or pass --overwrite to train anew.")
         if checkpoint["epoch"] == self.run.max_epoch:
             return self.run.max_epoch
         self.model.load_state_dict(checkpoint["model"])
@@ -209,17 +207,6 @@ class Trainer:
         self.updates = checkpoint["step"]
         print(f"{self.path}: continuing after epoch {checkpoint['epoch']} of {self.run.max_epoch}.")
         return checkpoint["epoch"]
-
-    def _check_same_run(self, checkpoint: dict) -> None:
-        flags = {flag: self.run.flags[flag] for flag in SAME_FLAGS if flag in self.run.flags}
-        ours = {**self.model.config, **flags}
-        theirs = {**checkpoint["args"], **checkpoint["config"]}
-        for name, value in ours.items():
-            if theirs.get(name, value) != value:  # what theirs lacks did not exist when it was made
-                raise UserError(
-                    f"{self.path}: made with {name} {theirs[name]}, not {value}. "
-                    "Choose another --tag, or delete the file to train again."
-                )
 
 
 def seed_everything(seed: int, epochs_begun: int = 0, rank: int = 0) -> None:

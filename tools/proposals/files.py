@@ -23,6 +23,12 @@ from tools.files import load_mask
 from tools.proposals import load_proposals
 
 
+def mask_file(root: Path, image_id: str) -> Path:
+    """The file that lists an image's masks, or holds them."""
+    pictures = root / image_id / "metadata.csv"
+    return pictures if pictures.is_file() else root / f"{image_id}.json"
+
+
 class MaskFiles:
     """Proposals read from files. Satisfies `tools.proposals.ProposalGenerator`."""
 
@@ -49,9 +55,9 @@ class MaskFiles:
         return [self._read(image_id, image.shape[:2]) for image_id, image in zip(image_ids, images, strict=True)]
 
     def _read(self, image_id: str, size: tuple[int, int]) -> np.ndarray | list[dict]:
-        folder, file = self.root / image_id, self.root / f"{image_id}.json"
-        if (folder / "metadata.csv").is_file():
-            return _read_pictures(folder, size)
+        file = mask_file(self.root, image_id)
+        if file.suffix == ".csv":
+            return _read_pictures(file.parent, size)
         if file.is_file():
             return load_proposals(file, size)
         raise UserError(f"{self.root}: no masks of {image_id}: neither {image_id}/metadata.csv nor {image_id}.json.")

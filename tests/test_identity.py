@@ -1,0 +1,242 @@
+"""Products know what made them: whatever else would be made now is refused in one line, or made anew on request."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command import DECODER, TRAINING, data_flags, parse, refusal, run
+from conftest import SPLITS
+
+from tools import identity
+from tools.cam import load_cams
+from tools.files import load_mask, save_mask
+
+MODEL = Path("experiments/models/t.pth")
+CAMS = Path("experiments/predictions/t@train/cams")
+INPUTS = {"photographs": {"a": 10, "b": 20}, "labels": {"a": "cat", "b": ""}}
+TRAIN = {
+    "train_classifier": TRAINING,
+    "train_csrm": [*TRAINING, *DECODER, "--warmup_epochs", 0],
+    "train_segmentation": [*TRAINING, *DECODER],
+}
+SEGMENTATION = ["--tag", "t", *TRAIN["train_segmentation"]]
+INFERENCE = ["--tag", "t", "--domain", "train", "--device", "cpu", "--scales", 1, "--crf_t", 0]
+
+
+def described(flags=None, **inputs):
+    return identity.describe("a.py", flags or {}, inputs=INPUTS | inputs)
+
+
+# -- what counts, in words -----------------------------------------------------------------------------------------
+
+
+def test_the_first_difference_in_words(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.pth").write_text(name)
+    one, two = tmp_path / "one.pth", tmp_path / "two.pth"
+    (tmp_path / "copy.pth").write_text("one")
+    before = described({"lr": 0.1, "scales": [1.0], "restore": one, "masks_dir": tmp_path, "gone": 3})
+    same = {"lr": 0.1, "scales": (1.0,), "restore": tmp_path / "copy.pth", "masks_dir": Path("b"), "new": 1, "tag": "x"}
+    assert identity.difference(before, described(same)) == ""
+    assert identity.difference(before, described(same | {"lr": 0.2})) == "--lr 0.1, not 0.2"
+    shown = [f"{path} (content {identity.file_fingerprint(path)[:8]})" for path in (one, two)]
+    assert identity.difference(before, described(same | {"restore": two})) == f"--restore {shown[0]}, not {shown[1]}"
+    assert identity.difference(before, described(same | {"restore": None})) == f"--restore {shown[0]}, not None"
+    assert identity.difference({}, described()) == "a version of the code that did not note what it read"
+    assert identity.difference(before, described(same) | {"script": "b.py"}) == "a.py, not b.py"
+    assert identity.difference(before, described(same) | {"version": "2"}) == ""
+
+
+def test_inputs_of_single_images_and_of_all():
+    other = described(labels={"a": "cat", "b": "dog"})
+    assert identity.difference(described(), other) == "other labels of 1 images, the first is b ('', not 'dog')"
+    assert identity.difference(described(), described(labels={"c": "dog"})) == "", "a list may grow"
+    whole = [identity.digest(each) for each in (described(), other, described(labels={"a": "cat"}))]
+    assert identity.difference(whole[0], identity.digest(described())) == ""
+    assert "other labels: (2 images, content " in identity.difference(whole[0], whole[1])
+    assert "other labels: (2 images" in identity.difference(whole[0], whole[2]), "and where it has grown"
+    assert identity.difference(described(), described(masks={"a": "1"})) == "no masks"
+    assert identity.difference(described(masks={"a": "1"}), described()) == "masks, not without"
+    turned = {kind: dict(reversed(each.items())) for kind, each in INPUTS.items()}
+    assert identity.difference(whole[0], identity.digest(described(**turned))), "training sees the order of the list"
+
+
+def test_fingerprints_are_of_the_content(tmp_path):
+    for name, data in (("a", b"x"), ("b", b"x"), ("c", b"yy")):
+        (tmp_path / name).write_bytes(data)
+    paths = {name: tmp_path / name for name in "abcd"}
+    assert identity.sizes(paths) == {"a": 1, "b": 1, "c": 2, "d": -1}
+    contents = identity.contents(paths)
+    assert contents["a"] == contents["b"] == "2d711642b726b044" != contents["c"] and contents["d"] == ""
+    assert identity.file_fingerprint(tmp_path / "a") == "2d711642b726b044"  # echo -n x | sha256sum
+
+
+def test_only_these_flags_are_harmless():
+    """A flag added to a script counts, unless it is put on a list here."""
+    lists = {"inference": ("HARMLESS", "PSEUDO_MASKS"), "train_segmentation": ("PREDICTION",)}
+    assert set(identity.HARMLESS) == {
+        *("tag", "device", "num_workers", "compile", "domain_valid", "overwrite", "on_error", "dataset", "data_dir")
+    }
+    for script in ("train_classifier", "train_csrm", "train_segmentation", "inference"):
+        module = __import__(script)
+        flags = vars(parse(script, "--tag", "t"))
+        for names in lists.get(script, ()):
+            assert set(getattr(module, names)) <= flags.keys()
+        counting = flags.keys() - {*identity.HARMLESS}
+        settings = identity.describe(script, flags, inputs={})["settings"]
+        paths = {"masks_dir", "weights", "images", "restore", "oc_weights", "corrected_dir", "c2s_labels"}
+        assert counting - settings.keys() <= paths
+
+
+# -- training ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(folder_copy, folder):
+    folder("run")
+    return folder_copy
+
+
+def add_an_image(data):
+    (data / "splits" / "train.txt").write_text("a\nb\nc\nd\n")
+
+
+def change_a_label(data):
+    (data / "labels.csv").write_text((data / "labels.csv").read_text().replace("c,dog", "c,cat"))
+
+
+def change_a_photograph(data):
+    shutil.copy(data / "images" / "d.webp", data / "images" / "c.jpeg")
+
+
+@pytest.mark.parametrize("change, words", [
+    (add_an_image, "other photographs: --data_dir {0} (3 images, content "),
+    (change_a_label, "other labels: --data_dir {0} (3 images, content "),
+    (change_a_photograph, "other photographs: --data_dir"),
+])  # fmt: skip
+def test_a_run_is_its_data(data, capsys, change, words):
+    flags = [*data_flags(data), "--tag", "t", *TRAINING]
+    run("train_classifier", *flags)
+    before = MODEL.read_bytes()
+    change(data)
+    assert words.format(data) in refusal(capsys, "train_classifier", *flags)
+    assert MODEL.read_bytes() == before
+
+
+def test_a_run_is_its_masks(data, capsys, tmp_path):
+    """Other masks of the same size in bytes, in the same folder or in another one."""
+    flags = [*data_flags(data), *SEGMENTATION, "--masks_dir"]
+    masks, copied = data / "masks", tmp_path / "copied"
+    run("train_segmentation", *flags, masks)
+    shutil.copytree(masks, copied)
+    run("train_segmentation", *flags, copied)
+    assert "already trained" in capsys.readouterr().out
+    path = copied / "a.png"
+    mask, size = load_mask(path), path.stat().st_size
+    save_mask(path, np.where(mask == 1, 2, mask), np.zeros((256, 3), np.uint8))
+    save_mask(masks / "b.png", load_mask(masks / "b.png"), np.zeros((256, 3), np.uint8))
+    assert path.stat().st_size == size
+    line = refusal(capsys, "train_segmentation", *flags, copied)
+    assert f"t.pth: made with other masks: --masks_dir {masks} (3 images, content " in line
+    assert f", not --masks_dir {copied} (3 images, content " in line
+    run("train_segmentation", *flags, copied, "--overwrite")
+    anew = MODEL.read_bytes()
+    run("train_segmentation", *flags, copied, "--overwrite")
+    assert "already trained" in capsys.readouterr().out and MODEL.read_bytes() == anew
+    MODEL.unlink()
+    run("train_segmentation", *flags, copied)
+    assert MODEL.read_bytes() == anew, "nothing of the old run is in the new one"
+
+
+@pytest.mark.parametrize("script", TRAIN)
+def test_a_run_is_its_flags_and_weights(data, capsys, script):
+    run("train_classifier", *data_flags(data), "--tag", "p", *TRAINING)
+    prior = Path("experiments/models/p.pth")
+    flags = [*data_flags(data), "--tag", "t", *TRAIN[script]]
+    run(script, *flags)
+    harmless = ["--num_workers", 1, "--domain_valid", "val", "--data_dir", f"{data}/../{data.name}"]
+    run(script, *flags, *harmless)
+    assert "already trained" in capsys.readouterr().out
+    line = refusal(capsys, script, *flags, "--restore", prior)
+    assert f"t.pth: made with --restore None, not {prior} (content {identity.file_fingerprint(prior)[:8]})" in line
+    for flag in ("wd", "label_smoothing", "lr_alpha_bias", *(["w_u", "c2s_fg"] if script == "train_csrm" else [])):
+        assert f"t.pth: made with --{flag} " in refusal(capsys, script, *flags, f"--{flag}", 0.25)
+
+
+# -- folders -------------------------------------------------------------------------------------------------------
+
+
+def infer(data, *flags):
+    run("inference", *data_flags(data), *INFERENCE, *flags)
+
+
+def keys(image_id):
+    return load_cams(CAMS / f"{image_id}.npz")[0].tolist()
+
+
+def test_maps_of_another_label_are_refused_or_made_anew(data, capsys):
+    run("train_classifier", *data_flags(data), "--tag", "t", *TRAINING)
+    infer(data)
+    change_a_label(data)
+    line = refusal(capsys, "inference", *data_flags(data), *INFERENCE)
+    assert f"{CAMS}: made with other labels of 1 images, the first is c ('dog', not 'cat')." in line
+    assert keys("c") == [0, 2]
+    (CAMS / "mine.txt").write_text("notes")
+    infer(data, "--overwrite")
+    assert keys("c") == [0, 1] and (CAMS / "mine.txt").exists()
+    stamps = [(CAMS / f"{i}.npz").stat().st_mtime_ns for i in SPLITS["train"]]
+    infer(data, "--overwrite")
+    assert stamps == [(CAMS / f"{i}.npz").stat().st_mtime_ns for i in SPLITS["train"]]
+
+
+def test_a_list_that_grows_is_continued_and_what_is_not_made_may_be_mended(data, capsys):
+    run("train_classifier", *data_flags(data), "--tag", "t", *TRAINING)
+    infer(data)
+    stamp = (CAMS / "a.npz").stat().st_mtime_ns
+    (CAMS / "c.npz").unlink()
+    shutil.rmtree(CAMS.parent / "pseudos-t0.4-c0")
+    change_a_label(data)
+    add_an_image(data)
+    infer(data)
+    assert "4 images of 'train', 0 done already" in capsys.readouterr().out
+    assert keys("c") == [0, 1] and keys("d") == [0] and (CAMS / "a.npz").stat().st_mtime_ns == stamp
+    assert json.loads((CAMS / "settings.json").read_text())["inputs"]["labels"] == {
+        "a": "cat",
+        "b": "cat;dog",
+        "c": "cat",
+        "d": "",
+    }
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"settings": ', b"[]", b"\xff\xfe"])
+def test_a_damaged_record_is_one_line(data, capsys, damage):
+    run("train_classifier", *data_flags(data), "--tag", "t", *TRAINING)
+    infer(data)
+    before = (CAMS / "a.npz").read_bytes()
+    (CAMS / "settings.json").write_bytes(damage)
+    line = refusal(capsys, "inference", *data_flags(data), *INFERENCE)
+    assert f"{CAMS}: its settings.json is damaged. Choose another --tag, or pass --overwrite to make it anew." in line
+    infer(data, "--overwrite")
+    assert (CAMS / "a.npz").read_bytes() == before
+    (CAMS / "settings.json").unlink()
+    assert "holds files, but no settings.json" in refusal(capsys, "inference", *data_flags(data), *INFERENCE)
+    (CAMS / "settings.json").write_text('{"scales": [1.0]}')
+    assert "made with a version of the code that" in refusal(capsys, "inference", *data_flags(data), *INFERENCE)
+
+
+def test_refined_masks_of_other_pseudo_masks(data, capsys):
+    flags = [*data_flags(data), "--tag", "t", "--domain", "train", "--proposals", "regions", "--num_workers", 0]
+    flags += ["--pseudo_dir", data / "masks"]
+    run("refine_sam", *flags)
+    refined = Path("experiments/predictions/t@train/sam-regions-max_iou_imp2")
+    assert set(np.unique(load_mask(refined / "c.png"))) == {0, 2}
+    mask = load_mask(data / "masks" / "c.png")
+    save_mask(data / "masks" / "c.png", np.where(mask == 2, 1, mask), np.zeros((256, 3), np.uint8))
+    line = refusal(capsys, "refine_sam", *flags)
+    assert f"{refined}: made with other pseudo masks of 1 images, the first is c (" in line
+    run("refine_sam", *flags, "--overwrite")
+    assert set(np.unique(load_mask(refined / "c.png"))) == {0, 1}

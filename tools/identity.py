@@ -1,0 +1,284 @@
+"""What made a product: kept beside it, and compared before the product is taken for what would be made now.
+
+    made_by = describe("inference.py", vars(args), inputs=source.fingerprints(ids, labels=True))
+    difference(stored, made_by)      # "--scales [0.5, 1.0], not [1.0]"; "" if the product is the same
+
+An identity is a dict of plain values:
+
+    script      the entry script                        version   of the code; shown, never compared
+    settings    flags by name, all but the harmless ones
+    files       flag -> {"file", "sha256"}: single files that are read (weights); the content counts, not the name
+    inputs      kind -> {id: fingerprint}: photographs (bytes), labels (class names), masks (content)
+    folders     flag -> where the inputs were; shown, never compared
+
+A checkpoint was made of all its images at once: its inputs are kept as `digest`s, and all must agree. In a folder each
+file was made of one image: there only those of the files that exist must agree (`claim_folder`), so that a
+list may grow, and what stopped a stage may be mended.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import subprocess
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tools.errors import UserError
+from tools.files import check_writable, locked, save_json
+
+VERSION = "1.0.0"
+"""Version of the code, kept in every checkpoint."""
+
+HARMLESS = ("tag", "device", "num_workers", "compile", "domain_valid", "overwrite", "on_error", "dataset", "data_dir")
+"""Flags that change no result, or whose effect is in the inputs."""
+
+FILES = ("restore", "oc_weights", "backbone_weights", "weights", "checkpoint")
+"""Flags that name a file of weights."""
+
+FOLDERS = {"photographs": "data_dir", "labels": "data_dir", "masks": "masks_dir"}
+FOLDERS |= {"pseudo masks": "pseudo_dir", "proposals": "proposals_dir", "mask files": "mask_files"}
+FOLDERS |= {"corrected masks": "corrected_dir", "CAM files": "c2s_labels"}
+"""The flag that names the folder of each kind of input."""
+
+READERS = 8  # threads; masks are small, so on a network disk the latency is what costs
+
+
+def describe(
+    script: str, flags: Mapping[str, Any], *, inputs: dict[str, dict[str, Any]], harmless: Collection[str] = ()
+) -> dict[str, Any]:
+    """The identity of what `script` makes with these flags.
+
+    Args:
+        flags: by name. Of folders (`Path`s that are no weights) the content counts, which is to be in `inputs`.
+        inputs: what is read of each image, by kind and id.
+        harmless: flags that change nothing here, besides `HARMLESS`.
+    """
+    unknown = {name for name, value in flags.items() if isinstance(value, Path)} - {
+        *FILES,
+        *FOLDERS.values(),
+        *harmless,
+    }
+    assert not unknown, f"{unknown}: neither a file of weights nor a folder whose content is an input"
+    counting = {name: value for name, value in flags.items() if name not in (*HARMLESS, *harmless)}
+    files = {name: value for name, value in counting.items() if name in FILES and _is_file(value)}
+    settings = {
+        name: _plain(value)
+        for name, value in counting.items()
+        if name not in files and (name in FILES or not isinstance(value, Path))
+    }
+    return {
+        "script": script,
+        "version": code_version(),
+        "settings": settings,
+        "files": {name: {"file": str(path), "sha256": file_fingerprint(path)} for name, path in files.items()},
+        "folders": {name: str(value) for name, value in flags.items() if isinstance(value, Path) and name not in FILES},
+        "inputs": inputs,
+    }
+
+
+def digest(made_by: dict[str, Any]) -> dict[str, Any]:
+    """The identity with each kind of input in one number, {"images", "sha256"}, the order of the images included."""
+    inputs = {
+        kind: {"images": len(each), "sha256": _short(json.dumps(list(each.items())).encode())}
+        for kind, each in made_by["inputs"].items()
+    }
+    return {**made_by, "inputs": inputs}
+
+
+def difference(stored: Mapping[str, Any], made_by: Mapping[str, Any]) -> str:
+    """How the stored identity differs from this one, to be read after "made with"; "" if it does not.
+
+    A setting that one of them lacks did not exist for the other version of the code, and does not count.
+    """
+    if not stored.keys() >= made_by.keys():
+        return "a version of the code that did not note what it read"
+    if stored["script"] != made_by["script"]:
+        return f"{stored['script']}, not {made_by['script']}"
+    before, now = _named(stored), _named(made_by)
+    for flag in now:
+        if flag in before and before[flag][0] != now[flag][0]:
+            return f"--{flag} {before[flag][1]}, not {now[flag][1]}"
+    for kind in stored["inputs"].keys() ^ made_by["inputs"].keys():
+        return f"{kind}, not without" if kind in stored["inputs"] else f"no {kind}"
+    for kind, each in made_by["inputs"].items():
+        before = stored["inputs"][kind]
+        if "sha256" in each and before != each:
+            return f"other {kind}: {_digest_in_words(stored, kind)}, not {_digest_in_words(made_by, kind)}"
+        if "sha256" not in each and (text := _first_changed(before, each)):
+            return f"other {kind} {text}"
+    return ""
+
+
+def _named(made_by: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    """flag -> what counts, and how it is shown."""
+    settings = {name: (value, str(value)) for name, value in made_by["settings"].items()}
+    files = {
+        name: (each["sha256"], f"{each['file']} (content {each['sha256'][:8]})")
+        for name, each in made_by["files"].items()
+    }
+    return {**settings, **files}
+
+
+def _digest_in_words(made_by: Mapping[str, Any], kind: str) -> str:
+    flag, inputs = FOLDERS.get(kind, ""), made_by["inputs"][kind]
+    where = f"--{flag} {made_by['folders'][flag]} " if flag in made_by["folders"] else ""
+    return f"{where}({inputs['images']} images, content {inputs['sha256'][:8]})"
+
+
+def _first_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    changed = [image_id for image_id in now if image_id in before and before[image_id] != now[image_id]]
+    if not changed:
+        return ""
+    first = changed[0]
+    return f"of {len(changed)} images, the first is {first} ({before[first]!r}, not {now[first]!r})"
+
+
+def claim_folder(folder: Path, made_by: dict[str, Any], suffix: str, *, overwrite: bool = False) -> None:
+    """Enter a folder of one file per image, ID + `suffix`, that others may be entering too; make it if need be.
+
+    Its settings.json holds the identity of what is in it. Without that, a stage started again with other settings or
+    other inputs would take the old files for its own.
+
+    Args:
+        made_by: the identity of what is going to be made (`describe`); its inputs name the images.
+        overwrite: delete what another identity made there: the files of its images and of these, nothing else.
+
+    Raises:
+        UserError: something else made the folder, or nobody knows what did; or it cannot be written to.
+    """
+    record = check_writable(folder) / "settings.json"
+    with locked(folder):
+        _enter(folder, record, made_by, suffix, overwrite)
+
+
+def _products(folder: Path, made_by: dict[str, Any], suffix: str) -> dict[str, Path]:
+    return {image_id: folder / f"{image_id}{suffix}" for kind in made_by["inputs"].values() for image_id in kind}
+
+
+def _enter(folder: Path, record: Path, made_by: dict[str, Any], suffix: str, overwrite: bool) -> None:
+    products = _products(folder, made_by, suffix)
+    made = {image_id for image_id, path in products.items() if path.exists()}
+    stored, fault = _examine(record, made_by, made)
+    if fault and not overwrite:
+        raise UserError(f"{folder}: {fault}. Choose another --tag, or pass --overwrite to make it anew.")
+    if fault:
+        for path in {**products, **(_products(folder, stored, suffix) if "inputs" in stored else {})}.values():
+            path.unlink(missing_ok=True)
+        stored = {}
+    old = stored.get("inputs", {})
+    inputs = {kind: dict(sorted({**old.get(kind, {}), **each}.items())) for kind, each in made_by["inputs"].items()}
+    if inputs != old:  # written after the deletions: a killed process leaves files that are what the record says
+        save_json(record, {**made_by, **stored, "inputs": inputs})
+
+
+def _examine(record: Path, made_by: dict[str, Any], made: set[str]) -> tuple[dict[str, Any], str]:
+    """The identity on record, {} if there is none; and what is wrong with it, "" if nothing is.
+
+    Args:
+        made: the images whose files exist.
+    """
+    try:
+        stored = read_record(record)
+    except UserError:
+        return {}, f"its {record.name} is damaged"
+    if not stored:
+        return {}, f"holds files, but no {record.name} that says what made them" if made else ""
+    inputs = {kind: {i: each[i] for i in each if i in made} for kind, each in made_by["inputs"].items()}
+    other = difference(stored, {**made_by, "inputs": inputs})
+    return stored, f"made with {other}" if other else ""
+
+
+def read_record(record: Path) -> dict[str, Any]:
+    """The identity in a folder's settings.json; {} if there is none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        content = json.loads(record.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{record}: damaged. Delete {record.parent} and make it again.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{record}: holds no settings. Delete {record.parent} and make it again.")
+    return content
+
+
+def sentence(made_by: Mapping[str, Any]) -> str:
+    """The identity in one line, for people."""
+    shown = " ".join(f"--{name} {value}" for name, (_, value) in _named(made_by).items() if value not in ("None", ""))
+    data = ", ".join(f"{_count(each)} {kind}" for kind, each in made_by["inputs"].items())
+    return f"{made_by['script']} (version {made_by['version']}) of {data}: {shown}"
+
+
+def _count(inputs: Mapping[str, Any]) -> int:
+    return inputs["images"] if "sha256" in inputs else len(inputs)
+
+
+def file_fingerprint(path: str | Path) -> str:
+    """Which content a file has: the first 16 hexadecimal digits of its SHA-256."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()[:16]
+
+
+def contents(paths: Mapping[str, Path | None]) -> dict[str, str]:
+    """A fingerprint of the content of each file, by id; "" if there is no file."""
+    with ThreadPoolExecutor(READERS) as pool:
+        return dict(zip(paths, pool.map(_content, paths.values()), strict=True))
+
+
+def sizes(paths: Mapping[str, Path]) -> dict[str, int]:
+    """The bytes of each file, by id; -1 if there is no file. Enough to tell photographs apart, and read at once."""
+    with ThreadPoolExecutor(READERS) as pool:
+        return dict(zip(paths, pool.map(_size, paths.values()), strict=True))
+
+
+def _content(path: Path | None) -> str:
+    try:
+        return _short(path.read_bytes()) if path else ""
+    except OSError:
+        return ""
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def _short(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _is_file(value: Any) -> bool:
+    return value not in (None, "none", "imagenet") and Path(value).is_file()
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON gives it back."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
+
+
+@functools.cache
+def code_version() -> str:
+    """VERSION, and which commit it is where the code lies in a git checkout of its own."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return VERSION
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return VERSION
+    return f"{VERSION}, commit {commit}"
