@@ -125,6 +125,7 @@ if __name__ == "__main__":
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from datasets import DataSource, ImageDataset, Loader, build_loader, build_source
 from datasets.mixing import classmix, cutmix
@@ -218,6 +219,7 @@ class Criterion(nn.Module):
         weights = self.options.weights
         return epoch >= self.health.warmup_epochs(epoch) and bool(weights["u"] or weights["contra"])
 
+    @record_function("losses")
     def forward(self, student: dict[str, Tensor], teacher: dict[str, Tensor], targets: Targets, epoch: int) -> dict:
         """The losses of one mixed batch, by name; "loss" is their weighted sum.
 
@@ -356,7 +358,8 @@ def train_step(
 
     # 5. Student and teacher look at the mixed images.
     inputs = normalize(images)
-    student_out = student(inputs)
+    with record_function("student"):
+        student_out = student(inputs)
     if mixes and needs_teacher:
         teacher_out = teacher(inputs)
 
@@ -366,6 +369,7 @@ def train_step(
     return criterion(student_out, teacher_out, targets, epoch)
 
 
+@record_function("CAM labels")
 def pixel_labels(batch: Batch, teacher_out: dict[str, Tensor], images: slice, options: LabelOptions) -> Tensor:
     """Label maps int64 [n,H,W] for L_c2s of the chosen images; 255 where not reliable."""
     if options.mode == "gt":

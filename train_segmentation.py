@@ -66,6 +66,7 @@ if __name__ == "__main__":
 
 import torch
 from torch import nn
+from torch.profiler import record_function
 from torch.utils.data import ConcatDataset, Dataset
 
 from datasets import DataSource, ImageDataset, Photographs, build_loader, build_source
@@ -95,7 +96,10 @@ def train_step(model: nn.Module, batch: dict, device: torch.device, label_smooth
     """Cross entropy of one batch with its (pseudo) masks."""
     images = normalize(batch["image"].to(device, non_blocking=True))
     masks = batch["mask"].to(device, non_blocking=True)
-    return {"loss": cross_entropy(model(images)["seg_logits"], masks, label_smoothing)}
+    with record_function("student"):
+        logits = model(images)["seg_logits"]
+    with record_function("losses"):
+        return {"loss": cross_entropy(logits, masks, label_smoothing)}
 
 
 def training_set(source: DataSource, args: argparse.Namespace) -> Dataset:

@@ -1,64 +1,53 @@
-"""What the benchmarks measure with: a clock by phases, bytes of operations, a processor's best, peak memory."""
+"""What the benchmarks measure with: seconds by phase, bytes of operations, a processor's best, peak memory."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import resource
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any
 from unittest import mock
 
 import torch
+from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+PHASES = ("loading", "augmentation", "teacher", "CAM labels", "student", "losses", "backward", "optimiser", "EMA")
+"""What the training code marks with `record_function`; PyTorch itself marks the loader."""
 
-class Clock:
-    """Seconds by phase of what happens inside `with clock`. A phase within another is not counted to that."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds = device, defaultdict(float)
-        self._phase, self._since = "other", 0.0
+@contextlib.contextmanager
+def phase_seconds(device: torch.device) -> Iterator[dict[str, float]]:
+    """Seconds of the block by phase; what is in none is "other". A phase within another is not counted to that.
 
-    def __enter__(self) -> Clock:
-        self._switch("other")
-        self.seconds.clear()
-        return self
+    Where a phase begins or ends, a GPU is waited for.
+    """
+    seconds, stack, since = defaultdict(float), ["other"], 0.0
 
-    def __exit__(self, *error: object) -> None:
-        self._switch("other")
+    def switch() -> None:
+        nonlocal since
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        now = time.perf_counter()
+        seconds[stack[-1]] += now - since
+        since = now
 
-    def _switch(self, phase: str) -> str:
-        """Count the time since the last call to the phase that was on; returns which that was."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now, last = time.perf_counter(), self._phase
-        self.seconds[last] += now - self._since
-        self._phase, self._since = phase, now
-        return last
+    def enter(mark: record_function) -> None:
+        switch()
+        name = "loading" if mark.name.startswith("enumerate(DataLoader)") else mark.name
+        stack.append(name if name in PHASES else stack[-1])
 
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Count the block to a phase."""
-        outer = self._switch(name)
-        try:
-            yield
-        finally:
-            self._switch(outer)
+    def leave(mark: record_function, *error: object) -> None:
+        switch()
+        stack.pop()
 
-    def watch(self, owner: Any, attribute: str, name: Callable[[], str]) -> Any:
-        """A patch under which calls of `owner.attribute` are counted to phase `name()`."""
-        function = getattr(owner, attribute)
-
-        @functools.wraps(function)
-        def timed(*args, **kwargs):
-            with self.phase(name()):
-                return function(*args, **kwargs)
-
-        return mock.patch.object(owner, attribute, timed)
+    with mock.patch.multiple(record_function, __enter__=enter, __exit__=leave):
+        switch()
+        seconds.clear()
+        yield seconds
+        switch()
 
 
 class ByteCounter(TorchDispatchMode):
@@ -91,9 +80,9 @@ def bandwidth(device: torch.device) -> float:
 
 def seconds(device: torch.device, work: Callable[[], object]) -> float:
     """How long `work` takes, until the device has finished."""
-    with Clock(device) as clock:
+    with phase_seconds(device) as spent:
         work()
-    return sum(clock.seconds.values())
+    return sum(spent.values())
 
 
 def peak_memory(device: torch.device) -> int:

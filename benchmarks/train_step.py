@@ -5,10 +5,10 @@
     python -m benchmarks.train_step --script classifier -- --method puzzle --mode fix      # flags of the script
     python -m benchmarks.train_step --architecture resnest101e --batch_size 32 --image_size 512 --count
 
-Runs the training script itself on random photographs, three times: to count operations and bytes in one step; with a
-clock around each phase, for which a GPU must wait; and untouched, for the speed. On a GPU once more, under PyTorch's
-profiler, to see how long no kernel ran. docs/performance.md explains the rows. With --count nothing is run: what the
-networks would compute and move is counted, on any machine.
+Runs the training script itself on random photographs, three times: to count operations and bytes in one step; by phase
+(marked with `record_function` in the training code), for which a GPU must wait; and undisturbed, for the speed. On a
+GPU once more, under PyTorch's profiler, to see how long no kernel ran. docs/performance.md explains the rows.
+With --count nothing is run: what the networks would compute and move is counted, on any machine.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import contextlib
 import importlib
 import io
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -28,21 +29,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import models
 import train_classifier
-from benchmarks.measuring import ByteCounter, Clock, bandwidth, matrix_peak, peak_memory
+from benchmarks.measuring import PHASES, ByteCounter, bandwidth, matrix_peak, peak_memory, phase_seconds
 from benchmarks.photographs import write_photographs
-from datasets.loaders import Loader
-from datasets.transforms import PhotometricAugmentation
 from tools import cli, devices, options
-from tools.ema import Teacher
-from tools.priors import PriorCriterion
 from tools.training import Trainer
 
-SCRIPTS = {"classifier": models.Classifier, "csrm": models.CSRM, "segmentation": models.DeepLabV3Plus}
+SCRIPTS = ("classifier", "csrm", "segmentation")
 DEFAULTS = {  # on a CPU, the network of `make demo`
     "cpu": {"architecture": "test_resnet", "decoder_channels": 64, "batch_size": 4, "image_size": 97},
     "cuda": {"architecture": "resnest101e", "decoder_channels": 256, "batch_size": 16, "image_size": 512},
 }
-PHASES = ("loading", "augmentation", "teacher", "CAM labels", "student", "losses", "backward", "optimiser", "EMA")
 
 
 def make_parser() -> cli.Parser:
@@ -62,13 +58,6 @@ def make_parser() -> cli.Parser:
     return parser
 
 
-@contextlib.contextmanager
-def both(first: contextlib.AbstractContextManager, second: contextlib.AbstractContextManager) -> Iterator[None]:
-    """Two context managers as one."""
-    with first, second:
-        yield
-
-
 def idle_share(kernels: list[tuple[float, float]]) -> float:
     """The part of the time from the first kernel's start to the last one's end in which none of [(start, end)] ran."""
     first, _ = min(kernels)
@@ -79,49 +68,28 @@ def idle_share(kernels: list[tuple[float, float]]) -> float:
     return 1 - busy / (until - first)
 
 
-def clocked(script: str, clock: Clock) -> contextlib.ExitStack:
-    """Put the clock into the script's phases, for as long as the result is entered."""
-    module, stack = importlib.import_module(f"train_{script}"), contextlib.ExitStack()
-    iterate = Loader.__iter__
-
-    def timed_batches(loader: Loader) -> Iterator:
-        batches = iterate(loader)
-        while True:
-            with clock.phase("loading"):
-                batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch
-
-    patches = [
-        mock.patch.object(Loader, "__iter__", timed_batches),
-        # The teacher is the network that takes no gradient.
-        clock.watch(SCRIPTS[script], "forward", lambda: "student" if torch.is_grad_enabled() else "teacher"),
-        clock.watch(PhotometricAugmentation, "forward", lambda: "augmentation"),
-        clock.watch(torch.Tensor, "backward", lambda: "backward"),
-        clock.watch(Trainer, "step", lambda: "optimiser"),
-        clock.watch(Teacher, "update", lambda: "EMA"),
-        clock.watch(PriorCriterion, "__call__", lambda: "losses"),
-    ]
-    if script == "csrm":
-        patches.append(clock.watch(module, "pixel_labels", lambda: "CAM labels"))
-        patches.append(clock.watch(module.Criterion, "forward", lambda: "losses"))
-    if script == "segmentation":
-        patches.append(clock.watch(module, "cross_entropy", lambda: "losses"))
-    for patch in patches:
-        stack.enter_context(patch)
-    return stack
-
-
-def train(args: argparse.Namespace, folder: Path, last: contextlib.AbstractContextManager, *, epochs: int = 1) -> None:
-    """Run the script for some epochs of `--steps` steps (or one of a single step), the last of them within `last`."""
+def train(
+    args: argparse.Namespace, folder: Path, *measures: contextlib.AbstractContextManager, epochs: int = 2
+) -> None:
+    """Run the script for some epochs of `--steps` steps (or one of a single step), the last within `measures`."""
     steps = args.steps if epochs > 1 else 1
-    flags = ["--tag", f"run{id(last)}", "--data_dir", folder / "data", "--max_steps", steps, "--max_epoch", epochs]
-    progress = Trainer.batches
+    flags = [
+        "--tag",
+        f"run{time.perf_counter_ns()}",
+        "--data_dir",
+        folder / "data",
+        "--max_steps",
+        steps,
+        "--max_epoch",
+        epochs,
+    ]
+    original = Trainer.batches
 
-    def measured(self, epoch, batches):
-        with last if epoch == epochs - 1 else contextlib.nullcontext():
-            yield from progress(self, epoch, batches)
+    def measured(trainer: Trainer, epoch: int, batches: Iterator) -> Iterator:
+        with contextlib.ExitStack() as stack:
+            for measure in measures if epoch == epochs - 1 else ():
+                stack.enter_context(measure)
+            yield from original(trainer, epoch, batches)
 
     with (
         mock.patch.object(options, "EXPERIMENTS", folder),
@@ -130,6 +98,17 @@ def train(args: argparse.Namespace, folder: Path, last: contextlib.AbstractConte
         contextlib.redirect_stderr(io.StringIO()),
     ):
         importlib.import_module(f"train_{args.script}").main(script_arguments(args, *flags))
+
+
+@contextlib.contextmanager
+def clocked(device: torch.device, total: dict[str, float], *, phases: bool) -> Iterator[None]:
+    """Put the seconds of the block into `total`, by phase or as a whole."""
+    start = time.perf_counter()
+    with phase_seconds(device) if phases else contextlib.nullcontext({}) as spent:
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    total.update(spent or {"all": time.perf_counter() - start})
 
 
 def script_arguments(args: argparse.Namespace, *flags: object) -> argparse.Namespace:
@@ -228,20 +207,19 @@ def main(args: argparse.Namespace) -> None:
     if args.count:
         print_count(args)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        write_photographs(Path(folder) / "data", 2 * args.batch_size)
-        counter, sizes, clock, stopwatch = FlopCounterMode(display=False), ByteCounter(), Clock(device), Clock(device)
-        train(args, Path(folder), both(counter, sizes))
-        with clocked(args.script, clock):
-            train(args, Path(folder), clock, epochs=2)
-        train(args, Path(folder), stopwatch, epochs=2)
-        seconds = sum(stopwatch.seconds.values())
-        print_report(args, device, clock.seconds, seconds, counter.get_total_flops(), sizes.total)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_photographs(folder / "data", 2 * args.batch_size)
+        counter, sizes, phases, whole = FlopCounterMode(display=False), ByteCounter(), {}, {}
+        train(args, folder, counter, sizes, epochs=1)
+        train(args, folder, clocked(device, phases, phases=True))
+        train(args, folder, clocked(device, whole, phases=False))
+        print_report(args, device, phases, whole["all"], counter.get_total_flops(), sizes.total)
         if device.type == "cuda":
             profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-            train(args, Path(folder), profile, epochs=2)
+            train(args, folder, profile)
             ranges = (event.time_range for event in profile.events() if event.device_type == DeviceType.CUDA)
-            print(f"GPU idle      {idle_share([(time.start, time.end) for time in ranges]):.1%}")
+            print(f"GPU idle      {idle_share([(kernel.start, kernel.end) for kernel in ranges]):.1%}")
 
 
 if __name__ == "__main__":

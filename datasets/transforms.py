@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import record_function
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
@@ -185,6 +186,7 @@ class PhotometricAugmentation(nn.Module):
         self.blur_prob = blur_prob
 
     @torch.no_grad()
+    @record_function("augmentation")
     def forward(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] -> uint8 [B, 3, H, W]."""
         assert images.dtype == torch.uint8, f"expected uint8 images, got {images.dtype}"

@@ -1,4 +1,4 @@
-"""Benchmarks: the clock counts every second once; both run and print what docs/performance.md says they do."""
+"""Benchmarks: every second is counted once; both run and print what docs/performance.md says they do."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import sys
 
 import pytest
 import torch
+from torch.profiler import record_function
 
-from benchmarks import data_loading, measuring, sam, train_step
+from benchmarks import data_loading, dense_crf, measuring, sam, train_step
 from tools import cli
 
 
@@ -19,12 +20,13 @@ def output_of(module, capsys: pytest.CaptureFixture, *flags: object) -> str:
     return capsys.readouterr().out
 
 
-def test_the_clock_counts_a_phase_within_another_to_itself(monkeypatch):
-    seconds = iter([100, 101, 103, 107, 115, 131])
+def test_a_phase_within_another_is_counted_to_itself(monkeypatch):
+    seconds = iter([100, 101, 103, 107, 115, 131, 163, 227])
     monkeypatch.setattr(measuring.time, "perf_counter", lambda: next(seconds))
-    with measuring.Clock(torch.device("cpu")) as clock, clock.phase("outer"), clock.phase("inner"):
-        pass
-    assert clock.seconds == {"other": 1 + 16, "outer": 2 + 8, "inner": 4}
+    with measuring.phase_seconds(torch.device("cpu")) as spent, record_function("teacher"):  # noqa: SIM117
+        with record_function("losses"), record_function("no phase"):
+            pass
+    assert spent == {"other": 1 + 64, "teacher": 2 + 32, "losses": 4 + 8 + 16}
 
 
 @pytest.mark.parametrize("script, flags", [("segmentation", []), ("csrm", ["--", "--crf-t", 1])])
@@ -88,3 +90,20 @@ def test_idle_is_where_no_kernel_runs():
 def test_the_speed_of_the_loader(capsys):
     text = output_of(data_loading, capsys, "--num_images", 4, "--batch_size", 2, "--image_size", 32, "--workers", "0,1")
     assert [line.split()[0] for line in text.splitlines()[2:]] == ["0", "1"]
+
+
+def test_the_dense_crf_against_its_reference(capsys, monkeypatch):
+    pytest.importorskip("pydensecrf")
+    monkeypatch.setattr(dense_crf, "SIZES", ((24, 32),))
+    text = output_of(dense_crf, capsys, "--num_images", 1, "--workers", 1)
+    rows = [line.split() for line in text.splitlines()[2:]]
+    assert [row[:3] for row in rows] == [
+        ["24x32", str(labels), str(unaries)] for labels in (3, 21) for unaries in (1, 2)
+    ]
+    assert all(float(row[5]) > 0 for row in rows)
+
+
+def test_masks_of_sam_agree_with_the_stock_generator(capsys):
+    text = output_of(sam, capsys, "--num_images", 1, "--points_per_side", 4)
+    rows = {line[:16].strip(): line[16:].split() for line in text.splitlines()[2:]}
+    assert rows.keys() == {"ours, float32", "stock"} and float(rows["ours, float32"][3]) == 1

@@ -13,6 +13,7 @@ import copy
 
 import torch
 from torch import nn
+from torch.profiler import record_function
 
 
 def ema_decay(step: int, maximum: float = 0.99) -> float:
@@ -32,10 +33,12 @@ class Teacher(nn.Module):
         """Stay in evaluation mode: dropout in the teacher would put noise into its labels, entropies and keys."""
         return super().train(False)
 
+    @record_function("teacher")
     @torch.no_grad()
     def forward(self, *args, **kwargs):
         return self.module(*args, **kwargs)
 
+    @record_function("EMA")
     @torch.no_grad()
     def update(self, student: nn.Module, decay: float) -> None:
         """Parameters become decay * teacher + (1 - decay) * student; buffers (running statistics) are copied.

@@ -16,6 +16,7 @@ import torch
 from timm.optim import Lion
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.profiler import record_function
 
 from tools import distributed
 from tools.errors import UserError
@@ -100,10 +101,12 @@ class Update:
         self.schedule = poly_schedule(self.optimizer, updates, options.poly_power)
         self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=dtype == torch.float16)
 
+    @record_function("backward")
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of one batch's loss, a scalar."""
         self.scaler.scale(loss / self.options.accumulate_steps).backward()
 
+    @record_function("optimiser")
     def step(self) -> None:
         """Average the gradients over the processes, clip them, change the weights, lower the learning rate."""
         distributed.average_gradients(self.parameters)

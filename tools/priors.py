@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from tools import distributed
 from tools.losses import multilabel_loss
@@ -58,6 +59,7 @@ class PriorCriterion:
         """The weight of each loss after this fraction of the training."""
         return {"c": 1.0, "p": 1.0, "re": ramp(progress, 0.0, self.w_re, length=0.5), "oc": ramp(progress, 0.3, 1.0)}
 
+    @record_function("losses")
     def __call__(self, model: nn.Module, sample: Sample, progress: float) -> dict[str, Tensor]:
         """The losses of one batch, by name if there are several; "loss" is their weighted sum.
 
@@ -65,7 +67,8 @@ class PriorCriterion:
             model: a `Classifier`.
             progress: optimiser steps taken, as a fraction of all; in [0, 1).
         """
-        outputs = model(sample.images)
+        with record_function("student"):
+            outputs = model(sample.images)
         sample.cams = outputs["cams"].detach()
         losses = {"c": self.classification(outputs["class_logits"], sample.labels)}
         if self.method != "vanilla":
