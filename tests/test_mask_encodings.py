@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -122,8 +122,14 @@ def write_dataset(root: Path, mask: Encoded, orientation: int, *, drawn_upright:
     save_mask(root / "pred" / "a.png", np.ascontiguousarray(upright), voc_palette())
 
 
+RAMP = np.array([[0, 1, 2]])
+
+
 @settings(max_examples=100, deadline=None)
 @given(mask=encoded_masks(), orientation=st.integers(1, 8), drawn_upright=st.booleans())
+@example(mask=Encoded(RAMP, 200, RAMP[..., None], GREY, 4, None), orientation=1, drawn_upright=True)
+@example(mask=Encoded(RAMP, 200, RAMP[..., None], GREY, 2, None), orientation=1, drawn_upright=True)
+@example(mask=Encoded(100 * RAMP, 201, 25500 * RAMP[..., None], GREY, 16, None), orientation=1, drawn_upright=True)
 def test_what_verify_accepts_evaluate_reads_rightly(mask, orientation, drawn_upright):
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
