@@ -138,6 +138,11 @@ def test_folders_of_splits_with_a_table_are_the_splits_too(tmp_path):
     assert build_source("folder", root).domains() == ["all"]
 
 
+def test_one_folder_of_a_split_with_a_table_is_that_split(tmp_path):
+    root = dataset(tmp_path, "val/a.jpg", labels="id,labels\nval/a,cat\n")
+    assert build_source("folder", root).domains() == ["val"]
+
+
 def test_a_class_may_be_called_train(tmp_path):
     root = photographs(tmp_path, "train/a.jpg", "boat/b.jpg")
     assert labels(root) == {"train/a": ["train"], "boat/b": ["boat"]}
@@ -429,6 +434,18 @@ def test_lists_that_share_ids_are_named(tmp_path):
         "2 of 2 ids of val are in train too, the first is 'b'",
         "2 of 2 ids of val are in train_aug too, the first is 'b'",
     ]
+
+
+def test_lists_named_after_each_other_may_share_ids(tmp_path):
+    root = dataset(tmp_path, "a.jpg", labels="id,labels\na,cat\n")
+    (root / "splits").mkdir()
+    for name in ("spring", "spring_small"):
+        (root / "splits" / f"{name}.txt").write_text("a")
+    assert "overlap" not in findings(root)
+
+
+def test_a_mask_may_be_what_is_photographed(tmp_path):
+    assert findings(photographs(tmp_path, "cat/gas_mask.jpg", "dog/a.jpg")) == {}
 
 
 def test_files_and_classes_that_belong_to_nothing_are_warned_of(tmp_path):
