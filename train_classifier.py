@@ -229,7 +229,7 @@ def main(args: argparse.Namespace) -> None:
         training = {"label_smoothing": args.label_smoothing, "updates": trainer.max_updates, "dtype": trainer.dtype}
         trainer.companions["opponent"] = opponent = Opponent(ordinary, run.optimization, **training)
     for epoch in trainer.epochs():
-        loader.set_epoch(epoch)
+        loader.set_epoch(epoch, trainer.batch)
         for batch in trainer.batches(epoch, loader):
             sample = augment(*(batch[name].to(device, non_blocking=True) for name in ("image", "label")))
             progress = trainer.updates / trainer.max_updates

@@ -163,6 +163,7 @@ class Batch:
     image_labels: Tensor  # float32 [2B,K]
     max_classes: int  # most classes of an image
     masks: Tensor | None  # int64 [2B,H,W], only for --c2s_mode gt
+    ids: tuple[str, ...] = ()  # 2B
 
 
 @dataclass(frozen=True)
@@ -458,6 +459,7 @@ def batches(labeled: Loader, unlabeled: Loader, augment: nn.Module, device: torc
             image_labels=torch.cat([first["label"], second["label"]]),
             max_classes=max_classes,
             masks=torch.cat([first["mask"], second["mask"]]) if "mask" in first else None,
+            ids=(*pair[0]["id"], *pair[1]["id"]),
         )
 
 
@@ -551,8 +553,8 @@ def main(args: argparse.Namespace) -> None:
     )
     for epoch in trainer.epochs():
         warmup = {"warmup_epochs": health.warmup_epochs(epoch), "updates_per_epoch": trainer.updates_per_epoch}
-        labeled.set_epoch(epoch)
-        unlabeled.set_epoch(epoch)
+        labeled.set_epoch(epoch, trainer.batch)
+        unlabeled.set_epoch(epoch, trainer.batch)
         for batch in trainer.batches(epoch, batches(labeled, unlabeled, augment, device)):
             with trainer.autocast():
                 losses = train_step(batch, student, teacher, criterion, labels, epoch)

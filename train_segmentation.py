@@ -149,7 +149,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     run = options.training(args, training_identity(source, args))
     trainer = Trainer(model, run, source.info.classes, device=device, steps_per_epoch=len(loader))
     for epoch in trainer.epochs():
-        loader.set_epoch(epoch)
+        loader.set_epoch(epoch, trainer.batch)
         for batch in trainer.batches(epoch, loader):
             with trainer.autocast():
                 losses = train_step(model, batch, device, args.label_smoothing)

@@ -108,14 +108,14 @@ class EpochSampler(Sampler[Draw]):
         self.num_items, self.num_draws = num_items, num_draws
         self.shuffle, self.seed, self.weights = shuffle, seed, weights
         self.rank, self.world_size = rank, world_size
-        self.epoch = 0
+        self.epoch = self.skipped = 0
 
     def __len__(self) -> int:
         return len(range(self.rank, self.num_draws, self.world_size))
 
     def __iter__(self) -> Iterator[Draw]:
         seeds = np.random.default_rng((self.seed, ITEM_STREAM, self.epoch)).integers(2**63, size=self.num_draws)
-        mine = slice(self.rank, None, self.world_size)
+        mine = slice(self.rank + self.skipped, None, self.world_size)
         yield from map(Draw, self._order()[mine].tolist(), seeds[mine].tolist())
 
     def _order(self) -> np.ndarray:
@@ -169,9 +169,10 @@ class Loader:
             generator=torch.Generator(),  # its own, so that iterating leaves the global one alone
         )
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch (0-based) that the next iteration gives."""
+    def set_epoch(self, epoch: int, steps_done: int = 0) -> None:
+        """Choose the epoch (0-based) that the next iteration gives, without its first `steps_done` batches."""
         self.sampler.epoch = epoch
+        self.sampler.skipped = steps_done * self._loader.batch_size * self.sampler.world_size
 
     def __len__(self) -> int:
         return len(self._loader)

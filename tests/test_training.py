@@ -9,6 +9,11 @@ import pytest
 import torch
 from command import DECODER, TRAINING, data_flags, refusal, run
 
+from tools import training
+from tools.checkpoint import previous_path
+from tools.files import locked
+from tools.training import Trainer
+
 CLASSIFIER = ["--tag", "a", *TRAINING, "--max_steps", 2, "--max_epoch", 3]
 CSRM = [*CLASSIFIER, *DECODER, "--warmup_epochs", 0, "--cutmix_prob", 0.7, "--crf_t", 1]
 SEGMENTATION = [*CLASSIFIER, *DECODER]
@@ -108,8 +113,91 @@ def test_divergence_stops_the_run_and_names_the_remedy(folder_root, folder, monk
 
     change_steps(monkeypatch, "train_classifier", diverge)
     line = refusal(capsys, "train_classifier", *data_flags(folder_root), *CLASSIFIER)
-    assert "--lr 0.1: training diverged (loss nan). Lower it" in line
+    assert "--lr 0.1: training diverged (loss nan; first in step 1 of the epoch, images c, a). Lower it" in line
     assert torch.load(CHECKPOINT, weights_only=True)["epoch"] == 1, "the last good epoch stays"
+
+
+@pytest.mark.parametrize("script, flags", RUNS, ids=[script for script, _ in RUNS])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lion"])
+def test_a_loss_that_is_not_finite_changes_no_weight(
+    folder_root, folder, monkeypatch, capsys, script, flags, optimizer
+):
+    """It is the sixth step, between two looks at the losses: 40 steps have one every second step."""
+    folder("run")
+    weights = []
+
+    def diverge(trainer, losses):
+        if trainer.batch == 5:
+            losses = {name: loss * float("inf") for name, loss in losses.items()}
+        before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+        stepped = original(trainer, losses)
+        weights.append(all(torch.equal(before[n], p) for n, p in trainer.model.named_parameters()))
+        return stepped
+
+    original = Trainer.step
+    monkeypatch.setattr(Trainer, "step", diverge)
+    extra = ["--max_steps", 60, "--optimizer", optimizer, "--lr", 1e-4]
+    line = refusal(capsys, script, *data_flags(folder_root), *flags, *extra)
+    assert "first in step 6 of the epoch, images " in line and not CHECKPOINT.exists()
+    assert weights == [False] * 5 + [True]
+
+
+@pytest.mark.parametrize("script, flags", RUNS, ids=[script for script, _ in RUNS])
+def test_a_run_killed_within_an_epoch_ends_with_the_same_bytes(folder_root, folder, monkeypatch, capsys, script, flags):
+    """Seven steps an epoch, a checkpoint after four (two updates of two batches) and at its end."""
+    monkeypatch.setattr(training, "STEPS_PER_SAVE", 5)
+    flags = [*data_flags(folder_root), *flags, "--max_steps", 7, "--max_epoch", 2, "--accumulate_steps", 2]
+    folder("whole")
+    run(script, *flags)
+    expected = CHECKPOINT.read_bytes()
+    logged = capsys.readouterr().out.split("epoch 1/2")[-1].split(" lr ")[0]
+    folder("killed")
+    for step in (5, 2, 4):  # counted in each process: behind the first checkpoint, behind the second, in the next epoch
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            change_steps(patch, script, kill_at(step))
+            run(script, *flags)
+    assert "continuing after epoch 0 of 2 and step 4 of the next." in capsys.readouterr().out
+    state = torch.load(CHECKPOINT, weights_only=True)
+    assert (state["epoch"], state["batch"]) == (1, 0)
+    run(script, *flags)
+    assert CHECKPOINT.read_bytes() == expected
+    assert logged
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "text"])
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before(folder_root, folder, monkeypatch, capsys, damage):
+    flags = [*data_flags(folder_root), *CLASSIFIER]
+    folder("whole")
+    run("train_classifier", *flags)
+    expected = CHECKPOINT.read_bytes()
+    folder("damaged")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        change_steps(patch, "train_classifier", kill_at(5))
+        run("train_classifier", *flags)
+    whole = CHECKPOINT.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    CHECKPOINT.write_bytes({"cut": whole[:-1000], "empty": b"", "flipped": flipped, "text": b"<html>"}[damage])
+    run("train_classifier", *flags)
+    output = capsys.readouterr().out
+    assert f"Warning: {CHECKPOINT} is damaged; going on from the one before it, {previous_path(CHECKPOINT)}." in output
+    assert "continuing after epoch 1 of 3." in output and CHECKPOINT.read_bytes() == expected
+    for path in (CHECKPOINT, previous_path(CHECKPOINT)):
+        path.write_bytes(b"")
+    line = refusal(capsys, "train_classifier", *flags)
+    assert f"{previous_path(CHECKPOINT)}: not a readable checkpoint." in line
+
+
+def test_two_runs_of_one_name(folder_root, folder, monkeypatch, capsys):
+    folder("run")
+    logs = Path("experiments/logs/a")
+    logs.mkdir(parents=True)
+    monkeypatch.setattr(training, "SECONDS_TO_END", 0)
+    flags = [*data_flags(folder_root), *CLASSIFIER]
+    with locked(logs) as mine:
+        assert mine
+        assert "--tag a: another process is training it. Wait, or" in refusal(capsys, "train_classifier", *flags)
+    run("train_classifier", *flags)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -154,7 +154,7 @@ def enlarged_argmax(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 def save_cams(path: Path, keys: np.ndarray, cam: np.ndarray, hr_cam: np.ndarray) -> None:
     """Write one CAM file; the suffix of `path` chooses `.npz` or the pickled `.npy` of peers' tools."""
     arrays = {"keys": keys.astype(np.int64), "cam": cam.astype(np.float16), "hr_cam": hr_cam.astype(np.float16)}
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+    with atomic_write(path, durable=False) as temporary, open(temporary, "wb") as file:
         if path.suffix == ".npy":
             np.save(file, np.array(arrays, dtype=object), allow_pickle=True)
         else:

@@ -19,7 +19,11 @@ uninterrupted one would have drawn.
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import shutil
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +35,36 @@ from tools.errors import UserError
 from tools.files import atomic_write
 from tools.identity import VERSION
 
+DAMAGE = (
+    *(OSError, EOFError, RuntimeError, ValueError, LookupError, NotImplementedError),
+    *(pickle.UnpicklingError, SafetensorError, zipfile.BadZipFile, zlib.error),
+)
+"""What reading a damaged file raises."""
+
 
 def save_checkpoint(path: Path, **content: Any) -> None:
-    """Write a checkpoint atomically. Equal content gives equal bytes."""
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        torch.save({"version": VERSION, **content}, file)
+    """Write a checkpoint atomically; the one before it stays as TAG.previous.pth. Equal content gives equal bytes."""
+    with atomic_write(path) as temporary:
+        with open(temporary, "wb") as file:
+            torch.save({"version": VERSION, **content}, file)
+        if path.exists():
+            _keep(path, previous_path(path))
+
+
+def previous_path(path: Path) -> Path:
+    """Where the checkpoint before `path` is kept."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """Give a file a second name, so that the first can be replaced and is never missing."""
+    spare = previous.with_name(f".{previous.name}")
+    spare.unlink(missing_ok=True)
+    try:
+        os.link(path, spare)
+    except OSError:  # a file system without links
+        shutil.copyfile(path, spare)
+    os.replace(spare, previous)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -46,16 +75,25 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     try:
         exported = Path(path).suffix == ".safetensors"
+        _check_sums(path)
         content = _read_export(Path(path)) if exported else torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such checkpoint. Train it first, or pass another with --weights.") from error
-    except (OSError, EOFError, RuntimeError, ValueError, LookupError, pickle.UnpicklingError, SafetensorError) as error:
+    except DAMAGE as error:
         raise UserError(f"{path}: not a readable checkpoint. Train it again, or pass another.") from error
     if not isinstance(content, dict) or not {"config", "model", "classes", "epoch"} <= content.keys():
         raise UserError(
             f"{path}: bare weights, not a checkpoint of this project. Use them with --restore when training."
         )
     return content
+
+
+def _check_sums(path: str | Path) -> None:
+    """Raise BadZipFile if the check sum of an entry is wrong: PyTorch looks at none of them."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if (name := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(name)
 
 
 def _read_export(path: Path) -> dict[str, Any]:

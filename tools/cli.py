@@ -21,11 +21,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import io
 import math
 import os
+import re
+import shlex
+import signal
 import sys
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tools import parallel
@@ -33,6 +38,13 @@ from tools.errors import UserError
 
 MEMORY_FLAGS = ("batch_size", "image_size", "scales", "images_per_batch", "points_per_batch")
 """Flags with lower values of which a script needs less memory."""
+
+
+STOPPING = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Stopped(BaseException):
+    """The system asks this process to end: SIGTERM, or SIGUSR1, which Slurm can send some time before."""
 
 
 class _ManualFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -69,7 +81,9 @@ def _underscored(token: str) -> str:
 
 
 def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Call `main(args)`; a `UserError` becomes one line on stderr and exit code 2.
+    """Call `main(args)`; a `UserError` becomes one line on stderr and exit code 2, and so does full memory.
+
+    Asked to stop by SIGTERM or SIGUSR1, it ends with exit code 143 and the command that continues.
 
     Of several processes (`tools.parallel`) only the first prints to stdout. Characters that the terminal's encoding
     lacks, in names of files and classes, are printed as \\ and their numbers.
@@ -83,7 +97,7 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
             stream.reconfigure(errors="backslashreplace")
     quiet = contextlib.nullcontext() if parallel.is_main() else contextlib.redirect_stdout(io.StringIO())
     try:
-        with quiet:
+        with quiet, _stopping_on_signals():
             main(args)
             sys.stdout.flush()
         distributed.stop()
@@ -91,18 +105,24 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
     except UserError as error:
         status, message = 2, f"error: {error}"
     except torch.OutOfMemoryError:
-        flags = " or ".join(f"--{name}" for name in MEMORY_FLAGS if hasattr(args, name))
-        hint = ", and raise --accumulate_steps for the same batch" if hasattr(args, "accumulate_steps") else ""
-        status, message = 2, f"error: the GPU's memory is full. Lower {flags}{hint}."
+        status, message = 2, f"error: the GPU's memory is full. {_less_memory(args)}"
+    except MemoryError:
+        status, message = 2, f"error: the memory is full. {_less_memory(args)}"
+    except Stopped as stop:
+        command = shlex.join(["python", *sys.argv])
+        status, message = 143, f"stopped by {stop}. To continue where it was, run the same command again: {command}"
     except BrokenPipeError:  # `| head` has read enough; what is still in the buffer has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
         status, message = 130, "interrupted. Run the same command again to continue."
-    except RuntimeError as error:
-        if not distributed.is_lost_peer(error):
+    except (RuntimeError, OSError) as error:
+        if distributed.is_lost_peer(error):
+            status, message = 1, "error: another process has ended or hangs. Its error says why; run again to continue."
+        elif words := _in_words(error, args):
+            status, message = 2, f"error: {words}"
+        else:
             raise
-        status, message = 1, "error: another process has ended or hangs. Its own error says why; run again to continue."
     # Out here the exception is gone, and with it the frames that kept a progress bar's line open.
     # Another process does not know whether the first has one open.
     start = "" if parallel.is_main() else "\n"
@@ -110,6 +130,46 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
     name = f"{script} (process {parallel.rank()})" if parallel.world_size() > 1 else script
     print(f"{start}{name}: {message}", file=sys.stderr)
     sys.exit(status)
+
+
+@contextlib.contextmanager
+def _stopping_on_signals() -> Iterator[None]:
+    """Raise `Stopped` where the signal finds this process. Helper processes, forked from it, just end."""
+    owner = os.getpid()
+
+    def stop(number: int, frame: types.FrameType | None) -> None:
+        if os.getpid() != owner:
+            os._exit(128 + number)
+        for each in STOPPING:  # one is enough
+            signal.signal(each, signal.SIG_IGN)
+        raise Stopped(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, stop) for number in STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _less_memory(args: argparse.Namespace) -> str:
+    flags = " or ".join(f"--{name}" for name in MEMORY_FLAGS if hasattr(args, name))
+    hint = ", and raise --accumulate_steps for the same batch" if hasattr(args, "accumulate_steps") else ""
+    return f"Lower {flags or '--num_workers'}{hint}."
+
+
+def _in_words(error: BaseException, args: argparse.Namespace) -> str:
+    """What PyTorch's errors about memory and helper processes mean; "" for any other."""
+    text, workers = str(error), f"--num_workers {getattr(args, 'num_workers', 0)}"
+    if "DefaultCPUAllocator" in text or "can't allocate memory" in text:
+        return f"the memory is full. {_less_memory(args)}"
+    if re.search(r"allocate shared memory|shared memory \(shm\)|bus error", text, re.IGNORECASE):
+        return f"{workers}: /dev/shm is too small for them. Enlarge it (docker: --shm-size 8g), or lower --num_workers."
+    if re.search(r"DataLoader worker .* (is killed by signal|exited unexpectedly)", text):
+        return f"{workers}: a helper process was killed, probably because memory is full. Lower --num_workers."
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM) and not error.filename:
+        return f"{workers}: the helper processes cannot start ({error.strerror}). Make room in /dev/shm, or lower it."
+    return ""
 
 
 def boolean(text: str) -> bool:

@@ -43,7 +43,7 @@ def save_overlay(path: Path, image: np.ndarray, mask: np.ndarray, info: Any) -> 
     painted = Image.fromarray(overlay(image, mask, info.palette))
     painted.thumbnail((OVERLAY_SIDE, OVERLAY_SIDE))
     sheet = np.vstack([painted, legend(info, np.unique(mask).tolist(), painted.width)])
-    with atomic_write(path) as temporary:
+    with atomic_write(path, durable=False) as temporary:
         Image.fromarray(sheet).save(temporary, format="JPEG", quality=92)
 
 

@@ -42,8 +42,13 @@ _NOT_PNG = {"JPEG": "JPEG changes class indices: save masks as PNG, from what th
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike, *, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` if the block succeeds, delete it if not.
+
+    Args:
+        durable: wait until the disk has the content, and then the name: after a power cut, too, there is either the old
+            file or the new one. That takes milliseconds; of the many files of single images, the last ones may be
+            empty after a power cut, and are then made again (`tools.identity.claim_folder`).
 
     Raises:
         UserError: the folder cannot be created or written to.
@@ -59,13 +64,25 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o644)
+        if durable:
+            _sync(temporary)
         os.replace(temporary, path)
+        if durable:
+            _sync(path.parent)
     except OSError as error:
         raise UserError(
             f"{path}: could not be written ({error.strerror}). Check free space and permissions."
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def check_writable(folder: str | os.PathLike) -> Path:
@@ -100,6 +117,9 @@ def locked(folder: Path, seconds: float = 60) -> Iterator[bool]:
             time.sleep(0.05)
         yield mine
     finally:
+        with contextlib.suppress(OSError):
+            if mine:
+                fcntl.flock(handle, fcntl.LOCK_UN)  # helper processes have the handle too
         os.close(handle)
 
 
@@ -407,7 +427,7 @@ def save_mask(path: str | os.PathLike, mask: np.ndarray, palette: np.ndarray) ->
     """Write class indices (uint8 HxW) as a PNG with `palette` (uint8 256x3), so that any viewer shows the classes."""
     image = Image.fromarray(mask.astype(np.uint8), mode="P")
     image.putpalette(palette.astype(np.uint8).tobytes())
-    with atomic_write(path) as temporary:
+    with atomic_write(path, durable=False) as temporary:
         image.save(temporary, format="PNG", optimize=False)
 
 

@@ -23,11 +23,13 @@ docs/method.md says how well they follow the masks' true quality.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tools.distributed import all_reduce_sum
+from tools.parallel import world_size
 
 SIGNALS = ("class_logit", "vanished", "agreement", "reliable", "kept", "confident", "s2c_to_c2s")
 
@@ -89,8 +91,7 @@ class Health:
         """End an epoch: bring its signals to the host, and keep them."""
         record: Record = dict.fromkeys(SIGNALS)
         for name, sums in self.sums.items():
-            pair = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=sums[0].device) for value in sums])
-            part, whole = all_reduce_sum(pair).tolist()
+            part, whole = all_reduce_sum(_pair(sums)).tolist()
             scale = 1 if name in ("class_logit", "s2c_to_c2s") else 100
             record[name] = round(scale * part / whole, 4) if whole else None
         self.history.append(record)
@@ -117,13 +118,22 @@ class Health:
         series = {name: [record[name] for record in self.history] for name in SIGNALS}
         return {**series, "self_training": self.mode, "teaches_itself": [first + 1, last] if first < last else []}
 
-    def state_dict(self) -> dict[str, list[Record]]:
-        """What a resumed run needs."""
-        return {"history": self.history}
+    def share(self) -> None:
+        """Give each process its equal share of the sums of the epoch so far."""
+        for name, sums in self.sums.items():
+            self.sums[name] = tuple((all_reduce_sum(_pair(sums)) / world_size()).unbind())
 
-    def load_state_dict(self, state: dict[str, list[Record]]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {"history": self.history, "sums": self.sums}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`."""
-        self.history = list(state["history"])
+        self.history, self.sums = list(state["history"]), dict(state["sums"])
+
+
+def _pair(sums: tuple[Tensor, Tensor | int]) -> Tensor:
+    return torch.stack([torch.as_tensor(value, dtype=torch.float64, device=sums[0].device) for value in sums])
 
 
 def _gradient_norm(loss: Tensor, weights: Sequence[Tensor]) -> Tensor:

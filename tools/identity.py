@@ -161,7 +161,7 @@ def _products(folder: Path, made_by: dict[str, Any], suffix: str) -> dict[str, P
 
 def _enter(folder: Path, record: Path, made_by: dict[str, Any], suffix: str, overwrite: bool) -> None:
     products = _products(folder, made_by, suffix)
-    made = {image_id for image_id, path in products.items() if path.exists()}
+    made = {image_id for image_id, path in products.items() if _is_made(path)}
     stored, fault = _examine(record, made_by, made)
     if fault and not overwrite:
         raise UserError(f"{folder}: {fault}. Choose another --tag, or pass --overwrite to make it anew.")
@@ -173,6 +173,14 @@ def _enter(folder: Path, record: Path, made_by: dict[str, Any], suffix: str, ove
     inputs = {kind: dict(sorted({**old.get(kind, {}), **each}.items())) for kind, each in made_by["inputs"].items()}
     if inputs != old:  # written after the deletions: a killed process leaves files that are what the record says
         save_json(record, {**made_by, **stored, "inputs": inputs})
+
+
+def _is_made(path: Path) -> bool:
+    """Whether there is such a file. An empty one is what a power cut leaves, and is deleted."""
+    size = _size(path)
+    if size == 0:
+        path.unlink()
+    return size > 0
 
 
 def _examine(record: Path, made_by: dict[str, Any], made: set[str]) -> tuple[dict[str, Any], str]:

@@ -99,7 +99,10 @@ class Update:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = build_optimizer(model, options)
         self.schedule = poly_schedule(self.optimizer, updates, options.poly_power)
-        self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=dtype == torch.float16)
+        # In every precision: its other use is that an update with a gradient that is not finite is left out, where the
+        # optimiser is fused without waiting for the GPU.
+        scale = {} if dtype == torch.float16 else {"init_scale": 1.0, "growth_interval": 2**31 - 1}
+        self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, **scale)
 
     @record_function("backward")
     def backward(self, loss: torch.Tensor) -> None:

@@ -7,9 +7,10 @@
                 losses = train_step(model, batch)    # dict of scalars; "loss" is the one to minimise
             trainer.step(losses)                     # backward, clip, optimiser, schedule
 
-A run killed at any moment and started again with the same command continues after its last finished epoch and ends with
-the same weights: every epoch seeds all generators from (seed, epoch). Started by torchrun, several processes train
-together (`tools.distributed`); a run may go on with another number of them. The first one logs and saves.
+A run killed at any moment and started again with the same command continues at its last checkpoint, made after an epoch
+or after at most `STEPS_PER_SAVE` steps, and ends with the same weights: there, all generators are seeded from (seed,
+epoch, step). Started by torchrun, several processes train together (`tools.distributed`); a run may go on with another
+number of them. The first one logs and saves.
 """
 
 from __future__ import annotations
@@ -28,13 +29,21 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from tools import distributed, identity, options, parallel
-from tools.checkpoint import load_checkpoint, save_checkpoint
+from tools.checkpoint import check_classes, load_checkpoint, previous_path, save_checkpoint
 from tools.devices import autocast_dtype
 from tools.errors import UserError
-from tools.files import check_writable
+from tools.files import check_writable, locked
 from tools.optim import Update
 
-RESUME_ONLY = ("optimizer", "schedule", "scaler", "memory_bank", "opponent", "health")
+SECONDS_TO_END = 15
+"""How long a run waits for another one of its name: helper processes of a killed one take seconds to end."""
+
+NEVER = 2**31 - 1
+
+STEPS_PER_SAVE = 500
+"""Within an epoch, at most so many steps are lost."""
+
+RESUME_ONLY = ("optimizer", "schedule", "scaler", "memory_bank", "opponent", "health", "batch", "sums")
 """Entries dropped from the checkpoint of a finished run."""
 
 
@@ -49,7 +58,7 @@ class Trainer:
         steps_per_epoch: batches per epoch.
         loaders: how many loaders of `run.batch_size` images a batch comes from; for the speed reported.
         companions: what else is kept in the checkpoint, by name: modules such as the teacher, or what has a
-            `state_dict` and a `load_state_dict` like one.
+            `state_dict` and a `load_state_dict` like one; if it has a `share`, that makes it alike in all processes.
     """
 
     def __init__(
@@ -76,43 +85,69 @@ class Trainer:
         self.max_updates = self.updates_per_epoch * run.max_epoch
         self.update = Update(model, run.optimization, updates=self.max_updates, dtype=self.dtype)
         self.path = options.model_path(run.tag)
+        accumulated = run.optimization.accumulate_steps
+        self.steps_per_save = max(1, STEPS_PER_SAVE // accumulated) * accumulated
         self.updates = self.batch = 0  # optimiser steps of the run, batches of the epoch
         self.sums: dict[str, torch.Tensor] = {}
+        self.first_bad = torch.tensor(NEVER, device=device)  # batch of the epoch with the first loss that is not finite
+        self.ids: list[list[str]] = []  # of the batches since the losses were last looked at
 
     # -- epochs ---------------------------------------------------------------------------------------------------
     def epochs(self) -> Iterator[int]:
-        """Yield the index of each epoch still to do, with all generators seeded; save after each."""
+        """Yield the index of each epoch still to do, with all generators seeded; save after each.
+
+        `batch` is the number of its batches that are done already.
+
+        Raises:
+            UserError: the checkpoint is of another run, or another process is training it.
+        """
         check_writable(self.path.parent)
-        first = self._resume()
-        if distributed.all_reduce_sum(torch.tensor(first, device=self.device)) != first * parallel.world_size():
-            raise UserError(f"{self.path}: not the same file in all processes. Run them in one shared folder.")
-        if first == self.run.max_epoch:
-            print(f"{self.path}: already trained; nothing to do. Choose another --tag, or delete it to train again.")
-            return
         logs = check_writable(options.EXPERIMENTS / "logs" / self.run.tag)
-        self.writer = SummaryWriter(logs, purge_step=first + 1) if parallel.is_main() else None
-        for epoch in range(first, self.run.max_epoch):
-            seed_everything(self.run.seed, epoch + 1, parallel.rank())
-            self.model.train()
-            yield epoch
-            if parallel.is_main():
+        with contextlib.ExitStack() as stack:
+            if parallel.is_main() and not stack.enter_context(locked(logs, SECONDS_TO_END)):
+                raise UserError(f"--tag {self.run.tag}: another process is training it. Wait, or choose another --tag.")
+            first = self._resume()
+            done = first * self.steps_per_epoch + self.batch
+            if distributed.all_reduce_sum(torch.tensor(done, device=self.device)) != done * parallel.world_size():
+                raise UserError(f"{self.path}: not the same file in all processes. Run them in one shared folder.")
+            if first == self.run.max_epoch:
+                print(f"{self.path}: already trained; nothing to do. For another training choose another --tag.")
+                return
+            self.writer = SummaryWriter(logs, purge_step=first + 1) if parallel.is_main() else None
+            for epoch in range(first, self.run.max_epoch):
+                self._seed(epoch)
+                self.model.train()
+                yield epoch
+                self.batch, self.sums = 0, {}
                 self._save(epoch + 1)
-        if self.writer:
-            self.writer.close()
+            if self.writer:
+                self.writer.close()
         print(f"Model: {self.path}")
 
+    def _seed(self, epoch: int) -> None:
+        seed_everything(self.run.seed, epoch + 1, parallel.rank(), self.batch)
+
     def batches(self, epoch: int, batches: Iterable) -> Iterator:
-        """Yield the batches of an epoch under a progress bar; then log the mean losses and the speed."""
-        self.sums, self.batch, start = {}, 0, time.perf_counter()
+        """Yield the batches of an epoch under a progress bar; then log the mean losses and the speed.
+
+        Within a long epoch, save and seed all generators every `steps_per_save` batches.
+
+        Args:
+            batches: those still to do, as `batch` says.
+        """
+        start, done_before = time.perf_counter(), self.batch
         title = f"epoch {epoch + 1}/{self.run.max_epoch}"
-        bar = parallel.progress(batches, desc=title, unit="step", total=self.steps_per_epoch)
+        bar = parallel.progress(batches, desc=title, unit="step", total=self.steps_per_epoch, initial=self.batch)
         every = max(1, self.steps_per_epoch // 20)
         for batch in bar:
+            self.ids.append(list(batch["id"] if isinstance(batch, dict) else batch.ids))
             yield batch
             if self.batch % every == 0:  # reading a loss waits for the device: seldom
                 bar.set_postfix(loss=f"{self.means()['loss']:.3f}", refresh=False)
+            if self.batch % self.steps_per_save == 0 and self.batch < self.steps_per_epoch:
+                self._save_within(epoch)
         distributed.broadcast(self.model.buffers())
-        rate = self.batch / (time.perf_counter() - start)
+        rate = (self.batch - done_before) / (time.perf_counter() - start)
         means = self.means()
         self.log(epoch, means)
         text = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
@@ -131,10 +166,19 @@ class Trainer:
         if not all(math.isfinite(mean) for mean in means.values()):
             values = ", ".join(f"{name} {mean:g}" for name, mean in means.items())
             raise UserError(
-                f"--lr {self.run.optimization.lr:g}: training diverged ({values}). Lower it, or pass "
+                f"--lr {self.run.optimization.lr:g}: training diverged ({values}{self._where()}). Lower it, or pass "
                 "--mixed_precision off, and start under another --tag."
             )
+        self.ids.clear()
         return means
+
+    def _where(self) -> str:
+        """Step and images of the first loss that was not finite; "" if it was another process's."""
+        step = int(self.first_bad)
+        if step == NEVER:
+            return ""
+        ids = self.ids[step - self.batch - 1]
+        return f"; first in step {step} of the epoch, images {', '.join(ids)}"
 
     def log(self, epoch: int, values: dict[str, float]) -> None:
         """Write scalars to TensorBoard at the end of an epoch."""
@@ -158,6 +202,9 @@ class Trainer:
         """
         self.record(losses)
         self.batch += 1
+        # The update is left out by itself (`Update.step`); this only remembers when, without waiting for the device.
+        bad = torch.where(losses["loss"].detach().isfinite(), NEVER, self.batch)
+        self.first_bad = torch.minimum(self.first_bad, bad)
         self.update.backward(losses["loss"])
         if self.batch % self.run.optimization.accumulate_steps and self.batch != self.steps_per_epoch:
             return False
@@ -171,7 +218,20 @@ class Trainer:
             self.sums[name] = self.sums.get(name, 0) + value.detach()
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
+    def _save_within(self, epoch: int) -> None:
+        """Make all processes alike, save, and seed: from here on the run is one that was resumed here."""
+        self.means()
+        distributed.broadcast(self.model.buffers())
+        self.sums = {n: distributed.all_reduce_sum(total) / parallel.world_size() for n, total in self.sums.items()}
+        for companion in self.companions.values():
+            if hasattr(companion, "share"):
+                companion.share()
+        self._save(epoch)
+        self._seed(epoch)
+
     def _save(self, epoch: int) -> None:
+        if not parallel.is_main():
+            return
         content = {
             "config": self.model.config,
             "model": self.model.state_dict(),
@@ -183,6 +243,8 @@ class Trainer:
             "epoch": epoch,
             "max_epoch": self.run.max_epoch,
             "step": self.updates,
+            "batch": self.batch,
+            "sums": self.sums,
         }
         if epoch == self.run.max_epoch:
             content = {name: value for name, value in content.items() if name not in RESUME_ONLY}
@@ -191,32 +253,47 @@ class Trainer:
     def _resume(self) -> int:
         if not self.path.exists():
             return 0
-        checkpoint = load_checkpoint(self.path)
+        checkpoint = self._load()
         other = identity.difference(checkpoint.get("identity", {}), identity.digest(self.run.made_by))
         if other and self.run.overwrite:
             print(f"{self.path}: made with {other}. Training anew, as --overwrite says.")
             return 0
         if other:
             raise UserError(f"{self.path}: made with {other}. Choose another --tag, or pass --overwrite to train anew.")
+        check_classes(checkpoint, self.classes, self.path)
         if checkpoint["epoch"] == self.run.max_epoch:
             return self.run.max_epoch
         self.model.load_state_dict(checkpoint["model"])
         for name, companion in self.companions.items():
             companion.load_state_dict(checkpoint[name])
         self.update.load_state_dict(checkpoint)
-        self.updates = checkpoint["step"]
-        print(f"{self.path}: continuing after epoch {checkpoint['epoch']} of {self.run.max_epoch}.")
+        self.updates, self.batch = checkpoint["step"], checkpoint["batch"]
+        self.sums = {name: total.to(self.device) for name, total in checkpoint["sums"].items()}
+        within = f" and step {self.batch} of the next" if self.batch else ""
+        print(f"{self.path}: continuing after epoch {checkpoint['epoch']} of {self.run.max_epoch}{within}.")
         return checkpoint["epoch"]
 
+    def _load(self) -> dict[str, Any]:
+        previous = previous_path(self.path)
+        try:
+            return load_checkpoint(self.path)
+        except UserError:
+            if not previous.exists():
+                raise
+        print(f"Warning: {self.path} is damaged; going on from the one before it, {previous}.")
+        return load_checkpoint(previous)
 
-def seed_everything(seed: int, epochs_begun: int = 0, rank: int = 0) -> None:
-    """Seed Python, NumPy and PyTorch (all devices): from the run's seed before the network is built, then per epoch.
+
+def seed_everything(seed: int, epochs_begun: int = 0, rank: int = 0, step: int = 0) -> None:
+    """Seed Python, NumPy and PyTorch (all devices): from the run's seed before the network is built, then per epoch,
+    and within a long one per step at which a checkpoint is made.
 
     Python and NumPy are seeded alike in all processes: they decide what concerns a whole step, as whether it mixes.
     PyTorch, which draws what concerns single images, pixels and neurons, is seeded with the process's rank too.
     """
-    value = int(np.random.SeedSequence([seed, epochs_begun]).generate_state(1)[0])
+    shared = [seed, epochs_begun, 0, step] if step else [seed, epochs_begun]
+    value = int(np.random.SeedSequence(shared).generate_state(1)[0])
     random.seed(value)
     np.random.seed(value)
-    own = [seed, epochs_begun, rank] if rank else [seed, epochs_begun]
+    own = [seed, epochs_begun, rank, step] if step else shared + [rank] if rank else shared
     torch.manual_seed(int(np.random.SeedSequence(own).generate_state(1)[0]))

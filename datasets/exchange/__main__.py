@@ -97,7 +97,7 @@ def save_photograph(source: DataSource, image_id: str, folder: Path) -> str:
         with atomic_write(folder / name) as temporary:
             shutil.copyfile(path, temporary)
         return name
-    with atomic_write(folder / f"{image_id}.png") as temporary:
+    with atomic_write(folder / f"{image_id}.png", durable=False) as temporary:
         Image.fromarray(source.image(image_id)).save(temporary, format="PNG")
     return f"{image_id}.png"
 

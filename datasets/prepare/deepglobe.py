@@ -112,7 +112,7 @@ def _place(source: Path, path: Path) -> None:
     try:
         os.link(source, path)
     except OSError:  # another disk, or a file system without links
-        with atomic_write(path) as temporary:
+        with atomic_write(path, durable=False) as temporary:
             shutil.copyfile(source, temporary)
 
 

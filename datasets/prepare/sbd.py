@@ -88,7 +88,7 @@ def _write_mask(sbd: Path, devkit: Path, image_id: str) -> None:
     if path.exists():
         return
     if own.is_file():
-        with atomic_write(path) as temporary:
+        with atomic_write(path, durable=False) as temporary:
             shutil.copyfile(own, temporary)
     else:
         save_mask(path, read_mat(sbd / "cls" / f"{image_id}.mat"), voc_palette())

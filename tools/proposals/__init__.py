@@ -124,7 +124,7 @@ def save_proposals(
         "image": {"height": height, "width": width},
         "annotations": [{"segmentation": {"size": [height, width], "counts": text}} for text in counts],
     }
-    with atomic_write(path) as temporary:
+    with atomic_write(path, durable=False) as temporary:
         temporary.write_text(json.dumps(content, separators=(",", ":")), encoding="ascii")
 
 

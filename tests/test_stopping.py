@@ -1,0 +1,100 @@
+"""What stops a run from outside: signals, memory, lost helpers. One line says what to do, and nothing is lost."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command import TRAINING, data_flags, parse
+
+from tools import cli, files
+from tools.files import atomic_write
+
+ROOT = Path(__file__).parent.parent
+
+
+def start(folder: Path, *flags: object) -> subprocess.Popen:
+    """The classifier's training in a process of its own."""
+    command = [sys.executable, str(ROOT / "train_classifier.py"), *map(str, flags)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_a_run_in_one_line_that_continues_it(folder_root, tmp_path, number):
+    flags = [*data_flags(folder_root), "--tag", "a b", *TRAINING, "--max_epoch", 10**6, "--num_workers", 1]
+    process, model = start(tmp_path, *flags), tmp_path / "experiments" / "models" / "a b.pth"
+    deadline = time.monotonic() + 60
+    while not model.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 143 and "Traceback" not in errors
+    line = errors.rstrip("\n").split("\n")[-1]
+    name = signal.Signals(number).name
+    assert line.startswith(
+        f"train_classifier.py: stopped by {name}. To continue where it was, run the same command again:"
+    )
+    assert line.endswith("--num_workers 1") and "--tag 'a b'" in line
+    assert torch.load(model, weights_only=True)["epoch"] >= 1
+
+
+def stopped(monkeypatch, capsys, main) -> tuple[int, str]:
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main, parse("train_classifier", "--tag", "t", "--num_workers", 3))
+    return stop.value.code, capsys.readouterr().err
+
+
+def raising(error):
+    def main(args):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize("error, words", [
+    (lambda: torch.empty(2**55), "the memory is full. Lower --batch_size or --image_size, and raise"),
+    (lambda: np.empty(2**55), "the memory is full. Lower --batch_size"),
+    (raising(RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")),
+     "--num_workers 3: /dev/shm is too small for them. Enlarge it (docker: --shm-size 8g)"),
+    (raising(RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's "
+                          "workers are out of shared memory. Please try to raise your shared memory limit.")),
+     "--num_workers 3: /dev/shm is too small for them."),
+    (raising(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")),
+     "--num_workers 3: a helper process was killed, probably because memory is full. Lower --num_workers."),
+    (raising(RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly")), "--num_workers 3: a helper process was killed"),
+    (raising(OSError(errno.ENOSPC, "No space left on device")), "--num_workers 3: the helper processes cannot start"),
+])  # fmt: skip
+def test_memory_and_helpers_in_one_line(monkeypatch, capsys, error, words):
+    main = error if error.__name__ == "main" else lambda args: error()
+    code, text = stopped(monkeypatch, capsys, main)
+    assert code == 2 and f"x.py: error: {words}" in text and text.count("\n") == 1, text
+
+
+def test_other_errors_keep_their_traceback(monkeypatch):
+    for error in (RuntimeError("a bug"), OSError(errno.ENOSPC, "No space left on device", "a.txt")):
+        with pytest.raises(type(error)):
+            cli.run(raising(error), parse("train_classifier", "--tag", "t"))
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_files_reach_the_disk_before_their_name_and_the_name_after(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(files.os, "fsync", lambda handle: calls.append(os.readlink(f"/proc/self/fd/{handle}")))
+    replace = os.replace
+    monkeypatch.setattr(files.os, "replace", lambda *paths: (calls.append("rename"), replace(*paths)))
+    with atomic_write(tmp_path / "a.json") as temporary:
+        temporary.write_text("x")
+    assert calls == [str(temporary), "rename", str(tmp_path)]
+    with atomic_write(tmp_path / "b.png", durable=False) as temporary:
+        temporary.write_text("x")
+    assert calls[3:] == ["rename"]
