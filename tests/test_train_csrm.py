@@ -211,6 +211,29 @@ def test_the_teacher_looks_at_the_mixed_images_after_warm_up_only():
     assert len(calls) == 3
 
 
+@pytest.mark.parametrize("reading", ["present", "foreground"])
+def test_teacher_labels_are_read_as_asked(monkeypatch, reading):
+    readings = []
+
+    def noting(logits, image_labels, size, reading):
+        readings.append(reading)
+        return teacher_labels(logits, image_labels, size, reading)
+
+    monkeypatch.setattr(train_csrm, "teacher_labels", noting)
+    Step("--teacher_labels", reading)()
+    assert readings == [reading]
+
+
+def test_auto_divides_the_weight_of_l_s2c_by_the_ratio_of_gradients(golden, golden_inputs):
+    totals = []
+    for ratio in (1.0, 4.0):
+        criterion = golden_criterion(golden, "--self_training", "auto", "--w_contra", 0)
+        criterion.health.history = [{"class_logit": 3.0, "vanished": 0.0, "s2c_to_c2s": ratio}] * 3
+        losses = criterion(*golden_inputs, 3)
+        totals.append(losses["loss"].item())
+    assert totals[0] - totals[1] == pytest.approx(0.75 * s2c_weight(3, 15) * losses["s2c"].item(), abs=1e-4)
+
+
 def test_l_s2c_teaches_the_cams_alone():
     step = Step(*("--w_c", 0, "--w_c2s", 0, "--w_u", 0, "--w_contra", 0, "--s2c_sigma", 0))
     step()
