@@ -71,7 +71,8 @@ def raising(error):
      "--num_workers 3: /dev/shm is too small for them."),
     (raising(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")),
      "--num_workers 3: a helper process was killed, probably because memory is full. Lower --num_workers."),
-    (raising(RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly")), "--num_workers 3: a helper process was killed"),
+    (raising(RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly")),
+     "--num_workers 3: a helper process was killed"),
     (raising(OSError(errno.ENOSPC, "No space left on device")), "--num_workers 3: the helper processes cannot start"),
 ])  # fmt: skip
 def test_memory_and_helpers_in_one_line(monkeypatch, capsys, error, words):
