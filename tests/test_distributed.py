@@ -383,6 +383,7 @@ def test_generators_differ_by_rank_where_they_should():
 
 def test_another_process_than_the_first_says_only_what_stopped_it(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
 
     def main(args):

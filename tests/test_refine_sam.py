@@ -227,6 +227,7 @@ def test_images_in_folders(project):
 
 def test_torchrun_ranks_share_the_images(project, monkeypatch):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "3")
     run("--stage", "propose")
     assert {path.stem for path in proposals_folder().glob("?.json")} == {"b"}

@@ -98,6 +98,8 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
     quiet = contextlib.nullcontext() if parallel.is_main() else contextlib.redirect_stdout(io.StringIO())
     try:
         with quiet, _stopping_on_signals():
+            if line := parallel.left_over():
+                print(line)
             main(args)
             sys.stdout.flush()
         distributed.stop()

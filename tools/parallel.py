@@ -30,24 +30,40 @@ Item = TypeVar("Item")
 CHUNK = 4  # jobs handed to a worker at a time
 
 
+def launched() -> bool:
+    """Whether torchrun, or what sets all that it sets, started this process.
+
+    Clusters and batch scripts export WORLD_SIZE or RANK for other programs' use.
+    """
+    return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
+def left_over() -> str:
+    """A line about variables in the environment that mean nothing here; "" if there are none."""
+    found = [f"{name}={os.environ[name]}" for name in ("WORLD_SIZE", "RANK") if name in os.environ]
+    if launched() or not found:
+        return ""
+    return f"{' '.join(found)} in the environment is ignored: no LOCAL_RANK, so this is not started by torchrun."
+
+
 def rank() -> int:
     """Number of this process among all, from torchrun; 0 in a single one."""
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ["RANK"]) if launched() else 0
 
 
 def local_rank() -> int:
     """Number of this process among those of this machine: also that of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return int(os.environ["LOCAL_RANK"]) if launched() else 0
 
 
 def world_size() -> int:
     """Number of processes."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
 def local_world_size() -> int:
     """Number of processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if launched() else 1
 
 
 def is_main() -> bool:
@@ -61,7 +77,11 @@ def own_workers(workers: int) -> int:
 
 
 def share(
-    items: Sequence[Item], pending: Iterable[Item] | None = None, *, shard: tuple[int, int] | None = None
+    items: Sequence[Item],
+    pending: Iterable[Item] | None = None,
+    *,
+    shard: tuple[int, int] | None = None,
+    announced: bool = True,
 ) -> Sequence[Item]:
     """This process's part of a job: every n-th item; of these only the `pending` ones, if they are given.
 
@@ -69,9 +89,12 @@ def share(
 
     Args:
         shard: which part of how many, (0..n-1, n); by default that of torchrun.
+        announced: say which part it is, in every process.
     """
     index, number = shard or (rank(), world_size())
     mine = items[index::number]
+    if number > 1 and announced:
+        print(f"part {index + 1} of {number}: {len(mine)} of {len(items)} images", file=sys.stderr)
     if pending is None:
         return mine
     todo = set(pending)

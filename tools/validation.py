@@ -45,7 +45,9 @@ def validate(model: nn.Module, source: Any, domain: str, device: torch.device, l
     sweep, matrix = ThresholdSweep(classes, THRESHOLDS), ConfusionMatrix(classes)
     logits = torch.zeros(len(ids), classes - 1)
     seen = torch.zeros(2)  # images with CAMs, with segmentation logits
-    for index in parallel.progress(parallel.share(range(len(ids))), desc=f"validating on {domain}", unit="image"):
+    for index in parallel.progress(
+        parallel.share(range(len(ids)), announced=False), desc=f"validating on {domain}", unit="image"
+    ):
         image_id = ids[index]
         image = normalize(source.photograph(image_id).to(device))
         (view,) = scaled_views(image, [1], long_side)
