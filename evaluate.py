@@ -59,6 +59,7 @@ import torch
 
 from datasets import build_source
 from datasets.base import DatasetInfo, DataSource, check_shown, read_mask
+from tools import identity
 from tools.cam import load_cams
 from tools.files import atomic_write, check_writable, save_json
 from tools.metrics import ConfusionMatrix, Scores, ThresholdSweep, scores, threshold_range
@@ -76,6 +77,10 @@ def main(args: argparse.Namespace) -> None:
     suffix = f".{args.cam_format}" if args.mode == "cams" else ".png"
     check_masks(source, ids)
     check_predictions(args.pred_dir, ids, suffix)
+    made_by = identity.read_record(args.pred_dir / "settings.json")
+    print(
+        f"Predictions: {identity.sentence(made_by) if made_by else f'{args.pred_dir}, which does not say what made it'}"
+    )
 
     counts = count(source, ids, args.pred_dir, suffix, thresholds, args.num_workers)
     if not counts[0, 1:].any():
@@ -91,9 +96,17 @@ def main(args: argparse.Namespace) -> None:
     print(f"\nmIoU {curve[best].miou:.2f}  foreground mIoU {curve[best].miou_foreground:.2f}  ({len(ids)} images)")
     if args.output:
         what = {"dataset": args.dataset, "domain": args.domain, "pred_dir": str(args.pred_dir), "images": len(ids)}
+        what |= provenance(args, source, ids, made_by)
         save_json(args.output, summary(source.info, thresholds, curve, best) | what)
         save_csv(args.output.with_suffix(".csv"), source.info, thresholds, curve)
         print(f"Scores are in {args.output} and {args.output.with_suffix('.csv')}")
+
+
+def provenance(args: argparse.Namespace, source: DataSource, ids: Sequence[str], made_by: dict) -> dict:
+    """What the scores are of: the identity of the predictions ({} if unknown) and that of this evaluation."""
+    harmless = ("output", "pred_dir")
+    ours = identity.describe("evaluate.py", vars(args), inputs=source.fingerprints(ids, masks=True), harmless=harmless)
+    return {"made_by": identity.digest(made_by) if "inputs" in made_by else made_by, "identity": identity.digest(ours)}
 
 
 def select_thresholds(args: argparse.Namespace) -> np.ndarray | None:

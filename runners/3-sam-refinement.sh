@@ -5,7 +5,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/config/env.sh"
 source runners/config/dataset.sh
 
-refine "$TAG_CSRM" "$PSEUDOS"
+refine "$TAG_REFINED" "$PSEUDOS"
 score refined "$DOMAIN_EVAL" "$REFINED"
 report
 

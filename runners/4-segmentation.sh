@@ -32,7 +32,7 @@ for ((round = 2; round <= ROUNDS; round++)); do
   train_final
 done
 run train_segmentation.py --tag "$TAG_SEG" --predict --domain "$DOMAIN_TEST" $RUN_FLAGS $VIEW_FLAGS
-SUFFIX=${TAG_SEG#"$NAME-deeplab"}  # nothing, -corrected, -round2
+SUFFIX=${TAG_SEG#"$NAME-deeplab$VARIANT"}  # nothing, -corrected, -round2
 score "segmentation_val${SUFFIX//-/_}" "$DOMAIN_SCORE" "$PREDICTIONS/$TAG_SEG@$DOMAIN_TEST/masks"
 
 # The other columns of the report exist for training images only: some of them are segmented too.

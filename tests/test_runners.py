@@ -215,3 +215,37 @@ def test_the_size_of_a_run_on_your_own_photographs_follows_the_machine(tmp_path,
                 assert f"--architecture {network} " in call and "--max_steps" in call and "--max_epoch" in call
     _, process = commands(tmp_path, DATASET="folder", DATA_DIR="birds", PRESET="huge")
     assert process.returncode == 2 and "PRESET=huge: choose small or standard" in process.stderr
+
+
+def folders(folder: Path, **environment: str) -> dict[str, str]:
+    """What stages 3 and 4 read and write: "pseudo", "refined tag", "masks", "tag", "report"."""
+    commands(folder, "3-sam-refinement", **environment)
+    refine = (folder / "calls.txt").read_text()
+    commands(folder, "4-segmentation", DOMAIN_SCORE="", **environment)
+    train = (folder / "calls.txt").read_text()
+    flags = {"pseudo": (refine, "pseudo_dir"), "refined tag": (refine, "tag"), "tag": (train, "tag")}
+    flags |= {"masks": (train, "masks_dir"), "report": (train, "output_dir")}
+    return {name: re.search(rf"--{flag} (\S+)", text)[1] for name, (text, flag) in flags.items()}
+
+
+def test_what_distinguishes_experiments_is_in_their_names(tmp_path):
+    """An ablation over any of these trains another model on other masks, and reports it elsewhere."""
+    plain = folders(tmp_path)
+    assert plain["tag"] == "voc12-deeplab" and plain["report"] == "experiments/reports/voc12"
+    assert plain == folders(tmp_path, THRESHOLD="0.40", CRF_T="10", MERGE_MODE="max_iou_imp2", PROPOSALS="regions")
+    variants = [plain] + [
+        folders(tmp_path, **{name: value})
+        for name, value in (
+            *(("MERGE_MODE", "max_iou"), ("PROPOSALS", "files"), ("PSEUDOS_FROM", "masks"), ("THRESHOLD", "0.3")),
+            *(("THRESHOLD", "auto"), ("CRF_T", "0"), ("SAM_CHECKPOINT", "sam.pth"), ("MASKS", "my/masks-b")),
+        )
+    ]
+    for what in ("tag", "masks", "report"):
+        assert len({each[what] for each in variants}) == len(variants), what
+    for name, value in (("PSEUDOS_FROM", "masks"), ("THRESHOLD", "0.3"), ("CRF_T", "0")):
+        other = folders(tmp_path, **{name: value})
+        assert other["pseudo"] != plain["pseudo"] and other["refined tag"] != plain["refined tag"]
+        assert other["masks"].startswith(f"experiments/predictions/{other['refined tag']}@train_aug/sam-")
+    shapes = folders(tmp_path, DATASET="shapes")
+    assert (shapes["tag"], shapes["report"]) == ("shapes-deeplab", "experiments/demo")
+    assert folders(tmp_path, DATASET="shapes", THRESHOLD="0.4")["tag"] == "shapes-deeplab", "masks have no threshold"

@@ -19,6 +19,7 @@ from datasets import build_source
 from models import load_model
 from tools.cam import load_cams, multi_scale_logits
 from tools.files import load_mask
+from tools.identity import file_fingerprint
 from tools.maps import normalize
 
 MODELS, PREDICTIONS = Path("experiments/models"), Path("experiments/predictions")
@@ -158,6 +159,16 @@ def test_scores_of_every_stage(chain, name):
     scores = json.loads(Path(f"{name}.json").read_text())
     assert list(scores["iou"]) == ["background", "cat", "dog"] and 0 <= scores["miou"] <= 100
     assert (scores["threshold"] is None) == (name in ("refined", "final"))
+    script, number = {"refined": ("refine_sam.py", 3), "final": ("train_segmentation.py", 2)}.get(
+        name, ("inference.py", 3)
+    )
+    made_by = scores["made_by"]
+    assert made_by["script"] == script and scores["identity"]["inputs"]["masks"]["images"] == number
+    assert f"Predictions: {script} (version 1.0.0" in chain[f"evaluate {name}"]
+    if name == "cams":
+        weights = made_by["files"]["weights"]
+        assert weights == {"file": str(MODELS / "csrm.pth"), "sha256": file_fingerprint(MODELS / "csrm.pth")}
+        assert f"--weights {MODELS / 'csrm.pth'} (content {weights['sha256'][:8]})" in chain["evaluate cams"]
 
 
 def test_finished_checkpoints_drop_what_only_a_resumed_run_needs(chain):

@@ -81,6 +81,17 @@ def test_memory_and_helpers_in_one_line(monkeypatch, capsys, error, words):
     assert code == 2 and f"x.py: error: {words}" in text and text.count("\n") == 1, text
 
 
+def test_a_signal_counts_though_what_it_interrupts_raises_another_error(monkeypatch, capsys):
+    def main(args):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            raise RuntimeError("unexpected pos 4096 vs 3980")
+
+    code, text = stopped(monkeypatch, capsys, main)
+    assert code == 143 and text.startswith("x.py: stopped by SIGTERM.") and text.count("\n") == 1
+
+
 def test_other_errors_keep_their_traceback(monkeypatch):
     for error in (RuntimeError("a bug"), OSError(errno.ENOSPC, "No space left on device", "a.txt")):
         with pytest.raises(type(error)):

@@ -137,18 +137,23 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
 @contextlib.contextmanager
 def _stopping_on_signals() -> Iterator[None]:
     """Raise `Stopped` where the signal finds this process. Helper processes, forked from it, just end."""
-    owner = os.getpid()
+    owner, received = os.getpid(), []
 
     def stop(number: int, frame: types.FrameType | None) -> None:
         if os.getpid() != owner:
             os._exit(128 + number)
         for each in STOPPING:  # one is enough
             signal.signal(each, signal.SIG_IGN)
-        raise Stopped(signal.Signals(number).name)
+        received.append(signal.Signals(number).name)
+        raise Stopped(received[0])
 
     before = {number: signal.signal(number, stop) for number in STOPPING}
     try:
         yield
+    except Exception as error:  # PyTorch's writer of files, interrupted, raises an error of its own
+        if received:
+            raise Stopped(received[0]) from error
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

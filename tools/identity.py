@@ -75,7 +75,7 @@ def describe(
         "version": code_version(),
         "settings": settings,
         "files": {name: {"file": str(path), "sha256": file_fingerprint(path)} for name, path in files.items()},
-        "folders": {name: str(value) for name, value in flags.items() if isinstance(value, Path) and name not in FILES},
+        "folders": {name: str(flags[name]) for name in FOLDERS.values() if isinstance(flags.get(name), Path)},
         "inputs": inputs,
     }
 
@@ -219,6 +219,8 @@ def read_record(record: Path) -> dict[str, Any]:
 
 def sentence(made_by: Mapping[str, Any]) -> str:
     """The identity in one line, for people."""
+    if not {"script", "version", "settings", "files", "inputs"} <= made_by.keys():
+        return "of a version of the code that did not note what it read"
     shown = " ".join(f"--{name} {value}" for name, (_, value) in _named(made_by).items() if value not in ("None", ""))
     data = ", ".join(f"{_count(each)} {kind}" for kind, each in made_by["inputs"].items())
     return f"{made_by['script']} (version {made_by['version']}) of {data}: {shown}"

@@ -7,6 +7,14 @@
 # Scores in the comments are mIoU, %.
 # An empty DOMAIN_EVAL or DOMAIN_SCORE says that there are no masks: nothing is scored.
 
+# choose NAME VALUE: what the name of an experiment does not mention. Of several, the first counts.
+choose() {
+  local chosen="CHOSEN_$1"
+  if [[ -z "${!chosen:-}" ]]; then printf -v "$chosen" %s "$2"; fi
+  if [[ -z "${!1:-}" ]]; then printf -v "$1" %s "$2"; fi
+}
+REPORTS=experiments/reports/$NAME
+
 case "$DATASET" in
 voc12)
   # Published: CAM prior 53.7 (vanilla), 61.5 (P-OC), 62.9 (P-NOC) on train, with ResNeSt-269; final model 75.0 on test.
@@ -59,13 +67,14 @@ folder)
     exit 2
     ;;
   esac
-  : "${PSEUDOS_FROM:=masks}" "${THRESHOLD:=auto}"
+  choose PSEUDOS_FROM masks; choose THRESHOLD auto
   ;;
 shapes)
   # Measured, seeds 0, 1, 2: prior 51.7, 51.4, 50.3; CSRM's CAMs 64.7, 64.2, 62.8; pseudo masks 85.7, 87.8, 85.9; final
   # model 88.2, 89.4, 89.0 on val. 7.6 minutes in all on two CPU cores (docs/results.md).
   # A tiny network without pretrained weights, and schedules for two CPU cores and ten minutes.
-  : "${DATA_DIR:=data/shapes}" "${REPORT:=experiments/demo${NAME#shapes}}"
+  : "${DATA_DIR:=data/shapes}" 
+  REPORTS=experiments/demo${NAME#shapes}
   : "${DOMAIN_TRAIN:=train}" "${DOMAIN_EVAL=train}" "${DOMAIN_TEST:=val}" "${DOMAIN_SCORE=val}"
   : "${IMAGE_FLAGS:=--image_size 97 --min_image_size 73 --max_image_size 129 --optimizer adamw --wd 0.01}"
   : "${BACKBONE:=--architecture test_resnet --backbone_weights none --trainable_stem --dilated}"
@@ -74,7 +83,8 @@ shapes)
   : "${CSRM_FLAGS:=--decoder_channels 64 --batch_size 16 --max_epoch 12 --max_steps 25 --warmup_epochs 6 --c2s_fg 0.25 --lr 0.001 --lr_alpha_scratch 3}"
   : "${REFINE_FLAGS:=--region_min_contrast 45 --inside_threshold 0.4}"
   : "${SEG_FLAGS:=--batch_size 16 --max_epoch 8 --lr 0.003 --lr_alpha_scratch 1 --min_image_size 80 --max_image_size 160}"
-  : "${VIEW_FLAGS:=--scales 1}" "${PSEUDOS_FROM:=masks}" "${THRESHOLD:=0.25}"
+  : "${VIEW_FLAGS:=--scales 1}"
+  choose PSEUDOS_FROM masks; choose THRESHOLD 0.25
   ;;
 deepglobe)
   # Neither published nor measured: the settings are a guess.
@@ -91,22 +101,34 @@ deepglobe)
   ;;
 esac
 
-: "${REPORT:=experiments/reports/$NAME}"      # scores of every stage, their table, the picture sheet
 : "${VIEW_FLAGS:=}"                           # test-time scales and flip
-: "${PSEUDOS_FROM:=cams}"                     # cams, or masks: CSRM's segmentation branch
-: "${THRESHOLD:=0.4}"                         # background threshold on the CAMs, or auto
-: "${CRF_T:=10}"                              # dense CRF iterations of the pseudo masks
+choose PSEUDOS_FROM cams                      # cams, or masks: CSRM's segmentation branch
+choose THRESHOLD 0.4                          # background threshold on the CAMs, or auto
+choose CRF_T 10                               # dense CRF iterations of the pseudo masks
 : "${PREPARE_FLAGS:=}"                        # of datasets.prepare: --download_dir DIR, --mirror URL
 : "${SAM_CHECKPOINT:=}" "${SAM_TYPE:=vit_h}"  # Segment Anything's weights, and the network they are for
-: "${MERGE_MODE:=max_iou_imp2}" "${REFINE_FLAGS:=}"
+choose MERGE_MODE max_iou_imp2; : "${REFINE_FLAGS:=}"
 : "${ROUNDS:=1}"                              # stage 4: models in a row, each on masks that the one before made
 : "${CORRECTED:=}"                            # stage 4: folder of corrected masks (docs/review.md)
-if [[ -n "$SAM_CHECKPOINT" ]]; then : "${PROPOSALS:=sam}"; else : "${PROPOSALS:=regions}"; fi
+if [[ -n "$SAM_CHECKPOINT" ]]; then : "${PROPOSALS:=sam}"; fi
+choose PROPOSALS regions                      # regions, sam (where there is a checkpoint) or files
 
 PREDICTIONS=experiments/predictions
+if [[ "$THRESHOLD" != auto ]]; then THRESHOLD=$(printf %g "$THRESHOLD"); fi  # as inference.py names the folder
+
+# What is not as chosen above is part of the names, so that experiments that differ in it do not meet.
+PSEUDO_VARIANT="" VARIANT=""
+if [[ "$PSEUDOS_FROM" != "$CHOSEN_PSEUDOS_FROM" ]]; then PSEUDO_VARIANT+=-$PSEUDOS_FROM; fi
+if [[ "$PSEUDOS_FROM" == cams && "$THRESHOLD" != "$CHOSEN_THRESHOLD" ]]; then PSEUDO_VARIANT+=-t$THRESHOLD; fi
+if [[ "$CRF_T" != "$CHOSEN_CRF_T" ]]; then PSEUDO_VARIANT+=-c$CRF_T; fi
+VARIANT=$PSEUDO_VARIANT
+if [[ "$PROPOSALS" != "$CHOSEN_PROPOSALS" ]]; then VARIANT+=-$PROPOSALS; fi
+if [[ "$MERGE_MODE" != "$CHOSEN_MERGE_MODE" ]]; then VARIANT+=-$MERGE_MODE; fi
+if [[ -n "${MASKS:-}" ]]; then VARIANT=-$(basename "$MASKS"); fi
+: "${REPORT:=$REPORTS$VARIANT}"  # scores of every stage, their table, the picture sheet
+TAG_SEG=$TAG_SEG$VARIANT TAG_REFINED=$TAG_CSRM$PSEUDO_VARIANT
 if [[ -n "$CORRECTED" ]]; then TAG_SEG=$TAG_SEG-corrected; fi
 SHEET=${DOMAIN_EVAL:-$DOMAIN_TRAIN}  # the split whose images the report shows
-if [[ "$THRESHOLD" != auto ]]; then THRESHOLD=$(printf %g "$THRESHOLD"); fi  # as inference.py names the folder
 if [[ "$PSEUDOS_FROM" == cams ]]; then PSEUDOS=t$THRESHOLD; else PSEUDOS=masks; fi
 PSEUDOS=$PREDICTIONS/$TAG_CSRM@$DOMAIN_TRAIN/pseudos-$PSEUDOS-c$CRF_T
-REFINED=$PREDICTIONS/$TAG_CSRM@$DOMAIN_TRAIN/sam-$PROPOSALS-$MERGE_MODE
+REFINED=$PREDICTIONS/$TAG_REFINED@$DOMAIN_TRAIN/sam-$PROPOSALS-$MERGE_MODE
