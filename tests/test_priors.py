@@ -367,7 +367,7 @@ def test_flags_of_the_methods_that_do_not_fit(capsys, folder_root, folder, ordin
     with_another = refuse(*method_flags("poc", ordinary), "--architecture", "test_byobnet")
     assert f"{ordinary}: none of its" in with_another
     torch.save({"classifier.weight": torch.zeros(2, 96, 1, 1)}, "head.pth")
-    assert "head.pth: not a trained test_resnet with 2 classes" in refuse(*method_flags("pnoc", Path("head.pth")))
+    assert "head.pth: gives 0 of the 75 tensors of the backbone" in refuse(*method_flags("pnoc", Path("head.pth")))
     assert "'clahe' is none of randaugment" in refuse("--augment", "clahe")
     alone = refuse("--architecture", "resnest14d", "--batch_size", 1)
     assert "--batch_size 1: the batch norm of this network needs more" in alone
