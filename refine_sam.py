@@ -44,6 +44,14 @@ def make_parser() -> cli.Parser:
     options.add_overwrite(group)
     data = options.add_dataset(parser, domain=("train_aug", "split to refine"))
     data.add_argument("--pseudo_dir", type=Path, help="folder of the ID.png pseudo masks (needed to merge)")
+    add_proposals(parser)
+    add_sam(parser)
+    add_merging(parser)
+    return parser
+
+
+def add_proposals(parser: cli.Parser) -> None:
+    """Where the mask proposals come from."""
     group = parser.add_argument_group("proposals")
     group.add_argument(
         "--proposals",
@@ -62,7 +70,10 @@ def make_parser() -> cli.Parser:
         default=0.0,
         help="regions: least mean edge strength along the border (grey levels per pixel)",
     )
-    add_sam(parser)
+
+
+def add_merging(parser: cli.Parser) -> None:
+    """The rules by which classes take proposals."""
     group = parser.add_argument_group("merging")
     group.add_argument(
         "--mode", choices=options.MERGE_MODES, default="max_iou_imp2", help="rule by which a class takes masks"
@@ -86,7 +97,6 @@ def make_parser() -> cli.Parser:
         help="max_iou_imp2: or one covering this share of the class",
     )
     cli.add_switch(group, "--keep_ignore", False, "ignored pixels that no class takes stay 255, not background")
-    return parser
 
 
 def add_sam(parser: cli.Parser) -> None:

@@ -40,17 +40,23 @@ def make_parser() -> cli.Parser:
     )
     options.add_images(parser)
     options.add_optimization(parser, lr=0.007, wd=1e-4, batch_size=32, max_epoch=15, alpha_bias=1.0)
-    add_csrm(parser)
+    add_mixing(parser)
+    add_labels(parser)
+    add_losses(parser)
     return parser
 
 
-def add_csrm(parser: cli.Parser) -> None:
-    """The method's own flags."""
+def add_mixing(parser: cli.Parser) -> None:
+    """How two images become one."""
     group = parser.add_argument_group("mixing")
     group.add_argument(
         "--augment", choices=["classmix", "cutmix", "none"], default="classmix", help="how images are mixed"
     )
     group.add_argument("--cutmix_prob", type=cli.fraction, default=0.5, help="probability that a step mixes")
+
+
+def add_labels(parser: cli.Parser) -> None:
+    """Where the labels of L_c2s, L_s2c and L_u come from."""
     group = parser.add_argument_group("pseudo labels")
     group.add_argument(
         "--c2s_mode",
@@ -87,6 +93,10 @@ def add_csrm(parser: cli.Parser) -> None:
     )
     group.add_argument("--s2c_sigma", type=cli.fraction, default=0.5, help="teacher probability that L_s2c asks for")
     options.add_crf(group)
+
+
+def add_losses(parser: cli.Parser) -> None:
+    """What the losses weigh, and when they start."""
     group = parser.add_argument_group("losses")
     for name, text in (
         ("c", "image labels -> class logits"),
