@@ -235,7 +235,7 @@ def two(folder_root, tmp_path_factory) -> Two:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert (folder / "lost.txt").exists() and process.returncode == 1, process.stderr
     results = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD)]

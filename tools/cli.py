@@ -136,7 +136,10 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
 
 @contextlib.contextmanager
 def _stopping_on_signals() -> Iterator[None]:
-    """Raise `Stopped` where the signal finds this process. Helper processes, forked from it, just end."""
+    """Raise `Stopped` where the signal finds this process; not for signals that it was started to ignore.
+
+    Helper processes, forked from it, just end.
+    """
     owner, received = os.getpid(), []
 
     def stop(number: int, frame: types.FrameType | None) -> None:
@@ -147,7 +150,8 @@ def _stopping_on_signals() -> Iterator[None]:
         received.append(signal.Signals(number).name)
         raise Stopped(received[0])
 
-    before = {number: signal.signal(number, stop) for number in STOPPING}
+    heeded = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heeded}
     try:
         yield
     except Exception as error:  # PyTorch's writer of files, interrupted, raises an error of its own
