@@ -203,7 +203,7 @@ def test_a_folder_without_a_val_split_is_segmented_itself(tmp_path, masks, has_v
     assert (f"--domain {domain} --pred_dir experiments/predictions/folder-deeplab@{domain}/masks" in calls) == masks
 
 
-@pytest.mark.parametrize("preset, network", [("", "tf_efficientnet_lite0"), ("standard", "resnet50")])
+@pytest.mark.parametrize("preset, network", [("", "mobilenetv2_100"), ("standard", "resnet50")])
 def test_the_size_of_a_run_on_your_own_photographs_follows_the_machine(tmp_path, preset, network):
     """DEVICE=cpu means the small one; every schedule counts steps."""
     (tmp_path / "birds" / "images").mkdir(parents=True)

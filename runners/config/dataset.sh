@@ -50,8 +50,8 @@ folder)
   case "$PRESET" in
   small)  # two CPU cores: 500 photographs in about an hour; docs/log.md says why the network does not teach itself
     : "${IMAGE_FLAGS:=--image_size 225 --min_image_size 160 --max_image_size 320}" "${VIEW_FLAGS:=--scales 1}"
-    : "${BACKBONE:=--architecture tf_efficientnet_lite0 --mode fix}"
-    : "${BACKBONE_SEG:=--architecture tf_efficientnet_lite0 --decoder_channels 64}"
+    : "${BACKBONE:=--architecture mobilenetv2_100 --mode fix}"
+    : "${BACKBONE_SEG:=--architecture mobilenetv2_100 --decoder_channels 64}"
     : "${PRIOR_FLAGS:=--batch_size 16 --max_epoch 4 --max_steps 40 --lr 0.003 --augment none}"
     : "${CSRM_FLAGS:=--decoder_channels 64 --batch_size 8 --max_epoch 8 --max_steps 30 --optimizer adamw --lr 0.0001 --wd 0.01 --c2s_fg auto --c2s_bg auto --teacher_labels foreground --self_training off}"
     : "${SEG_FLAGS:=--batch_size 16 --max_epoch 4 --max_steps 50 --optimizer adamw --lr 0.0001 --wd 0.01 --max_image_size 400}"
@@ -67,7 +67,7 @@ folder)
     exit 2
     ;;
   esac
-  choose PSEUDOS_FROM masks; choose THRESHOLD auto
+  choose THRESHOLD auto
   ;;
 shapes)
   # Measured, seeds 0, 1, 2: prior 51.7, 51.4, 50.3; CSRM's CAMs 64.7, 64.2, 62.8; pseudo masks 85.7, 87.8, 85.9; final
