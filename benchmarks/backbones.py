@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import build_model
@@ -34,9 +34,9 @@ HEIGHT, WIDTH = 97, 131
 def make_parser() -> cli.Parser:
     """The command line of this benchmark."""
     parser = cli.Parser(__doc__)
-    group = parser.add_argument_group("benchmark")
-    group.add_argument("--architectures", default=ARCHITECTURES, metavar="LIST", help="timm's names, comma-separated")
-    group.add_argument("--image_size", type=cli.positive_int, default=512, help="side of the image the FLOPs are for")
+    add = parser.add_argument
+    add("--architectures", default=ARCHITECTURES, metavar="LIST", help="timm's names, comma-separated")
+    add("--image_size", type=cli.positive_int, default=512, help="side of the image the FLOPs are for")
     return parser
 
 
@@ -57,35 +57,22 @@ def main(args: argparse.Namespace) -> None:
 
 
 def row(architecture: str, side: int) -> str:
-    """The table's row of one network."""
-    model = build(architecture)
-    cam = check(model)
-    with torch.device("meta"):
-        plan, dilated = build(architecture), build(architecture, output_stride=8)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            plan.eval()(torch.zeros(1, 3, side, side))
-    parameters = sum(p.numel() for p in model.backbone.parameters()) / 1e6
-    strides = f"{model.backbone.output_stride} ({dilated.backbone.output_stride})"
-    return (
-        f"| `{architecture}` | {parameters:.1f} | {counter.get_total_flops() / 1e9:.1f} | {strides} "
-        f"| {cam[0]}x{cam[1]} |"
-    )
-
-
-def build(architecture: str, **arguments) -> nn.Module:
-    """A CAM classifier of 20 classes with random weights."""
-    return build_model("classifier", architecture=architecture, num_classes=21, **arguments)
-
-
-def check(model: nn.Module) -> tuple[int, int]:
-    """Forward and backward; returns the size of the CAM, after proving that it and all gradients are right."""
-    outputs = model.train()(torch.randn(2, 3, HEIGHT, WIDTH))
+    """The table's row of one network, after a forward and a backward pass that prove it right."""
+    build = functools.partial(build_model, "classifier", architecture=architecture, num_classes=21)
+    model = build().train()
+    outputs = model(torch.randn(2, 3, HEIGHT, WIDTH))
     outputs["class_logits"].square().sum().backward()
-    cells = tuple(-(-side // model.backbone.output_stride) for side in (HEIGHT, WIDTH))
-    assert outputs["cams"].shape == (2, 20, *cells), f"CAM {tuple(outputs['cams'].shape)}, expected {cells}"
+    rows, columns = (-(-side // model.backbone.output_stride) for side in (HEIGHT, WIDTH))
+    assert outputs["cams"].shape == (2, 20, rows, columns), f"CAM {tuple(outputs['cams'].shape)}, not {rows}x{columns}"
     wrong = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not wrong, f"no finite gradient: {wrong}"
-    return cells
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        plan, dilated = build().eval(), build(output_stride=8)
+        before = counter.get_total_flops()  # of the tiny images by which a backbone finds its sizes
+        plan(torch.zeros(1, 3, side, side))
+    parameters, flops = sum(p.numel() for p in model.backbone.parameters()), counter.get_total_flops() - before
+    strides = f"{model.backbone.output_stride} ({dilated.backbone.output_stride})"
+    return f"| `{architecture}` | {parameters / 1e6:.1f} | {flops / 1e9:.1f} | {strides} | {rows}x{columns} |"
 
 
 if __name__ == "__main__":

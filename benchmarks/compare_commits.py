@@ -14,9 +14,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -24,10 +21,10 @@ from pathlib import Path
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from benchmarks.measuring import HERE, checkout, run
 from tools import cli
-from tools.errors import UserError
 
-HERE, PYTHON = Path(__file__).resolve().parent.parent, sys.executable
+PYTHON, ONE_THREAD = sys.executable, {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 STEPS = "--max_epoch 20 --max_steps 1 --batch_size 4 --image_size 65 --min_image_size 49 --max_image_size 97"
 NETWORK = "--architecture test_resnet --backbone_weights none --trainable_stem --device cpu --num_workers 0 --lr 0.01"
 TRAIN, VIEWS = f"{STEPS} {NETWORK} --domain_train train", "--scales 1,1.5 --device cpu"
@@ -49,16 +46,15 @@ def make_parser() -> cli.Parser:
     """The command line of this benchmark."""
     parser = cli.Parser(__doc__)
     parser.add_argument("revisions", nargs="+", metavar="REV", help="one or two, as git names them")
-    parser.add_argument("--data_dir", type=Path, help="a `shapes` data set (default: 16 + 8 images, generated)")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     """Run both, print what is equal, and say by the exit code whether all is."""
     with tempfile.TemporaryDirectory() as folder:
-        data = (args.data_dir or Path(folder, "data")).resolve()
-        if args.data_dir is None:
-            run(HERE, f"{PYTHON} -m datasets.prepare.shapes --num_train 16 --num_val 8 --size 96 --data_dir {data}")
+        data = Path(folder, "data")
+        make = f"{PYTHON} -m datasets.prepare.shapes --num_train 16 --num_val 8 --size 96 --data_dir {data}"
+        run(HERE, make.split(), **ONE_THREAD)
         first, second = (products(revision, Path(folder), data) for revision in (*args.revisions, None)[:2])
     differing = [name for name in sorted({*first, *second}) if first.get(name) != second.get(name)]
     for group in sorted({name.rpartition("/")[0] for name in (*first, *second)}):
@@ -69,13 +65,11 @@ def main(args: argparse.Namespace) -> None:
 
 def products(revision: str | None, folder: Path, data: Path) -> dict[str, object]:
     """What a revision (None: the files here) makes of the data: numbers, or hashes, by name."""
-    code, work = HERE, Path(tempfile.mkdtemp(dir=folder))
-    if revision:
-        code = work / "code"
-        run(HERE, f"git archive --output {work}/code.tar {revision}")
-        shutil.unpack_archive(work / "code.tar", code)
+    work = Path(tempfile.mkdtemp(dir=folder))
+    code = checkout(revision, work / "code") if revision else HERE
     for command in CHAIN:
-        run(work, f"{PYTHON} {code}/{command} --dataset shapes --data_dir {data}")
+        words = f"{PYTHON} {code}/{command} --dataset shapes --data_dir {data}".split()
+        run(work, [str(next(work.glob(word))) if "*" in word else word for word in words], **ONE_THREAD)
     found: dict[str, object] = {}
     for path in (path for kind in ("pth", "npz", "png") for path in work.glob(f"experiments/**/*.{kind}")):
         found[str(path.relative_to(work))] = digest(path)
@@ -87,15 +81,6 @@ def products(revision: str | None, folder: Path, data: Path) -> dict[str, object
         for tag in log.Tags()["scalars"]:
             found |= {f"losses of {path.name}/step {e.step:2} {tag}": e.value for e in log.Scalars(tag)}
     return found
-
-
-def run(folder: Path, command: str) -> None:
-    """Run a command on one thread; a word with `*` stands for the path that fits."""
-    words = [str(next(folder.glob(word))) if "*" in word else word for word in command.split()]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{command}: {done.stderr.strip()[-400:]}. Correct it, then compare.")
 
 
 def digest(path: Path) -> str:

@@ -25,19 +25,15 @@ from tools import cli, options
 def make_parser() -> cli.Parser:
     """The command line of this benchmark."""
     parser = cli.Parser(__doc__)
-    group = parser.add_argument_group("benchmark")
-    group.add_argument(
-        "--script", choices=["classifier", "csrm", "segmentation"], default="csrm", help="train_SCRIPT.py"
-    )
+    add, scripts = parser.add_argument, ["classifier", "csrm", "segmentation"]
     workers = ",".join(map(str, sorted({0, 1, os.cpu_count() or 1})))
-    group.add_argument("--workers", type=counts, default=workers, metavar="LIST", help="numbers of workers to try")
-    group.add_argument("--batch_size", type=cli.positive_int, default=16, help="images per batch")
-    group.add_argument(
-        "--num_images", type=cli.positive_int, default=128, help="images to time, after as many to warm up"
-    )
-    group.add_argument("--dataset", choices=options.DATASETS, help="kind of dataset (default: random photographs)")
-    group.add_argument("--data_dir", type=Path, help="its folder (default: data/DATASET)")
-    group.add_argument("--domain", default="train", help="its split")
+    add("--script", choices=scripts, default="csrm", help="train_SCRIPT.py")
+    add("--workers", type=counts, default=workers, metavar="LIST", help="numbers of workers to try")
+    add("--batch_size", type=cli.positive_int, default=16, help="images per batch")
+    add("--num_images", type=cli.positive_int, default=128, help="images to time, after as many to warm up")
+    add("--dataset", choices=options.DATASETS, help="kind of dataset (default: random photographs)")
+    add("--data_dir", type=Path, help="its folder (default: data/DATASET)")
+    add("--domain", default="train", help="its split")
     options.add_images(parser)
     return parser
 
@@ -49,12 +45,11 @@ def counts(text: str) -> list[int]:
 
 def loader_of(source: DataSource, args: argparse.Namespace, num_workers: int) -> Loader:
     """The loader of `--script`."""
-    sizes = options.image_sizes(args)
-    if args.script == "segmentation":
-        geometry = segmentation_geometry(*sizes)
-    else:
-        geometry = train_geometry(*sizes, randaugment=args.script == "classifier")
-    dataset = ImageDataset(source, source.ids(args.domain), geometry, with_masks=args.script == "segmentation")
+    sizes, masks = options.image_sizes(args), args.script == "segmentation"
+    geometry = (
+        segmentation_geometry(*sizes) if masks else train_geometry(*sizes, randaugment=args.script == "classifier")
+    )
+    dataset = ImageDataset(source, source.ids(args.domain), geometry, with_masks=masks)
     settings = {"shuffle": True, "drop_last": True, "num_workers": num_workers, "seed": 0}
     return build_loader(dataset, args.batch_size, **settings, steps_per_epoch=-(-args.num_images // args.batch_size))
 
@@ -71,10 +66,9 @@ def images_per_second(loader: Loader, batch_size: int) -> float:
 def main(args: argparse.Namespace) -> None:
     """Print the table."""
     with tempfile.TemporaryDirectory() as folder:
-        if args.dataset:
-            source = build_source(args.dataset, options.data_dir(args))
-        else:
-            source = build_source("folder", write_photographs(Path(folder) / "data", args.num_images))
+        kind = args.dataset or "folder"
+        data = options.data_dir(args) if args.dataset else write_photographs(Path(folder) / "data", args.num_images)
+        source = build_source(kind, data)
         print(f"{args.script}, {args.image_size} pixels, batches of {args.batch_size}, {os.cpu_count()} cores")
         print("workers  images/s")
         for number in args.workers:

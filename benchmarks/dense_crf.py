@@ -19,8 +19,8 @@ import multiprocessing
 import os
 import resource
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measuring import ByteCounter, bandwidth, peak_memory, seconds
+from benchmarks.photographs import random_photograph, smooth_noise
 from tools import cli, devices
 from tools.crf import mean_field, unary_from_labels
 from tools.files import load_image
@@ -37,8 +38,7 @@ LABELS = (3, 21)
 UNARIES = (1, 2)
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """One image to solve, made where it is needed: unaries of 21 labels are too big to send around."""
 
     seed: int
@@ -52,26 +52,12 @@ class Case:
         generator = np.random.default_rng(self.seed)
         blobs = smooth_noise(generator, self.size, self.labels, cell=90).argmax(axis=-1)
         labels = torch.from_numpy(np.stack([blobs, np.roll(blobs, 9, axis=1)])[: self.unaries])
-        unary = unary_from_labels(labels, self.labels)[None]
-        return torch.from_numpy(self._image(generator)).permute(2, 0, 1)[None].contiguous(), unary
-
-    def _image(self, generator: np.random.Generator) -> np.ndarray:
         if self.photograph:
-            return cv2.resize(load_image(self.photograph), self.size[::-1], interpolation=cv2.INTER_AREA)
-        return random_photograph(generator, self.size)
-
-
-def random_photograph(generator: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-    """uint8 [H,W,3]: smooth noise of several grains."""
-    layers = [smooth_noise(generator, size, 3, cell) * cell**0.5 for cell in (3, 12, 60, 200)]
-    return (128 + 9 * sum(layers)).clip(0, 255).astype(np.uint8)
-
-
-def smooth_noise(generator: np.random.Generator, size: tuple[int, int], channels: int, cell: int) -> np.ndarray:
-    """Normal noise on a grid of `cell` pixels, interpolated to float [H,W,channels]."""
-    coarse = generator.standard_normal((size[0] // cell + 2, size[1] // cell + 2, channels)).astype(np.float32)
-    planes = [cv2.resize(plane, size[::-1], interpolation=cv2.INTER_CUBIC) for plane in np.moveaxis(coarse, -1, 0)]
-    return np.stack(planes, axis=-1)
+            image = cv2.resize(load_image(self.photograph), self.size[::-1], interpolation=cv2.INTER_AREA)
+        else:
+            image = random_photograph(generator, self.size)
+        image = torch.from_numpy(image).permute(2, 0, 1)[None].contiguous()
+        return image, unary_from_labels(labels, self.labels)[None]
 
 
 def solve_on_core(task: tuple[Case, str]) -> tuple[float, int]:
@@ -102,23 +88,14 @@ def measure_gpu(cases: list[Case], device: torch.device) -> tuple[float, int]:
     return seconds(device, lambda: mean_field(images, unaries)) / len(cases), peak_memory(device)
 
 
-def gigabytes(case: Case) -> float:
-    """What the operations on one image read and write."""
-    with ByteCounter() as counter:
-        mean_field(*case.load())
-    return counter.total / 1e9
-
-
 def make_parser() -> cli.Parser:
     """The command line of this benchmark."""
     parser = cli.Parser(__doc__)
-    group = parser.add_argument_group("benchmark")
-    group.add_argument("--device", default="cpu", help="where tools.crf runs: cpu, cuda, cuda:1 ...")
-    group.add_argument("--images", type=Path, help="folder of photographs (.jpg); synthetic images without it")
-    group.add_argument("--num_images", type=cli.positive_int, default=8, help="images per problem")
-    group.add_argument(
-        "--workers", type=cli.positive_int, default=os.cpu_count(), help="processes (one thread each) on the CPU"
-    )
+    add, cores = parser.add_argument, os.cpu_count()
+    add("--device", default="cpu", help="where tools.crf runs: cpu, cuda, cuda:1 ...")
+    add("--images", type=Path, help="folder of photographs (.jpg); synthetic images without it")
+    add("--num_images", type=cli.positive_int, default=8, help="images per problem")
+    add("--workers", type=cli.positive_int, default=cores, help="processes (one thread each) on the CPU")
     return parser
 
 
@@ -134,14 +111,12 @@ def main(args: argparse.Namespace) -> None:
     for size, labels, unaries in itertools.product(SIZES, LABELS, UNARIES):
         cases = [Case(seed, size, labels, unaries, path) for seed, path in enumerate(photographs)]
         reference, _ = measure_cores(cases, "pydensecrf", args.workers)
-        if on_gpu:
-            ours, memory = measure_gpu(cases, device)
-        else:
-            ours, memory = measure_cores(cases, "torch", args.workers)
+        ours, memory = measure_gpu(cases, device) if on_gpu else measure_cores(cases, "torch", args.workers)
         row = f"{ours:9.4f} {reference:13.4f} {reference / ours:7.2f} {memory / 1e9:8.2f}"
         if on_gpu:
-            size_gb = gigabytes(cases[0])
-            row += f" {size_gb:9.2f} {1e9 * size_gb / copied:9.4f}"
+            with ByteCounter() as moved:
+                mean_field(*cases[0].load())
+            row += f" {moved.total / 1e9:9.2f} {moved.total / copied:9.4f}"
         print(f"{size[0]:>5}x{size[1]} {labels:7d} {unaries:8d} {row}", flush=True)
 
 

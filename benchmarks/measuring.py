@@ -1,12 +1,16 @@
-"""What the benchmarks measure with: seconds by phase, bytes of operations, a processor's best, peak memory."""
+"""What the benchmarks measure with: time by phase, bytes of operations, a processor's best, memory, revisions."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
+import shutil
+import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -14,15 +18,19 @@ from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tools.errors import UserError
+
+HERE = Path(__file__).resolve().parent.parent
+
 PHASES = ("loading", "augmentation", "teacher", "CAM labels", "student", "losses", "backward", "optimiser", "EMA")
 """What the training code marks with `record_function`; PyTorch itself marks the loader."""
 
 
 @contextlib.contextmanager
 def phase_seconds(device: torch.device) -> Iterator[dict[str, float]]:
-    """Seconds of the block by phase; what is in none is "other". A phase within another is not counted to that.
+    """Seconds of the block by phase; outside all phases it is "other". An inner phase does not count to its outer one.
 
-    Where a phase begins or ends, a GPU is waited for.
+    The clock waits for a GPU where a phase begins or ends.
     """
     seconds, stack, since = defaultdict(float), ["other"], 0.0
 
@@ -90,3 +98,19 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def checkout(revision: str, folder: Path) -> Path:
+    """Put the code of a revision, as git names it, into `folder`."""
+    archive = ["git", "archive", "--output", f"{folder}.tar", revision]
+    if subprocess.run(archive, cwd=HERE, capture_output=True).returncode:
+        raise UserError(f"{revision}: git does not know it. Name a commit or a tag.")
+    shutil.unpack_archive(f"{folder}.tar", folder)
+    return folder
+
+
+def run(folder: Path, words: list[str], **environment: str) -> None:
+    """Run a command in a folder."""
+    done = subprocess.run(words, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{' '.join(words)}: {done.stderr.strip()[-400:]}. Correct it, then measure.")

@@ -9,7 +9,7 @@ from pycocotools import mask as coco_rle
 from segment_anything import SamAutomaticMaskGenerator
 from segment_anything.utils.amg import mask_to_rle_pytorch
 
-from benchmarks.sam import SHARPENED_THRESHOLDS, build_tiny_sam, sharpen, synthetic_image
+from tests.tiny_sam import SHARPENED_THRESHOLDS, build_tiny_sam, sharpen, synthetic_image
 from tools.errors import UserError
 from tools.proposals.generator import MaskGenerator, MaskOptions, interpolation_matrix, uncompressed_rle
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_rle
 
-from benchmarks.sam import build_tiny_sam
+from tests.tiny_sam import build_tiny_sam
 from tools.errors import UserError
 from tools.proposals import SamGenerator, load_proposals, load_sam, save_proposals
 from tools.proposals.generator import MaskOptions

@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 
 import refine_sam
-from benchmarks.sam import build_tiny_sam
 from datasets.base import voc_palette
 from tests.test_proposals import disc_image
+from tests.tiny_sam import build_tiny_sam
 from tools import options
 from tools.errors import UserError
 from tools.files import load_mask, save_mask
