@@ -37,6 +37,7 @@ def make_parser() -> cli.Parser:
     group = parser.add_argument_group("inference")
     group.add_argument("--weights", type=Path, help="checkpoint (default: experiments/models/TAG.pth)")
     options.add_views(group)
+    options.add_on_error(group)
     cli.add_switch(group, "--save_cams", True, "write cams/")
     cli.add_switch(group, "--save_masks", False, "write masks/ (not of a classifier)")
     cli.add_switch(group, "--save_pseudos", True, "write pseudos-.../")
@@ -79,6 +80,7 @@ from tools.checkpoint import check_classes
 from tools.crf import CAM_SETTINGS, mean_field, unary_from_labels
 from tools.devices import select_device
 from tools.files import save_mask
+from tools.left_out import LeftOut
 from tools.maps import normalize, resize_maps
 from tools.seeds import auto_threshold
 
@@ -312,8 +314,9 @@ def main(args: argparse.Namespace) -> None:
     pending = predict.pending(ids)
     print(f"{len(ids)} images of '{args.domain}', {len(ids) - len(pending)} done already; writing to {folder}")
     mine = parallel.share(ids, pending)
-    done = parallel.thread_map(predict, mine, parallel.own_workers(args.num_workers))
-    empty = sum(parallel.progress(done, desc="inference", unit="image", total=len(mine)))
+    left_out = LeftOut(folder, "inference", skip=args.on_error == "skip")
+    done = parallel.thread_map(left_out.guard(predict), mine, parallel.own_workers(args.num_workers))
+    empty = sum(left_out.sift(parallel.progress(done, desc="inference", unit="image", total=len(mine))))
     if empty > len(mine) / 10:
         print(
             f"Warning: the CAMs of {empty} of {len(mine)} images are empty; {weights} does not see their "
@@ -324,6 +327,7 @@ def main(args: argparse.Namespace) -> None:
     print(
         f"Next: python refine_sam.py --tag {args.tag} --domain {args.domain} --pseudo_dir {predict.folders['pseudos']}"
     )
+    left_out.finish(ids)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ def make_parser() -> cli.Parser:
     )
     options.add_workers(group)
     options.add_overwrite(group)
+    options.add_on_error(group)
     data = options.add_dataset(parser, domain=("train_aug", "split to refine"))
     data.add_argument("--pseudo_dir", type=Path, help="folder of the ID.png pseudo masks (needed to merge)")
     add_proposals(parser)
@@ -150,6 +151,7 @@ from datasets import DataSource, build_source
 from datasets.base import DatasetInfo, check_shown, read_mask
 from tools import devices, identity
 from tools.files import load_image, save_mask
+from tools.left_out import LeftOut
 from tools.merging import merge_masks
 from tools.proposals import ProposalGenerator, SamGenerator, load_proposals, load_sam, save_proposals
 from tools.proposals.files import MaskFiles, mask_file
@@ -202,21 +204,25 @@ def main(args: argparse.Namespace) -> None:
     ids = parallel.share(listed, shard=args.shard)
     folders = select_folders(args)
     workers = parallel.own_workers(args.num_workers)
+    left_out = LeftOut(folders.refined.parent, "refine_sam", skip=args.on_error == "skip")
     if args.stage != "propose":
-        check_present(args.pseudo_dir, ids, ".png", "the pseudo masks of inference.py with --pseudo_dir")
+        remedy = "the pseudo masks of inference.py with --pseudo_dir"
+        check_present(args.pseudo_dir, ids, ".png", remedy, some=left_out.skip)
         check_shown(filter(Path.is_file, (args.pseudo_dir / f"{image_id}.png" for image_id in listed)), source.info)
     if args.stage != "merge":
         backend = select_backend(args)
         made_by = proposals_identity(backend, source, listed)
         identity.claim_folder(folders.proposals, made_by, ".json", overwrite=args.overwrite)
-        propose(backend, source, ids, folders.proposals, workers)
+        propose(backend, source, ids, folders.proposals, workers, left_out)
     if args.stage == "propose":
         print("Next: the same command with --stage merge --pseudo_dir FOLDER")
+        left_out.finish(listed, args.shard)
         return
     rule = Rule(args.mode, args.order, args.inside_threshold, args.recall_threshold, args.keep_ignore)
-    check_present(folders.proposals, ids, ".json", "the same flags with --stage propose first")
+    check_present(folders.proposals, ids, ".json", "the same flags with --stage propose first", some=left_out.skip)
     identity.claim_folder(folders.refined, merged_identity(rule, folders, listed), ".png", overwrite=args.overwrite)
-    merge(rule, source.info, ids, folders, workers)
+    merge(rule, source.info, ids, folders, workers, left_out)
+    left_out.finish(listed, args.shard)
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -233,10 +239,10 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--mask_files: missing. Pass the folder that holds the masks of --proposals files.")
 
 
-def check_present(folder: Path, ids: Sequence[str], suffix: str, remedy: str) -> None:
-    """Raise UserError unless `folder` has a file of every id."""
+def check_present(folder: Path, ids: Sequence[str], suffix: str, remedy: str, *, some: bool) -> None:
+    """Raise UserError unless `folder` has a file of every id; of one, if `some` are enough."""
     missing = [image_id for image_id in ids if not (folder / f"{image_id}{suffix}").is_file()]
-    if missing:
+    if missing and (not some or len(missing) == len(ids)):
         raise UserError(f"{folder}: {missing[0]}{suffix} is missing ({len(missing)} of {len(ids)} are). Pass {remedy}.")
 
 
@@ -285,7 +291,9 @@ def select_backend(args: argparse.Namespace) -> Backend:
     )
 
 
-def propose(backend: Backend, source: DataSource, ids: Sequence[str], folder: Path, workers: int) -> None:
+def propose(
+    backend: Backend, source: DataSource, ids: Sequence[str], folder: Path, workers: int, left_out: LeftOut
+) -> None:
     """Write the proposals of the images that have none yet."""
     pending = [image_id for image_id in ids if not (folder / f"{image_id}.json").exists()]
     print(f"Proposals: {len(ids)} images, {len(ids) - len(pending)} done already; writing to {folder}")
@@ -294,13 +302,13 @@ def propose(backend: Backend, source: DataSource, ids: Sequence[str], folder: Pa
         size = generator.images_per_call
         jobs = [pending[start : start + size] for start in range(0, len(pending), size)]
         unit = "image" if size == 1 else f"x{size} images"
-        work = functools.partial(propose_batch, generator, source, folder)
+        work = left_out.guard(functools.partial(propose_batch, generator, source, folder))
         if backend.threads is None:
             done = parallel.run_jobs(work, jobs, workers, "proposals", unit)
         else:
             done = parallel.thread_map(work, jobs, backend.threads)
             done = parallel.progress(done, desc="proposals", unit=unit, total=len(jobs))
-        for _ in done:
+        for _ in left_out.sift(done):
             pass
     print(f"Proposals are in {folder}")
 
@@ -331,12 +339,13 @@ def merged_identity(rule: Rule, folders: Folders, ids: Sequence[str]) -> dict:
     return identity.describe("refine_sam.py", flags, inputs=inputs)
 
 
-def merge(rule: Rule, info: DatasetInfo, ids: Sequence[str], folders: Folders, workers: int) -> None:
+def merge(rule: Rule, info: DatasetInfo, ids: Sequence[str], folders: Folders, workers: int, left_out: LeftOut) -> None:
     """Write the refined masks that are not there yet, and report what changed over all of them."""
     done = sum((folders.refined / f"{image_id}.png").exists() for image_id in ids)
     print(f"Merging: {len(ids)} images, {done} done already; writing to {folders.refined}")
-    work = functools.partial(merge_file, rule, info, folders)
-    print_changes(info, sum(parallel.run_jobs(work, ids, workers, "merging", "image")))
+    work = left_out.guard(functools.partial(merge_file, rule, info, folders))
+    changes = left_out.sift(parallel.run_jobs(work, ids, workers, "merging", "image"))
+    print_changes(info, sum(changes, start=np.zeros((info.num_classes + 1,) * 2, np.int64)))
     print(f"Refined masks are in {folders.refined}")
     print(f"Next: python train_segmentation.py --tag TAG --masks_dir {folders.refined}   (plus the data flags)")
 

@@ -56,6 +56,7 @@ def make_parser() -> cli.Parser:
     group.add_argument("--weights", type=Path, help="checkpoint, of CSRM too (default: experiments/models/TAG.pth)")
     group.add_argument("--max_images", type=cli.positive_int, help="stop after the first N images of the split")
     options.add_views(group)
+    options.add_on_error(group)
     group.add_argument("--crf_t", type=cli.count, default=10, help="mean-field iterations of the dense CRF; 0: no CRF")
     options.add_crf_backend(group)
     return parser
@@ -80,6 +81,7 @@ from tools.crf import SEGMENTATION_SETTINGS, mean_field, unary_from_probabilitie
 from tools.devices import select_device
 from tools.drawing import save_overlay
 from tools.files import load_mask, save_mask
+from tools.left_out import LeftOut
 from tools.losses import cross_entropy
 from tools.maps import normalize
 from tools.training import Trainer, seed_everything
@@ -214,12 +216,15 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
             save_overlay(overlays / f"{image_id}.jpg", image, mask, source.info)
 
     mine = parallel.share(ids, pending)
-    done = parallel.thread_map(work, mine, parallel.own_workers(args.num_workers))
-    collections.deque(parallel.progress(done, desc="predicting", unit="image", total=len(mine)), maxlen=0)
+    left_out = LeftOut(folder, "train_segmentation", skip=args.on_error == "skip")
+    done = parallel.thread_map(left_out.guard(work), mine, parallel.own_workers(args.num_workers))
+    done = left_out.sift(parallel.progress(done, desc="predicting", unit="image", total=len(mine)))
+    collections.deque(done, maxlen=0)
     for kind, _ in wanted:
         print(f"{kind.name}: {kind}")
     if not args.images:
         print(f"Next: python evaluate.py --pred_dir {masks} --domain {args.domain}   (plus the data flags)")
+    left_out.finish(ids)
 
 
 def main(args: argparse.Namespace) -> None:

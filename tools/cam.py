@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from tools.errors import UserError
+from tools.errors import FileError
 from tools.files import atomic_write
 from tools.maps import fit, resize_maps
 from tools.options import Views
@@ -177,9 +177,9 @@ def load_cams(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray, np.ndarr
         with np.load(path, allow_pickle=False) as content:
             return content["keys"], content["cam"], content["hr_cam"]
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such CAM file. Run inference.py again: it adds what is missing.") from error
+        raise FileError(f"{path}: no such CAM file. Run inference.py again: it adds what is missing.") from error
     except _DAMAGED as error:
-        raise UserError(f"{path}: not a readable CAM file. Delete it and run inference.py again.") from error
+        raise FileError(f"{path}: not a readable CAM file. Delete it and run inference.py again.") from error
 
 
 def cam_labels(hr_cam: np.ndarray, background: float | np.ndarray) -> np.ndarray:

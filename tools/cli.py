@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tools import parallel
-from tools.errors import UserError
+from tools.errors import Incomplete, UserError
 
 MEMORY_FLAGS = ("batch_size", "image_size", "scales", "images_per_batch", "points_per_batch")
 """Flags with lower values of which a script needs less memory."""
@@ -83,6 +83,8 @@ def _underscored(token: str) -> str:
 def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """Call `main(args)`; a `UserError` becomes one line on stderr and exit code 2, and so does full memory.
 
+    Where images were left out, the line says so, and the exit code is 3.
+
     Asked to stop by SIGTERM or SIGUSR1, it ends with exit code 143 and the command that continues.
 
     Of several processes (`tools.parallel`) only the first prints to stdout. Characters that the terminal's encoding
@@ -104,6 +106,8 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
             sys.stdout.flush()
         distributed.stop()
         return
+    except Incomplete as error:
+        status, message = 3, str(error)
     except UserError as error:
         status, message = 2, f"error: {error}"
     except torch.OutOfMemoryError:

@@ -52,6 +52,14 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def meet() -> None:
+    """Until all processes are here, of a stage that `start`s nothing: for days, should one have more to do."""
+    if world_size() > 1:
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def wait() -> None:
     """Until all processes are here."""
     if dist.is_initialized():

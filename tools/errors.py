@@ -5,6 +5,16 @@
 `tools.cli.run` turns it into that line. Anything else that escapes a script is our fault and keeps its traceback.
 """
 
+from __future__ import annotations
+
 
 class UserError(Exception):
     """A mistake of the user's. The message names the file or flag, and the remedy."""
+
+
+class FileError(UserError):
+    """A file of one image cannot be used; the other images do not need it (`tools.left_out`)."""
+
+
+class Incomplete(UserError):
+    """All is done but the images that were left out: exit code 3."""

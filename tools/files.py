@@ -24,7 +24,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from tools.errors import UserError
+from tools.errors import FileError, UserError
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # remarks on metadata that nobody here reads
 
@@ -253,18 +253,18 @@ def _open(file: BinaryIO) -> Image.Image:
 
 @contextlib.contextmanager
 def _reading(path: str | os.PathLike, what: str) -> Iterator[None]:
-    """Turn whatever a decoder raises into a UserError that names the file."""
+    """Turn whatever a decoder raises into a FileError that names the file."""
     try:
         yield
     except UserError:
         raise
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such {what}.") from error
+        raise FileError(f"{path}: no such {what}.") from error
     except Exception as error:  # decoders of damaged files raise what they run into: struct.error, KeyError, zlib.error
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             reason = "of no known format" if Path(path).stat().st_size else "an empty file"
-        raise UserError(f"{path}: not a readable {what} ({reason}). Replace or remove it.") from error
+        raise FileError(f"{path}: not a readable {what} ({reason}). Replace or remove it.") from error
 
 
 def _check_single(path: str | os.PathLike, image: Image.Image) -> None:
@@ -282,7 +282,7 @@ def _check_single(path: str | os.PathLike, image: Image.Image) -> None:
         image.seek(0)
         count = pages.count(0)
     if count > 1:
-        raise UserError(f"{path}: holds {count} pictures. Save the one that is meant as a file of its own.")
+        raise FileError(f"{path}: holds {count} pictures. Save the one that is meant as a file of its own.")
 
 
 def _decode_jpeg(data: bytes, progressive: bool) -> np.ndarray | None:
@@ -321,15 +321,15 @@ def _decode(path: str | os.PathLike, image: Image.Image) -> np.ndarray:
     depth = tags.get(258, (16,))[0]
     planes, white_is_zero = tags.get(284, 1), tags.get(262, 1) == 0
     if any(sample not in (1, 4) for sample in tags.get(339, ())):
-        raise UserError(f"{path}: {_NO_RANGE}")
+        raise FileError(f"{path}: {_NO_RANGE}")
     if planes == 2 and depth > 8:
-        raise UserError(f"{path}: a TIFF of {depth} bits in separate planes. Save it interleaved, or with 8 bits.")
+        raise FileError(f"{path}: a TIFF of {depth} bits in separate planes. Save it interleaved, or with 8 bits.")
     image.load()
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         grey = _eight_bits(np.asarray(image), 2**depth - 1)
         return np.repeat((255 - grey if white_is_zero else grey)[..., None], 3, axis=2)
     if image.mode in ("I", "F"):
-        raise UserError(f"{path}: {_NO_RANGE}")
+        raise FileError(f"{path}: {_NO_RANGE}")
     return np.asarray(image.convert("RGB"))
 
 
@@ -357,18 +357,18 @@ def load_mask(path: str | os.PathLike, palette: np.ndarray | None = None, num_cl
         data = Path(path).read_bytes()
         image = _open(io.BytesIO(data))
         if image.format != "PNG":
-            raise UserError(f"{path}: holds {image.format} data. {_NOT_PNG.get(image.format, _SAVE_PNG)}")
+            raise FileError(f"{path}: holds {image.format} data. {_NOT_PNG.get(image.format, _SAVE_PNG)}")
         _check_single(path, image)
         depth, kind = data[24], data[25]  # of the header: bits per sample; 0 grey, 3 palette, others in colour
         mask, colours, turn = np.asarray(image), _palette_of(image), orientation(image)
     if turn != 1:
-        raise UserError(f"{path}: carries the EXIF orientation {turn}. Turn it upright and save it without.")
+        raise FileError(f"{path}: carries the EXIF orientation {turn}. Turn it upright and save it without.")
     if kind not in (0, 3):
-        raise UserError(f"{path}: holds {image.mode} colours, but masks hold class indices. {_save_indices(mask)}")
+        raise FileError(f"{path}: holds {image.mode} colours, but masks hold class indices. {_save_indices(mask)}")
     if kind == 0 and depth in (2, 4) and mask.any():
-        raise UserError(f"{path}: grey of {depth} bits, which programs read as different indices. Save it with 8.")
+        raise FileError(f"{path}: grey of {depth} bits, which programs read as different indices. Save it with 8.")
     if mask.max() > 255:
-        raise UserError(f"{path}: 16 bits, and the value {mask.max()}. Class indices end at 255: save it with 8 bits.")
+        raise FileError(f"{path}: 16 bits, and the value {mask.max()}. Class indices end at 255: save it with 8 bits.")
     if colours is not None and palette is not None:
         _check_palette(path, mask, colours, palette, num_classes)
     return mask.astype(np.uint8)
@@ -417,7 +417,7 @@ def _check_palette(
         moved = [(index, other) for index, other in meant.items() if index != other]
         if distinct and moved and None not in meant.values():
             index, other = moved[0]
-            raise UserError(
+            raise FileError(
                 f"{path}: index {index} has the colour of class {other}. Its palette was sorted by an optimiser or "
                 "editor: save the mask anew from its colours, or without a palette if its indices are right."
             )

@@ -134,6 +134,12 @@ def add_common(parser: cli.Parser) -> None:
     add_overwrite(group)
 
 
+def add_on_error(group: argparse._ActionsContainer) -> None:
+    """--on_error."""
+    text = "if a file of an image cannot be used: stop, or skip the image, list it in left-out-SCRIPT.json, exit code 3"
+    group.add_argument("--on_error", choices=["stop", "skip"], default="stop", help=text)
+
+
 def add_overwrite(group: argparse._ActionsContainer) -> None:
     """--overwrite."""
     text = "make anew what was made with other flags or other data; what the same command made is kept and continued"

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_rle
 
-from tools.errors import UserError
+from tools.errors import FileError, UserError
 from tools.files import atomic_write
 from tools.proposals.generator import MaskGenerator, MaskOptions
 from tools.rle import check_counts, encode
@@ -143,16 +143,16 @@ def load_proposals(path: str | os.PathLike, size: tuple[int, int]) -> list[dict]
         masks = [record["segmentation"] for record in records]
         for height, width in (mask["size"] for mask in masks):
             if (height, width) != size:
-                raise UserError(
+                raise FileError(
                     f"{path}: masks of {width}x{height} pixels, but the image has {size[1]}x{size[0]}. "
                     "Make both from the same images."
                 )
         texts = [_text(mask["counts"], size) for mask in masks]
         check_counts(texts, size[0] * size[1])
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file of masks. Run refine_sam.py --stage propose first.") from error
+        raise FileError(f"{path}: no such file of masks. Run refine_sam.py --stage propose first.") from error
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise UserError(f"{path}: not masks as COCO RLE ({error}). Delete the file and make it again.") from error
+        raise FileError(f"{path}: not masks as COCO RLE ({error}). Delete the file and make it again.") from error
     return [{"size": list(size), "counts": text} for text in texts]
 
 

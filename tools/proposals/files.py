@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tools.errors import UserError
+from tools.errors import FileError, UserError
 from tools.files import load_mask
 from tools.proposals import load_proposals
 
@@ -60,7 +60,7 @@ class MaskFiles:
             return _read_pictures(file.parent, size)
         if file.is_file():
             return load_proposals(file, size)
-        raise UserError(f"{self.root}: no masks of {image_id}: neither {image_id}/metadata.csv nor {image_id}.json.")
+        raise FileError(f"{self.root}: no masks of {image_id}: neither {image_id}/metadata.csv nor {image_id}.json.")
 
 
 def _read_pictures(folder: Path, size: tuple[int, int]) -> np.ndarray:
@@ -69,12 +69,12 @@ def _read_pictures(folder: Path, size: tuple[int, int]) -> np.ndarray:
         with open(folder / "metadata.csv", encoding="utf-8", newline="") as file:
             names = [row["id"] for row in csv.DictReader(file)]
     except (KeyError, ValueError, csv.Error) as error:
-        raise UserError(f"{folder}/metadata.csv: not a list of masks (no column 'id'). Run amg.py again.") from error
+        raise FileError(f"{folder}/metadata.csv: not a list of masks (no column 'id'). Run amg.py again.") from error
     masks = np.zeros((len(names), *size), dtype=bool)
     for mask, name in zip(masks, names, strict=True):
         picture = load_mask(folder / f"{name}.png")
         if picture.shape != size:
-            raise UserError(
+            raise FileError(
                 f"{folder}/{name}.png: a mask of {picture.shape[1]}x{picture.shape[0]} pixels, but the image has "
                 f"{size[1]}x{size[0]}. Make both from the same images."
             )

@@ -1,0 +1,91 @@
+"""--on_error skip: an image of which a file cannot be used is left out and listed; the others are worked on.
+
+left_out = LeftOut(folder, "inference", skip=True)
+for result in left_out.sift(run_jobs(left_out.guard(work), ids, ...)):  # of the images that could be done
+    ...
+left_out.finish(ids)  # raises Incomplete: exit code 3
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tools import distributed, parallel
+from tools.errors import FileError, Incomplete
+from tools.files import check_writable, locked, save_json
+
+Job = str | Sequence[str]
+"""The id of an image, or the ids of several that are worked on together."""
+
+
+@dataclass(frozen=True)
+class _Reasons:
+    """What stands in the place of a result: why, by id."""
+
+    by_id: dict[str, str]
+
+
+class LeftOut:
+    """The images that a stage leaves out.
+
+    Args:
+        folder: of the stage's output. The list is left-out-STAGE.json in it: {id: why}; no file if it is empty.
+        stage: name of the script.
+        skip: leave images out. If not, what they raise stops the stage.
+    """
+
+    def __init__(self, folder: Path, stage: str, *, skip: bool) -> None:
+        self.path, self.skip = folder / f"left-out-{stage}.json", skip
+        self.reasons: dict[str, str] = {}
+
+    def guard(self, work: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """`work` on a job, that hands a FileError over to `sift`; it can be sent to helper processes if `work` can."""
+        return functools.partial(_attempt, work) if self.skip else work
+
+    def sift(self, results: Iterable[Any]) -> Iterator[Any]:
+        """The results of guarded work, without those of the images that are left out."""
+        for result in results:
+            if isinstance(result, _Reasons):
+                self.reasons = {**result.by_id, **self.reasons}  # the first reason is the cause of others
+            else:
+                yield result
+
+    def finish(self, ids: Sequence[str], shard: tuple[int, int] | None = None) -> None:
+        """Bring the list up to date, as far as this process's share of the `ids` goes (`parallel.share`).
+
+        Raises:
+            Incomplete: images are left out.
+        """
+        mine = parallel.share(ids, shard=shard, announced=False)
+        with locked(check_writable(self.path.parent)):
+            others = set(ids) - set(mine)
+            if listed := {i: why for i, why in self._listed().items() if i in others} | self.reasons:
+                save_json(self.path, listed)
+            else:
+                self.path.unlink(missing_ok=True)
+        if self.skip:
+            distributed.meet()  # torchrun ends all when the first one ends with an error
+        if self.reasons:
+            raise Incomplete(
+                f"{len(self.reasons)} of {len(mine)} images are left out: {self.path} says which and why. "
+                "Mend their files, and run the same command again."
+            )
+
+    def _listed(self) -> dict[str, str]:
+        return json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+
+
+def _attempt(work: Callable[[Any], Any], job: Job) -> Any:
+    """work(job); if a file of several images cannot be used, each of them alone."""
+    try:
+        return work(job)
+    except FileError as error:
+        if isinstance(job, str) or len(job) == 1:
+            return _Reasons({job if isinstance(job, str) else job[0]: str(error)})
+    alone = [_attempt(work, [image_id]) for image_id in job]
+    return _Reasons({i: why for each in alone if isinstance(each, _Reasons) for i, why in each.by_id.items()})
