@@ -64,7 +64,7 @@ import torch
 from torch import nn
 
 from datasets import DataSource, build_source
-from models import load_model
+from models import load_model, segmentation_forward
 from tools import identity
 from tools.cam import (
     cam_labels,
@@ -216,12 +216,6 @@ def cam_forward(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """The model as a function from images to CAM logits, which in CSRM stops before the other branches."""
     options = {"segmentation": False} if model.config["kind"] == "csrm" else {}
     return lambda views: model(views, **options)["cams"]
-
-
-def segmentation_forward(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The model as a function from images to segmentation logits, in CSRM without representations."""
-    options = {"representations": False} if model.config["kind"] == "csrm" else {}
-    return lambda views: model(views, **options)["seg_logits"]
 
 
 def segmentation_maps(

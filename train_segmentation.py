@@ -3,14 +3,27 @@
     python train_segmentation.py --tag deeplab --masks_dir experiments/predictions/csrm@train_aug/sam-sam-max_iou_imp2
     python train_segmentation.py --tag deeplab2 --masks_dir experiments/predictions/... --corrected_dir corrected
     python train_segmentation.py --tag deeplab --predict --domain val
-    python train_segmentation.py --tag deeplab --predict --images holiday/ --save_overlays
+    python train_segmentation.py --tag deeplab --predict --images holiday/ --save_overlays --save_confidence
 
 Training reads photographs and the masks in --masks_dir (ID.png, 255 ignored; without the flag the dataset's own masks:
 fully supervised) and writes experiments/models/TAG.pth. Masks that somebody has corrected (docs/review.md) replace
 those of their images, and are drawn more often. Prediction sees each image at several scales and mirrored,
-averages the logits, refines with a dense CRF and writes experiments/predictions/TAG@DOMAIN/masks/ID.png. It never reads
-labels; with --images, any folder of photographs will do (TAG@FOLDER). Both continue where they stopped, and can be
-shared by several GPUs (SETUP.md):
+averages the logits and refines with a dense CRF. It never reads labels, and a CSRM checkpoint (--weights) will do, too.
+It writes to experiments/predictions/TAG@DOMAIN/
+
+    masks/ID.png         class indices with a palette
+    overlays/ID.jpg      the photograph with its classes painted, and a legend (--save_overlays)
+    confidence/ID.png    255 times the probability that the network gives to the class in the mask, before the dense
+                         CRF: grey of 8 bits (--save_confidence)
+
+With --images, any photographs will do: one, a folder, or a text file (.txt) with one path per line, from its folder.
+They go to TAG@NAME of the file or folder, with areas.csv: of each photograph and class the pixels and their per cent.
+
+The network sees a whole photograph at the size of its training, so what is small in a large one is lost. --tile 1024
+cuts longer photographs into overlapping squares of 1024 pixels, and segments each like a photograph. This finds small
+objects (a flock, aerial images), takes the time of as many photographs, and misses what is larger than a tile.
+
+Both continue where they stopped, and can be shared by several GPUs (SETUP.md):
 
     torchrun --standalone --nproc_per_node 4 train_segmentation.py --tag deeplab ...
 """
@@ -19,8 +32,10 @@ from __future__ import annotations
 
 import argparse
 import collections
+import csv
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 from tools import cli, options, parallel
@@ -49,9 +64,16 @@ def make_parser() -> cli.Parser:
     options.add_optimization(parser, lr=0.007, wd=4e-5, batch_size=32, max_epoch=50, alpha_bias=1.0)
     group = parser.add_argument_group("prediction")
     cli.add_switch(group, "--predict", False, "predict --domain with the trained model instead of training")
-    group.add_argument("--images", type=Path, metavar="DIR", help="predict the photographs in it, not --domain")
-    cli.add_switch(
-        group, "--save_overlays", False, "also write overlays/ID.jpg, the photograph with its classes painted"
+    group.add_argument(
+        "--images",
+        type=Path,
+        metavar="PATH",
+        help="photographs to predict, not --domain: one, a folder, or a .txt list",
+    )
+    cli.add_switch(group, "--save_overlays", False, "also write photographs with their classes painted")
+    cli.add_switch(group, "--save_confidence", False, "also write how probable the class of each pixel is")
+    group.add_argument(
+        "--tile", type=cli.positive_int, metavar="PIXELS", help="segment longer photographs in overlapping squares"
     )
     group.add_argument("--weights", type=Path, help="checkpoint, of CSRM too (default: experiments/models/TAG.pth)")
     group.add_argument("--max_images", type=cli.positive_int, help="stop after the first N images of the split")
@@ -65,33 +87,36 @@ def make_parser() -> cli.Parser:
 if __name__ == "__main__":
     ARGS = make_parser().parse_args()  # before PyTorch is imported: --help and mistakes answer at once
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.profiler import record_function
 from torch.utils.data import ConcatDataset, Dataset
 
 from datasets import DataSource, ImageDataset, Photographs, build_loader, build_source
 from datasets.transforms import segmentation_geometry
-from models import build_model, load_model
+from models import build_model, load_model, segmentation_forward
 from models.restore import restore
 from tools import distributed, identity
-from tools.cam import enlarged_argmax, multi_scale_logits, working_photograph
+from tools.cam import enlarged_argmax, multi_scale_logits, values_at, working_photograph
 from tools.checkpoint import check_classes
 from tools.crf import SEGMENTATION_SETTINGS, mean_field, unary_from_probabilities
 from tools.devices import select_device
 from tools.drawing import save_overlay
-from tools.files import load_mask, save_mask
+from tools.files import atomic_write, load_mask, locked, save_mask, save_png
 from tools.left_out import LeftOut
 from tools.losses import cross_entropy
-from tools.maps import normalize
+from tools.maps import normalize, resize_maps
+from tools.tiles import blended_strips
 from tools.training import Trainer, seed_everything
 from tools.validation import check_domain, validate
 
-PREDICTION = ("predict", "images", "save_overlays", "weights", "max_images", "scales", "hflip", "crf_t", "crf_backend")
-"""Flags of the prediction; the training does not see them."""
+PREDICTION_RESULT = ("scales", "hflip", "crf_t", "crf_backend", "tile")
+"""Flags on which a predicted mask depends, besides the weights."""
 
-PREDICTION_RESULT = ("scales", "hflip", "crf_t", "crf_backend")
-"""Those on which a predicted mask depends, besides the weights."""
+PREDICTION = ("predict", "images", "save_overlays", "save_confidence", "weights", "max_images", *PREDICTION_RESULT)
+"""Flags of the prediction; the training does not see them."""
 
 
 def train_step(model: nn.Module, batch: dict, device: torch.device, label_smoothing: float) -> dict[str, torch.Tensor]:
@@ -163,66 +188,176 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Segmentation:
+    """How photographs are segmented.
+
+    Attributes:
+        views: of a photograph, or of a tile.
+        crf: dense CRF of the averaged views.
+        tile: side of the tiles of longer photographs, pixels; None: no tiles.
+        confidence: whether the network's own probabilities are wanted, too.
+    """
+
+    views: options.Views
+    crf: options.CRF
+    tile: int | None = None
+    confidence: bool = False
+
+
 @torch.inference_mode()
-def segment(model: nn.Module, photograph: torch.Tensor, views: options.Views, crf: options.CRF) -> torch.Tensor:
-    """Class indices int64 [H,W] of a photograph, uint8 RGB [1,3,H,W], on the model's device."""
+def segment(model: nn.Module, photograph: torch.Tensor, how: Segmentation) -> tuple[np.ndarray, np.ndarray | None]:
+    """Class indices uint8 [H,W] of a photograph, uint8 RGB [1,3,H,W].
+
+    With `how.confidence` also 255 times the network's probability of these classes, uint8 [H,W].
+    """
     size = photograph.shape[-2:]
-    photograph = working_photograph(photograph, views).to(next(model.parameters()).device)
-    forward = lambda images: model(images)["seg_logits"]  # noqa: E731
-    logits = multi_scale_logits(forward, normalize(photograph), **dataclasses.asdict(views))
+    if how.tile is None or max(size) <= how.tile:
+        strips = [(class_maps(model, photograph, how), size)]
+    else:
+        blended = blended_strips(lambda part: tile_maps(model, part, how), photograph, how.tile)
+        strips = ((maps, maps.shape[-2:]) for maps in blended)
+    masks, confidences = [], []
+    for maps, area in strips:
+        index = enlarged_argmax(maps[:1], area)
+        masks.append(index.to(torch.uint8).cpu())
+        if how.confidence:
+            confidences.append((255 * values_at(maps[-1:], index)).round().to(torch.uint8).cpu())
+    return torch.cat(masks).numpy(), torch.cat(confidences).numpy() if how.confidence else None
+
+
+def class_maps(model: nn.Module, photograph: torch.Tensor, how: Segmentation) -> torch.Tensor:
+    """Class probabilities f32[N,C,h,w] of a photograph, uint8 RGB [1,3,H,W], at its working size.
+
+    The first are those of the dense CRF. With `how.confidence`, the last are the network's.
+    """
+    photograph = working_photograph(photograph, how.views).to(next(model.parameters()).device)
+    logits = multi_scale_logits(segmentation_forward(model), normalize(photograph), **dataclasses.asdict(how.views))
     probabilities = logits.softmax(dim=1)
-    if crf.iterations:
-        unary = unary_from_probabilities(probabilities)
-        probabilities = mean_field(photograph, unary, SEGMENTATION_SETTINGS, crf.iterations, backend=crf.backend)
-    return enlarged_argmax(probabilities, size)
+    if not how.crf.iterations:
+        return probabilities
+    unary = unary_from_probabilities(probabilities)
+    refined = mean_field(photograph, unary, SEGMENTATION_SETTINGS, how.crf.iterations, backend=how.crf.backend)
+    return torch.cat([refined, probabilities]) if how.confidence else refined
+
+
+def tile_maps(model: nn.Module, tile: torch.Tensor, how: Segmentation) -> torch.Tensor:
+    """`class_maps` of a tile, enlarged to its size.
+
+    Each tile has a dense CRF of its own: within a tile it costs what it costs for a photograph, and what it smoothes is
+    near. Where tiles overlap, the probabilities it gives are averaged.
+    """
+    return resize_maps(class_maps(model, tile, how), tile.shape[-2:])
+
+
+class Predictor:
+    """Makes the files of one photograph at a time.
+
+    Args:
+        model: a `DeepLabV3Plus` or `CSRM` in eval mode.
+        source: where photographs come from.
+        folder: experiments/predictions/TAG@DOMAIN.
+        how: segmentation.
+        overlays: whether they are wanted.
+    """
+
+    def __init__(
+        self, model: nn.Module, source: DataSource, folder: Path, how: Segmentation, *, overlays: bool
+    ) -> None:
+        self.model, self.source, self.folder, self.how = model, source, folder, how
+        self.suffixes = {"masks": ".png"}
+        if overlays:
+            self.suffixes["overlays"] = ".jpg"
+        if how.confidence:
+            self.suffixes["confidence"] = ".png"
+
+    def path(self, kind: str, image_id: str) -> Path:
+        """The file of `kind`, a key of `suffixes`, of a photograph."""
+        return self.folder / kind / f"{image_id}{self.suffixes[kind]}"
+
+    def missing(self, image_id: str) -> list[str]:
+        """The kinds of which the photograph has no file."""
+        return [kind for kind in self.suffixes if not self.path(kind, image_id).exists()]
+
+    def __call__(self, image_id: str) -> None:
+        """Write the missing files of one photograph."""
+        missing, photograph = self.missing(image_id), self.source.photograph(image_id)
+        if missing == ["overlays"]:
+            mask = load_mask(self.path("masks", image_id))
+        else:
+            mask, confidence = segment(self.model, photograph, self.how)
+        if "masks" in missing:
+            save_mask(self.path("masks", image_id), mask, self.source.info.palette)
+        if "confidence" in missing:
+            save_png(self.path("confidence", image_id), Image.fromarray(confidence))
+        if "overlays" in missing:
+            image = photograph[0].permute(1, 2, 0).numpy()
+            save_overlay(self.path("overlays", image_id), image, mask, self.source.info)
+
+    def save_areas(self, ids: Sequence[str], threads: int) -> Path:
+        """Write areas.csv: pixels and per cent of each class in each of the photographs that have a mask.
+
+        Of several processes, the last to end finds all masks.
+        """
+        path = self.folder / "areas.csv"
+        with locked(self.folder), atomic_write(path) as temporary:
+            done = [image_id for image_id in ids if self.path("masks", image_id).exists()]
+            with open(temporary, "w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerow(["id", "class", "pixels", "per_cent"])
+                for rows in parallel.thread_map(self._areas, done, threads):
+                    writer.writerows(rows)
+        return path
+
+    def _areas(self, image_id: str) -> list[list]:
+        """The rows of a photograph in areas.csv."""
+        classes = self.source.info.classes
+        pixels = np.bincount(load_mask(self.path("masks", image_id)).ravel(), minlength=len(classes))
+        return [[image_id, name, n, f"{100 * n / pixels.sum():.4f}"] for name, n in zip(classes, pixels, strict=True)]
+
+
+def photographs(args: argparse.Namespace, checkpoint: dict, weights: Path) -> tuple[DataSource, str, str]:
+    """Where photographs come from, the domain in it, and what its predictions are called after."""
+    if not args.images:
+        source = build_source(args.dataset, options.data_dir(args))
+        check_classes(checkpoint, source.info.classes, weights)
+        return source, args.domain, args.domain
+    source = Photographs(args.images, checkpoint["classes"])
+    if source.unread:
+        print(f"{len(source.unread)} files are of kinds that are not read, the first is {source.unread[0]}")
+    place = args.images.resolve()
+    return source, "train", place.stem if place.is_file() else place.name
 
 
 def predict(args: argparse.Namespace, device: torch.device) -> None:
-    """Write the predicted mask of every image that is not there yet."""
-    source = None if args.images else build_source(args.dataset, options.data_dir(args))
+    """Write the files of every photograph that are not there yet."""
     weights = args.weights or options.model_path(args.tag)
     model, checkpoint = load_model(weights, device, kinds=["segmentation", "csrm"])
+    source, domain, name = photographs(args, checkpoint, weights)
+    ids = source.ids(domain)[: args.max_images]
     views = options.views(args, checkpoint["args"]["image_size"])
     crf = options.CRF(iterations=args.crf_t, backend=args.crf_backend)
-    if source is None:
-        source, domain, name = Photographs(args.images, checkpoint["classes"]), "train", args.images.resolve().name
-        if source.unread:
-            print(f"{len(source.unread)} files are of kinds that are not read, the first is {source.unread[0]}")
-    else:
-        domain = name = args.domain
-        check_classes(checkpoint, source.info.classes, weights)
-    ids = source.ids(domain)[: args.max_images]
-    folder = options.predictions_dir(args.tag, name)
-    masks, overlays = folder / "masks", folder / "overlays"
-    wanted = [(masks, "png"), (overlays, "jpg")] if args.save_overlays else [(masks, "png")]
+    how = Segmentation(views, crf, args.tile, args.save_confidence)
+    predictor = Predictor(model, source, options.predictions_dir(args.tag, name), how, overlays=args.save_overlays)
     flags = {name: getattr(args, name) for name in PREDICTION_RESULT}
     flags["images"] = args.images and str(args.images.resolve())  # two folders of one name never mix
     inputs = source.fingerprints(ids)
     made_by = identity.describe("train_segmentation.py", {**flags, "weights": weights}, inputs=inputs)
-    for kind, suffix in wanted:
-        identity.claim_folder(kind, made_by, f".{suffix}", overwrite=args.overwrite)
-    pending = [i for i in ids if not all((kind / f"{i}.{suffix}").exists() for kind, suffix in wanted)]
-    print(f"{len(ids)} images of '{name}', {len(ids) - len(pending)} done already; writing to {folder}")
-
-    def work(image_id: str) -> None:
-        path, photograph = masks / f"{image_id}.png", source.photograph(image_id)
-        if path.exists():
-            mask = load_mask(path)
-        else:
-            mask = segment(model, photograph, views, crf).cpu().numpy()
-            save_mask(path, mask, source.info.palette)
-        if args.save_overlays:
-            image = photograph[0].permute(1, 2, 0).numpy()
-            save_overlay(overlays / f"{image_id}.jpg", image, mask, source.info)
-
-    mine = parallel.share(ids, pending)
-    left_out = LeftOut(folder, "train_segmentation", skip=args.on_error == "skip")
-    done = parallel.thread_map(left_out.guard(work), mine, parallel.own_workers(args.num_workers))
+    for kind, suffix in predictor.suffixes.items():
+        identity.claim_folder(predictor.folder / kind, made_by, suffix, overwrite=args.overwrite)
+    pending = [image_id for image_id in ids if predictor.missing(image_id)]
+    print(f"{len(ids)} images of '{name}', {len(ids) - len(pending)} done already; writing to {predictor.folder}")
+    mine, threads = parallel.share(ids, pending), parallel.own_workers(args.num_workers)
+    left_out = LeftOut(predictor.folder, "train_segmentation", skip=args.on_error == "skip")
+    done = parallel.thread_map(left_out.guard(predictor), mine, threads)
     done = left_out.sift(parallel.progress(done, desc="predicting", unit="image", total=len(mine)))
     collections.deque(done, maxlen=0)
-    for kind, _ in wanted:
-        print(f"{kind.name}: {kind}")
-    if not args.images:
+    for kind in predictor.suffixes:
+        print(f"{kind}: {predictor.folder / kind}")
+    if args.images:
+        print(f"areas: {predictor.save_areas(ids, threads)}")
+    else:
+        masks = predictor.folder / "masks"
         print(f"Next: python evaluate.py --pred_dir {masks} --domain {args.domain}   (plus the data flags)")
     left_out.finish(ids)
 

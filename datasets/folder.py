@@ -36,6 +36,7 @@ from datasets.listing import (
     index_images,
     index_splits,
     is_background,
+    listed_images,
 )
 from tools.errors import UserError
 from tools.files import atomic_write, read_lines, read_text
@@ -153,16 +154,25 @@ class COCO14Source(FolderSource):
 
 
 class Photographs(DataSource):
-    """A folder of photographs and nothing else, to be segmented: the only domain is `train`, all of them.
+    """Photographs and nothing else, to be segmented: the only domain is `train`, all of them.
 
     Args:
-        root: the folder; those inside count too.
+        place: a folder, with those inside; or one photograph; or a text file (.txt) with the path of one per line, from
+            the folder of the list.
         classes: of the model that segments them.
+
+    Raises:
+        UserError: there is no such place, no photograph in it, or a line that names none.
     """
 
-    def __init__(self, root: Path, classes: Sequence[str]) -> None:
-        images = index_images([root])
-        super().__init__(root, info=DatasetInfo(tuple(classes)), images=images, splits={}, masks_dirs=[])
+    def __init__(self, place: Path, classes: Sequence[str]) -> None:
+        if not place.is_file():
+            images = index_images([place])
+        elif place.suffix.lower() == ".txt":
+            images = listed_images(place)
+        else:
+            images = FileIndex({clean_id(place.stem): place}, [])
+        super().__init__(place, info=DatasetInfo(tuple(classes)), images=images, splits={}, masks_dirs=[])
 
     def has_label(self, image_id: str) -> bool:
         """Never."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tools.errors import UserError
+from tools.files import read_lines
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
 MASK_SUFFIXES = (".png",)
@@ -45,6 +46,29 @@ def index_images(folders: Iterable[Path]) -> FileIndex:
         others = f", but {len(index.others)} other files such as {index.others[0].name}" if index.others else ""
         raise UserError(f"{folders[0]}: no images ({', '.join(IMAGE_SUFFIXES)}) in it{others}.")
     return index
+
+
+def listed_images(path: Path) -> FileIndex:
+    """The photographs that a text file names, one per line, by their paths from its folder.
+
+    Their ids are these paths without suffix; of files outside the folder, their names.
+
+    Raises:
+        UserError: an unreadable or empty list, a line that names no file, two files that share an id.
+    """
+    folder, files = Path(os.path.abspath(path.parent)), {}
+    for line in read_lines(path):
+        file = Path(os.path.abspath(folder / line))
+        if not file.is_file():
+            raise UserError(f"{path}: no file '{line}'. Write one photograph per line, by its path from here.")
+        inside = file.relative_to(folder) if file.is_relative_to(folder) else Path(file.name)
+        image_id = clean_id(inside.with_suffix("").as_posix())
+        if image_id in files:
+            raise UserError(f"{path}: '{line}' has the same id as {files[image_id]}. Remove or rename one.")
+        files[image_id] = file
+    if not files:
+        raise UserError(f"{path}: an empty list. Write one photograph per line.")
+    return FileIndex(files, [])
 
 
 def index_files(folders: Iterable[Path], suffixes: Sequence[str]) -> FileIndex:

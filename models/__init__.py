@@ -10,7 +10,7 @@ part of the pretrained backbone with `scratch_modules()`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from models.deeplab import DeepLabV3Plus
 from tools.checkpoint import load_checkpoint
 from tools.errors import UserError
 
-__all__ = ["Backbone", "CSRM", "Classifier", "DeepLabV3Plus", "build_model", "load_model"]
+__all__ = ["Backbone", "CSRM", "Classifier", "DeepLabV3Plus", "build_model", "load_model", "segmentation_forward"]
 
 KINDS: dict[str, tuple[type[nn.Module], type[NetworkConfig]]] = {
     "classifier": (Classifier, NetworkConfig),
@@ -87,3 +87,9 @@ def load_model(path: str | Path, device: torch.device, kinds: Sequence[str]) -> 
             f"{path}: its weights do not fit its architecture. The file is damaged; train again."
         ) from error
     return model.to(device).eval(), checkpoint
+
+
+def segmentation_forward(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A CSRM or DeepLabV3+ as a function from images to segmentation logits, in CSRM without representations."""
+    options = {"representations": False} if model.config["kind"] == "csrm" else {}
+    return lambda views: model(views, **options)["seg_logits"]

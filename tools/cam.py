@@ -151,6 +151,14 @@ def enlarged_argmax(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return index
 
 
+def values_at(maps: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The value of channel `index` int64 [H,W] at each pixel of maps f32[1,C,h,w] enlarged to (H, W): f32[H,W]."""
+    values = torch.zeros(index.shape, device=maps.device)
+    for c in index.unique().tolist():
+        values = torch.where(index == c, resize_maps(maps[:, c : c + 1], index.shape)[0, 0], values)
+    return values
+
+
 def save_cams(path: Path, keys: np.ndarray, cam: np.ndarray, hr_cam: np.ndarray) -> None:
     """Write one CAM file; the suffix of `path` chooses `.npz` or the pickled `.npy` of peers' tools."""
     arrays = {"keys": keys.astype(np.int64), "cam": cam.astype(np.float16), "hr_cam": hr_cam.astype(np.float16)}

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tools.files import atomic_write
 
 OVERLAY_SIDE = 1280
+STRIP = 256  # rows painted at a time: colours as floats take ten times the memory of the photograph
 GAP, MARGIN, LINE = 6, 18, 26
 PAPER, INK, FAINT = (255, 255, 255), (28, 28, 30), (120, 120, 126)
 
@@ -30,6 +31,11 @@ def overlay(image: np.ndarray, mask: np.ndarray, palette: np.ndarray) -> np.ndar
     Returns:
         uint8 RGB [H, W, 3].
     """
+    strips = [slice(start, start + STRIP) for start in range(0, len(image), STRIP)]
+    return np.concatenate([_painted(image[rows], mask[rows], palette) for rows in strips])
+
+
+def _painted(image: np.ndarray, mask: np.ndarray, palette: np.ndarray) -> np.ndarray:
     grey = image.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
     paper = np.repeat((0.55 * grey + 70)[..., None], 3, axis=2)
     colours = palette.astype(np.float32).copy()

@@ -427,6 +427,11 @@ def save_mask(path: str | os.PathLike, mask: np.ndarray, palette: np.ndarray) ->
     """Write class indices (uint8 HxW) as a PNG with `palette` (uint8 256x3), so that any viewer shows the classes."""
     image = Image.fromarray(mask.astype(np.uint8), mode="P")
     image.putpalette(palette.astype(np.uint8).tobytes())
+    save_png(path, image)
+
+
+def save_png(path: str | os.PathLike, image: Image.Image) -> None:
+    """Write a picture as a PNG."""
     with atomic_write(path, durable=False) as temporary:
         image.save(temporary, format="PNG", optimize=False)
 

@@ -1,0 +1,250 @@
+"""Prediction of anybody's photographs: what is written, of what, and what it says."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command import data_flags, refusal, run
+from PIL import Image
+
+from datasets.folder import Photographs
+from models import build_model, load_model
+from tools import options
+from tools.cam import enlarged_argmax, values_at
+from tools.checkpoint import save_checkpoint
+from tools.errors import UserError
+from tools.files import load_mask
+from tools.maps import resize_maps
+from train_segmentation import Segmentation, class_maps, segment, tile_maps
+
+CLASSES = ["background", "cat", "dog"]
+PREDICTIONS = Path("experiments/predictions")
+PREDICT = ["train_segmentation", "--predict", "--device", "cpu", "--scales", "1", "--crf_t", "2", "--num_workers", "0"]
+VIEWS = options.Views(scales=(1.0,), hflip=True, long_side=64)
+SIZES = {"a": (40, 56), "b/c": (91, 33)}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Checkpoints of a DeepLabV3+ and of a CSRM that sees what its teacher sees, but whose student is blind."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    for kind in ("segmentation", "csrm"):
+        model = build_model(kind, architecture="test_resnet", num_classes=3, decoder_channels=8)
+        weights = {"model": model.state_dict()}
+        if kind == "csrm":
+            weights |= {"teacher": model.state_dict(), "model": {k: v * 0 for k, v in model.state_dict().items()}}
+        save_checkpoint(
+            folder / f"{kind}.pth", config=model.config, **weights, classes=CLASSES, epoch=1, args={"image_size": 64}
+        )
+    return folder
+
+
+@pytest.fixture
+def holiday(tmp_path, monkeypatch):
+    """Two photographs, one in a folder inside; the working directory is empty."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    for seed, (name, size) in enumerate(SIZES.items()):
+        path = tmp_path / "holiday" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise(size, seed)).save(path)
+    return tmp_path / "holiday"
+
+
+def noise(size, seed=0):
+    small = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(small).resize(size[::-1], Image.Resampling.BILINEAR))
+
+
+def photograph(size, seed=0):
+    return torch.tensor(noise(size, seed)).permute(2, 0, 1)[None]
+
+
+def how(**changes):
+    return Segmentation(**{"views": VIEWS, "crf": options.CRF(iterations=2), **changes})
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["segmentation", "csrm"])
+def test_files_of_each_photograph(models, holiday, kind):
+    weights = models / f"{kind}.pth"
+    run(*PREDICT, "--tag", "m", "--weights", weights, "--images", holiday, "--save_overlays", "--save_confidence")
+    model, _ = load_model(weights, torch.device("cpu"), kinds=[kind])
+    folder = PREDICTIONS / "m@holiday"
+    for seed, (image_id, size) in enumerate(SIZES.items()):
+        with torch.inference_mode():
+            maps = class_maps(model, photograph(size, seed), how(confidence=True))
+        mask, confidence = maps[0].argmax(dim=0).numpy(), Image.open(folder / "confidence" / f"{image_id}.png")
+        assert np.array_equal(load_mask(folder / "masks" / f"{image_id}.png"), mask)
+        assert confidence.mode == "L" and confidence.size == size[::-1]
+        expected = np.take_along_axis(maps[1].numpy(), mask[None], axis=0)[0] * 255
+        assert np.abs(np.asarray(confidence) - expected).max() <= 0.5 + 1e-3
+        assert np.ptp(expected) > 0  # not the blind student's
+        assert Image.open(folder / "overlays" / f"{image_id}.jpg").width == size[1]
+
+
+def test_areas_of_every_class(models, holiday):
+    run(*PREDICT, "--tag", "m", "--weights", models / "segmentation.pth", "--images", holiday)
+    with open(PREDICTIONS / "m@holiday" / "areas.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["id"], row["class"]) for row in rows] == [(i, name) for i in SIZES for name in CLASSES]
+    for row in rows:
+        mask = load_mask(PREDICTIONS / "m@holiday" / "masks" / f"{row['id']}.png")
+        pixels = (mask == CLASSES.index(row["class"])).sum()
+        assert int(row["pixels"]) == pixels
+        assert float(row["per_cent"]) == pytest.approx(100 * pixels / mask.size, abs=1e-4)
+
+
+def test_what_is_asked_for_later_is_added(models, holiday):
+    command = [*PREDICT, "--tag", "m", "--weights", models / "segmentation.pth", "--images", holiday]
+    run(*command)
+    masks = PREDICTIONS / "m@holiday" / "masks"
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in masks.rglob("*.png")}
+    run(*command, "--save_confidence", "--save_overlays")
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in masks.rglob("*.png")} == before
+    assert (masks.parent / "confidence/b/c.png").exists() and (masks.parent / "overlays/b/c.jpg").exists()
+
+
+def test_of_a_split_no_areas_are_written(models, folder_root, holiday):
+    run(*PREDICT, "--tag", "m", "--weights", models / "segmentation.pth", *data_flags(folder_root), "--domain", "val")
+    assert [path.name for path in (PREDICTIONS / "m@val").iterdir()] == ["masks"]
+
+
+# -- what --images may be ------------------------------------------------------------------------------------------
+
+
+def test_a_single_photograph_and_a_list_give_the_masks_of_the_folder(models, holiday):
+    command = [*PREDICT, "--tag", "m", "--weights", models / "segmentation.pth", "--images"]
+    (holiday.parent / "list.txt").write_text("holiday/b/c.png\n\nholiday/a.png\n")
+    run(*command, holiday)
+    run(*command, holiday / "a.png")
+    run(*command, holiday.parent / "list.txt")
+    read = lambda name: (PREDICTIONS / name).read_bytes()  # noqa: E731
+    assert read("m@a/masks/a.png") == read("m@list/masks/holiday/a.png") == read("m@holiday/masks/a.png")
+    assert read("m@list/masks/holiday/b/c.png") == read("m@holiday/masks/b/c.png")
+    assert len(list((PREDICTIONS / "m@a/masks").rglob("*.png"))) == 1
+
+
+def test_ids_of_listed_photographs(holiday, tmp_path):
+    (tmp_path / "lists").mkdir()
+    shutil.copy(holiday / "a.png", tmp_path / "lists" / "x.y.png")
+    (tmp_path / "lists" / "some.TXT").write_text(f"x.y.png\n../holiday/a.png\n{holiday}/b/c.png\n")
+    source = Photographs(tmp_path / "lists" / "some.TXT", CLASSES)
+    assert source.ids("train") == ["a", "c", "x.y"]
+    assert source.image_path("a").resolve() == (holiday / "a.png").resolve()
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        ("holiday/a.png\nholiday/z.png\n", "list.txt: no file 'holiday/z.png'. Write one photograph per line"),
+        ("\n", "list.txt: an empty list"),
+        ("holiday/a.png\nholiday/a.png\n", "'holiday/a.png' has the same id as"),
+        ("holiday\n", "no file 'holiday'"),
+    ],
+)
+def test_lists_that_are_refused(holiday, tmp_path, lines, message):
+    (tmp_path / "list.txt").write_text(lines)
+    with pytest.raises(UserError, match=message):
+        Photographs(tmp_path / "list.txt", CLASSES)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("nowhere", "no readable folder of images (No such file or directory)"),
+        ("nowhere.jpg", "no readable folder of images (No such file or directory)"),
+        ("text.jpg", "text.jpg: not a readable image (of no known format). Replace or remove it."),
+        ("empty.jpg", "empty.jpg: not a readable image (an empty file)"),
+    ],
+)
+def test_what_cannot_be_read_is_named(models, holiday, capsys, name, message):
+    (holiday / "text.jpg").write_text("words")
+    (holiday / "empty.jpg").touch()
+    line = refusal(capsys, *PREDICT, "--tag", "m", "--weights", models / "segmentation.pth", "--images", holiday / name)
+    assert message in line
+
+
+def test_one_that_cannot_be_read_is_left_out_of_the_areas(models, holiday):
+    (holiday / "b" / "text.jpg").write_text("words")
+    with pytest.raises(SystemExit) as stop:
+        weights = ["--weights", models / "segmentation.pth"]
+        run(*PREDICT, "--tag", "m", *weights, "--images", holiday, "--on_error", "skip", "--save_confidence")
+    assert stop.value.code == 3
+    with open(PREDICTIONS / "m@holiday" / "areas.csv", newline="") as file:
+        assert {row["id"] for row in csv.DictReader(file)} == set(SIZES)
+
+
+# -- tiles ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(models):
+    return load_model(models / "segmentation.pth", torch.device("cpu"), kinds=["segmentation"])[0]
+
+
+def test_a_photograph_no_longer_than_a_tile_is_not_cut(models, holiday):
+    command = [*PREDICT, "--weights", models / "segmentation.pth", "--images", holiday, "--save_confidence", "--tag"]
+    run(*command, "whole")
+    run(*command, "tiles", "--tile", max(max(size) for size in SIZES.values()))
+    for kind in ("masks", "confidence"):
+        for image_id in SIZES:
+            whole, tiles = (PREDICTIONS / f"{tag}@holiday/{kind}/{image_id}.png" for tag in ("whole", "tiles"))
+            assert whole.read_bytes() == tiles.read_bytes()
+
+
+@pytest.mark.parametrize("size", [(64, 65), (33, 100), (90, 131)])
+def test_tiles_of_a_photograph_are_segmented_like_photographs(model, size):
+    """The mean of what each tile gives, with dense CRF, weighted by the product of distances to its ends."""
+    picture, settings = photograph(size), how(tile=64, confidence=True)
+    totals, weights = torch.zeros(2, 3, *size), torch.zeros(size)
+    sides = [min(64, side) for side in size]
+    ramps = [torch.tensor([min(i + 1, n - i) for i in range(n)], dtype=torch.float32) for n in sides]
+    with torch.inference_mode():
+        for top in starts(size[0], sides[0]):
+            for left in starts(size[1], sides[1]):
+                place = (..., slice(top, top + sides[0]), slice(left, left + sides[1]))
+                weight = ramps[0][:, None] * ramps[1]
+                totals[place] += weight * class_maps(model, picture[place], settings)
+                weights[place] += weight
+    mask, confidence = segment(model, picture, settings)
+    refined, network = totals / weights
+    assert (mask == refined.argmax(dim=0).numpy()).mean() > 0.999  # ties
+    assert mask.dtype == confidence.dtype == np.uint8
+    expected = 255 * values_at(network[None], torch.from_numpy(mask).long())
+    assert np.abs(confidence - expected.numpy()).max() <= 0.5 + 1e-3
+
+
+def starts(length, side):
+    number = 1 + -(-(length - side) // (side - side // 4))
+    return [0] if number == 1 else [(length - side) * i // (number - 1) for i in range(number)]
+
+
+def test_tiles_longer_than_the_working_size_are_reduced_and_brought_back(model, monkeypatch):
+    monkeypatch.setattr("tools.cam.WORKING_SIDE", 48)
+    settings = how(views=options.Views(scales=(1.0,), hflip=False, long_side=40), tile=64)
+    assert class_maps(model, photograph((64, 60)), settings).shape[-2:] == (48, 45)
+    assert tile_maps(model, photograph((64, 60)), settings).shape[-2:] == (64, 60)
+    assert segment(model, photograph((70, 60)), settings)[0].shape == (70, 60)
+
+
+def test_masks_with_other_tiles_are_not_taken_for_done(models, holiday, capsys):
+    command = [*PREDICT, "--tag", "m", "--weights", models / "segmentation.pth", "--images", holiday]
+    run(*command)
+    assert "made with --tile None, not 64" in refusal(capsys, *command, "--tile", "64")
+
+
+@pytest.mark.parametrize("size", [(7, 9), (15, 22)])
+def test_values_at_an_index_are_those_of_the_enlarged_maps(size):
+    maps = torch.rand(1, 4, 7, 9, generator=torch.Generator().manual_seed(0))
+    index = enlarged_argmax(maps, size)
+    enlarged = resize_maps(maps, size)[0]
+    assert torch.equal(values_at(maps, index), enlarged.gather(0, index[None])[0])
