@@ -8,6 +8,10 @@ CAM files (one NPZ per image), with every background threshold from --min_th to 
 
     python evaluate.py --dataset voc12 --domain train --pred_dir experiments/predictions/TAG@train/cams --mode cams
 
+The archive for VOC's server, which alone can score the test split of VOC 2012 (SETUP.md):
+
+    python evaluate.py --domain test --pred_dir experiments/predictions/TAG@test/masks --package voc12-test
+
 The table is that of the threshold with the highest mean IoU, or of the one --threshold gives; of a sweep it also tells,
 for each class, its own best threshold. FILE.json and FILE.csv have the curve of every class.
 
@@ -28,6 +32,9 @@ from pathlib import Path
 from tools import cli, options, parallel
 from tools.errors import UserError
 
+PACKAGES = {"voc12-test": "comp6_test_cls", "voc12-test-comp5": "comp5_test_cls"}
+"""--package, and the competition it is for: any training data, or VOC's own only (no ImageNet weights, no SBD)."""
+
 
 def make_parser() -> cli.Parser:
     """The command line of this script."""
@@ -47,6 +54,9 @@ def make_parser() -> cli.Parser:
     group.add_argument("--threshold", type=cli.fraction, help="score this single threshold instead of the sweep")
     group = parser.add_argument_group("run")
     group.add_argument("--output", type=Path, metavar="FILE.json", help="write the scores here, and FILE.csv beside it")
+    group.add_argument(
+        "--package", choices=list(PACKAGES), help="no scores, but the archive for VOC's server (--output FILE.tar.gz)"
+    )
     options.add_workers(group)
     return parser
 
@@ -59,6 +69,7 @@ import torch
 
 from datasets import build_source
 from datasets.base import DatasetInfo, DataSource, check_shown, read_mask
+from datasets.exchange.voc_server import write_package
 from tools import identity
 from tools.cam import load_cams
 from tools.files import atomic_write, check_writable, save_json
@@ -69,6 +80,9 @@ IDS_PER_JOB = 16  # few enough that the progress bar moves, enough that passing 
 
 def main(args: argparse.Namespace) -> None:
     """Score the split; the best threshold is the one of highest mIoU (the lowest of equals)."""
+    if args.package:
+        package(args)
+        return
     if args.output:
         check_writable(args.output.parent)
     thresholds = select_thresholds(args)
@@ -100,6 +114,24 @@ def main(args: argparse.Namespace) -> None:
         save_json(args.output, summary(source.info, thresholds, curve, best) | what)
         save_csv(args.output.with_suffix(".csv"), source.info, thresholds, curve)
         print(f"Scores are in {args.output} and {args.output.with_suffix('.csv')}")
+
+
+def package(args: argparse.Namespace) -> None:
+    """Write the archive for VOC's server.
+
+    Raises:
+        UserError: flags that do not fit; and see `write_package`.
+    """
+    path = args.output or args.pred_dir.parent / f"{args.package}.tar.gz"
+    if not path.name.endswith((".tar.gz", ".tgz")):
+        raise UserError(f"--output {path}: the server takes .tar.gz or .tgz. Choose such a name.")
+    if args.mode != "png" or args.domain != "test":
+        raise UserError("--package: of masks of the test split. Pass --domain test, and --mode png.")
+    source = build_source(args.dataset, options.data_dir(args))
+    ids = source.ids(args.domain)
+    check_predictions(args.pred_dir, ids, ".png")
+    write_package(path, PACKAGES[args.package], args.pred_dir, source, ids)
+    print(f"{len(ids)} masks ({PACKAGES[args.package]}) are in {path}. Send it to http://host.robots.ox.ac.uk:8080/")
 
 
 def provenance(args: argparse.Namespace, source: DataSource, ids: Sequence[str], made_by: dict) -> dict:

@@ -425,9 +425,14 @@ def _check_palette(
 
 def save_mask(path: str | os.PathLike, mask: np.ndarray, palette: np.ndarray) -> None:
     """Write class indices (uint8 HxW) as a PNG with `palette` (uint8 256x3), so that any viewer shows the classes."""
+    save_png(path, mask_image(mask, palette))
+
+
+def mask_image(mask: np.ndarray, palette: np.ndarray) -> Image.Image:
+    """Class indices (uint8 HxW) as a picture with `palette` (uint8 256x3)."""
     image = Image.fromarray(mask.astype(np.uint8), mode="P")
     image.putpalette(palette.astype(np.uint8).tobytes())
-    save_png(path, image)
+    return image
 
 
 def save_png(path: str | os.PathLike, image: Image.Image) -> None:
