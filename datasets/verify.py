@@ -235,7 +235,7 @@ def verify(
         add_incomplete(domain, splits[domain], findings, scored=domain in scored)
     if not published:
         findings["unlisted"] += unlisted(source, lists)
-        findings["unused"] += unused(source.info, splits)
+        findings["unused"] += unlearnable(source.info, splits)
     if not any(split.counts["labels"] for split in splits.values()):
         findings["label"].append("no image has a label, so nothing can be learnt")
     return splits, findings
@@ -251,10 +251,18 @@ def add_incomplete(domain: str, split: Split, findings: dict[str, list[str]], *,
         findings["partial"].append(split.incomplete(domain, "masks", "scored"))
 
 
-def unused(info: DatasetInfo, splits: dict[str, Split]) -> Iterable[str]:
-    """A sentence on every class that no labelled image shows; none if there are no labels."""
-    counts = sum(split.label_counts for split in splits.values())
-    return (f"class '{info.classes[i]}' is in no label" for i in np.flatnonzero(counts == 0) if i and counts.any())
+def unlearnable(info: DatasetInfo, splits: dict[str, Split]) -> Iterable[str]:
+    """A sentence on every class that no labelled image shows, or that all show; none if there are no labels."""
+    counts, labelled = (
+        sum(n) for n in zip(*((s.label_counts, s.counts["labels"]) for s in splits.values()), strict=True)
+    )
+    for i in range(1, info.num_classes) if counts.any() else ():
+        if counts[i] == 0:
+            yield f"class '{info.classes[i]}' is in no label"
+        elif counts[i] == labelled:
+            yield (
+                f"class '{info.classes[i]}' is in every label, so labels cannot tell where it is. Add images without it"
+            )
 
 
 def add_copies(

@@ -76,6 +76,12 @@ def test_a_folder_without_any_label_teaches_nothing(folder_copy):
     assert found(look(folder_copy)[1]) == SHARED | {"label": ["no image has a label, so nothing can be learnt"]}
 
 
+def test_a_class_that_is_everywhere_cannot_be_told_from_the_background(folder_copy):
+    (folder_copy / "labels.csv").write_text("id,labels\na,cat\nb,cat;dog\nc,cat\nd,cat\n")
+    everywhere = "class 'cat' is in every label, so labels cannot tell where it is. Add images without it"
+    assert look(folder_copy)[1]["unused"] == [everywhere]
+
+
 def test_a_leak_from_val_into_train_is_a_copy_of_two_splits(folder_copy):
     (folder_copy / "images" / "d.webp").write_bytes((folder_copy / "images" / "a.jpg").read_bytes())
     findings = look(folder_copy)[1]
