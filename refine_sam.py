@@ -6,8 +6,8 @@
 Two steps, together (--stage all) or apart. `propose` needs only the images; `merge` takes seconds, so several modes can
 be tried on the same proposals. Both write to experiments/predictions/TAG@DOMAIN/
 
-    proposals-{sam,regions,files}/ID.json   the masks of an image as COCO RLE (SA-1B's layout; pycocotools reads it)
-    sam-{sam,regions,files}-MODE/ID.png     refined pseudo masks: class indices, 0 background
+    proposals-PROPOSALS/ID.json     the masks of an image as COCO RLE (SA-1B's layout; pycocotools reads it)
+    sam-PROPOSALS-MODE/ID.png       refined pseudo masks: class indices, 0 background
 
 A settings.json in each folder records what made it. Started again, the script continues with the images that are
 missing. Several processes share the images: under torchrun (a GPU for each), or as --shard 0/4, 1/4 ... anywhere.
@@ -56,9 +56,10 @@ def add_proposals(parser: cli.Parser) -> None:
     group = parser.add_argument_group("proposals")
     group.add_argument(
         "--proposals",
-        choices=["sam", "regions", "files"],
+        choices=[*options.SAMS, "regions", "files"],
         default="sam",
-        help="Segment Anything, weight-free regions, or masks that another program made",
+        help="Segment Anything (sam2.1: Apache-2.0; sam3: Meta's SAM License), weight-free regions, or masks of "
+        "another program",
     )
     group.add_argument("--proposals_dir", type=Path, help="where they are kept, to share them (default: see above)")
     group.add_argument("--mask_files", type=Path, help="files: folder of ID/metadata.csv and ID/*.png, or of ID.json")
@@ -102,9 +103,14 @@ def add_merging(parser: cli.Parser) -> None:
 
 def add_sam(parser: cli.Parser) -> None:
     """The flags of SAM and of its automatic mask generator."""
-    group = parser.add_argument_group("Segment Anything (--proposals sam)")
-    group.add_argument("--checkpoint", type=Path, help="its public weights, such as sam_vit_h_4b8939.pth")
-    group.add_argument("--model_type", choices=options.SAM_TYPES, default="vit_h", help="the network of these weights")
+    group = parser.add_argument_group("Segment Anything (--proposals sam, sam2, sam3)")
+    group.add_argument(
+        "--checkpoint",
+        type=Path,
+        help="sam: its public weights, such as sam_vit_h_4b8939.pth; sam2, sam3: a folder of transformers', or a name "
+        "on the Hugging Face hub, such as facebook/sam2.1-hiera-large",
+    )
+    group.add_argument("--model_type", choices=options.SAM_TYPES, default="vit_h", help="sam: network of these weights")
     group.add_argument(
         "--points_per_side", type=cli.positive_int, default=32, help="prompts along each side of the image"
     )
@@ -120,7 +126,7 @@ def add_sam(parser: cli.Parser) -> None:
         default="auto",
         help="auto: bf16 on GPUs, off on CPUs",
     )
-    cli.add_switch(group, "--compile", False, "compile the networks: slower to start, then faster")
+    cli.add_switch(group, "--compile", False, "sam: compile the networks: slower to start, then faster")
     group.add_argument("--pred_iou_thresh", type=cli.fraction, default=0.88, help="least predicted IoU of a mask")
     group.add_argument("--stability_score_thresh", type=cli.fraction, default=0.95, help="least stability of a mask")
     group.add_argument(
@@ -155,7 +161,8 @@ from tools.left_out import LeftOut
 from tools.merging import merge_masks
 from tools.proposals import ProposalGenerator, SamGenerator, load_proposals, load_sam, save_proposals
 from tools.proposals.files import MaskFiles, mask_file
-from tools.proposals.generator import MaskOptions
+from tools.proposals.generator import MaskGenerator, MaskOptions
+from tools.proposals.later_sams import LaterMaskGenerator, load_later_sam, weights_file
 from tools.proposals.regions import RegionGenerator
 
 
@@ -233,8 +240,10 @@ def check_flags(args: argparse.Namespace) -> None:
     """
     if args.stage != "propose" and args.pseudo_dir is None:
         raise UserError("--pseudo_dir: missing. Pass the folder of pseudo masks, or --stage propose.")
-    if args.stage != "merge" and args.proposals == "sam" and args.checkpoint is None:
+    if args.stage != "merge" and args.proposals in options.SAMS and args.checkpoint is None:
         raise UserError("--checkpoint: missing. Pass SAM's weights, or --proposals regions to do without.")
+    if args.compile and args.proposals in ("sam2", "sam3"):
+        raise UserError(f"--compile: not with --proposals {args.proposals}. Drop it.")
     if args.stage != "merge" and args.proposals == "files" and args.mask_files is None:
         raise UserError("--mask_files: missing. Pass the folder that holds the masks of --proposals files.")
 
@@ -275,17 +284,22 @@ def select_backend(args: argparse.Namespace) -> Backend:
     )
     device = devices.select_device(args.device)
     dtype = devices.autocast_dtype(args.mixed_precision, device)
-    weights = {"checkpoint": args.checkpoint, "model_type": args.model_type}
+    running = {"images_per_batch": args.images_per_batch, "points_per_batch": args.points_per_batch, "dtype": dtype}
+    if args.proposals == "sam":
+        weights = {"checkpoint": args.checkpoint, "model_type": args.model_type}
+
+        def build() -> MaskGenerator:
+            sam = load_sam(args.checkpoint, args.model_type, device)
+            return MaskGenerator(sam, sought, **running, compile=args.compile)
+    else:
+        weights = {"checkpoint": weights_file(args.checkpoint)}
+
+        def build() -> MaskGenerator:
+            return LaterMaskGenerator(*load_later_sam(str(args.checkpoint), args.proposals, device), sought, **running)
+
     return Backend(
         name | weights | dataclasses.asdict(sought) | {"precision": str(dtype)},
-        lambda: SamGenerator(
-            load_sam(args.checkpoint, args.model_type, device),
-            sought,
-            dtype=dtype,
-            compile=args.compile,
-            images_per_call=args.images_per_batch,
-            points_per_batch=args.points_per_batch,
-        ),
+        lambda: SamGenerator(build()),
         # While one thread uses the GPU, another reads and writes files.
         threads=2 if device.type == "cuda" and args.num_workers else 1,
     )

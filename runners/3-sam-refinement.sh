@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Stage 3: pseudo masks refined with mask proposals.
 #   SAM_CHECKPOINT=weights/sam_vit_h_4b8939.pth ./runners/3-sam-refinement.sh      Segment Anything
+#   PROPOSALS=sam2 SAM_CHECKPOINT=facebook/sam2.1-hiera-large ./runners/3-sam-refinement.sh      Segment Anything 2 (or 3)
 #   ./runners/3-sam-refinement.sh                                                  weight-free image regions
 source "$(dirname "${BASH_SOURCE[0]}")/config/env.sh"
 source runners/config/dataset.sh

@@ -106,12 +106,12 @@ choose PSEUDOS_FROM cams                      # cams, or masks: CSRM's segmentat
 choose THRESHOLD 0.4                          # background threshold on the CAMs, or auto
 choose CRF_T 10                               # dense CRF iterations of the pseudo masks
 : "${PREPARE_FLAGS:=}"                        # of datasets.prepare: --download_dir DIR, --mirror URL
-: "${SAM_CHECKPOINT:=}" "${SAM_TYPE:=vit_h}"  # Segment Anything's weights, and the network they are for
+: "${SAM_CHECKPOINT:=}" "${SAM_TYPE:=vit_h}"  # Segment Anything's weights, and, of the first, the network
 choose MERGE_MODE max_iou_imp2; : "${REFINE_FLAGS:=}"
 : "${ROUNDS:=1}"                              # stage 4: models in a row, each on masks that the one before made
 : "${CORRECTED:=}"                            # stage 4: folder of corrected masks (docs/review.md)
 if [[ -n "$SAM_CHECKPOINT" ]]; then : "${PROPOSALS:=sam}"; fi
-choose PROPOSALS regions                      # regions, sam (where there is a checkpoint) or files
+choose PROPOSALS regions                      # regions, sam (where there is a checkpoint), sam2, sam3 or files
 
 PREDICTIONS=experiments/predictions
 if [[ "$THRESHOLD" != auto ]]; then THRESHOLD=$(printf %g "$THRESHOLD"); fi  # as inference.py names the folder

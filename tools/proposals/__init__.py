@@ -1,6 +1,7 @@
 """Mask proposals: the backends that make them, and the files that keep them, one per image.
 
-    generator = SamGenerator(load_sam("sam_vit_h_4b8939.pth", "vit_h", device), MaskOptions(), dtype=torch.bfloat16)
+    sam = load_sam("sam_vit_h_4b8939.pth", "vit_h", device)
+    generator = SamGenerator(MaskGenerator(sam, MaskOptions(), dtype=torch.bfloat16))
     for image_id, masks in zip(ids, generator(ids, images)):
         save_proposals(f"proposals-sam/{image_id}.json", masks, size)
     masks = load_proposals("proposals-sam/ID.json", size)  # what tools.merging takes
@@ -18,7 +19,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from pycocotools import mask as coco_rle
 
 from tools.errors import FileError, UserError
 from tools.files import atomic_write
-from tools.proposals.generator import MaskGenerator, MaskOptions
+from tools.proposals.generator import MaskGenerator
 from tools.rle import check_counts, encode
 from tools.weights import common_prefix, load_weights
 
@@ -51,18 +52,15 @@ class ProposalGenerator(Protocol):
 
 
 class SamGenerator:
-    """Segment Anything (ICCV 2023) prompted with a grid of points."""
+    """Segment Anything (ICCV 2023), or a later one, prompted with a grid of points.
 
-    def __init__(self, model: Sam, options: MaskOptions, *, images_per_call: int = 1, **running: Any) -> None:
-        """
-        Args:
-            model: from `load_sam`, already on its device.
-            options: which masks are looked for and kept.
-            images_per_call: images that the encoder sees at a time.
-            running: `dtype`, `compile`, `points_per_batch` of `tools.proposals.generator.MaskGenerator`.
-        """
-        self.images_per_call = images_per_call
-        self.generator = MaskGenerator(model, options, images_per_batch=images_per_call, **running)
+    Args:
+        generator: of the masks; it sees `images_per_batch` images at a time.
+    """
+
+    def __init__(self, generator: MaskGenerator) -> None:
+        self.images_per_call = generator.images_per_batch
+        self.generator = generator
 
     def __call__(self, image_ids: Sequence[str], images: Sequence[np.ndarray]) -> list[list[dict]]:
         """The masks of each image, uint8 RGB HxWx3, as COCO RLE."""

@@ -113,7 +113,13 @@ class Candidates:
 
 
 class MaskGenerator:
-    """All objects of an image as masks. Threads may share one: they prepare images while another uses the device."""
+    """All objects of an image as masks. Threads may share one: they prepare images while another uses the device.
+
+    The methods from `_prepare_networks` to `predict`, and `_enlarge`, are about the networks of Segment Anything; for
+    SAM 2 and 3, `tools.proposals.later_sams` has others.
+    """
+
+    mask_threshold = 0.0  # logits above belong to the mask
 
     def __init__(
         self,
@@ -135,23 +141,29 @@ class MaskGenerator:
             points_per_batch: prompts that are decoded, and full-size masks that exist, at a time.
         """
         from segment_anything.utils.amg import build_all_layer_point_grids
-        from segment_anything.utils.transforms import ResizeLongestSide
 
         self.model = model
         self.dtype = dtype or torch.float32
-        # Converted as a whole: under autocast, normalisations write float32, which whoever reads them converts back.
-        networks = (model.image_encoder, model.mask_decoder)
-        encoder, self._decoder = (copy.deepcopy(net).to(dtype) for net in networks) if dtype else networks
-        wrap = torch.compile if compile else lambda function: function
-        self._encode, self._predict = wrap(encoder), wrap(self.predict)
         self.options = options
         self.images_per_batch = images_per_batch
         self.points_per_batch = points_per_batch
         self.point_grids = build_all_layer_point_grids(options.points_per_side, options.crop_n_layers, 1)
         # As there: 0 is no filter.
         self.pred_iou_thresh = options.pred_iou_thresh if options.pred_iou_thresh > 0 else -math.inf
-        self._transform = ResizeLongestSide(model.image_encoder.img_size)
         self._device_lock = threading.Lock()
+        self._prepare_networks(compile)
+
+    def _prepare_networks(self, compile: bool) -> None:
+        from segment_anything.utils.transforms import ResizeLongestSide
+
+        # Converted as a whole: under autocast, normalisations write float32, which whoever reads them converts back.
+        networks = (self.model.image_encoder, self.model.mask_decoder)
+        if self.dtype != torch.float32:
+            networks = tuple(copy.deepcopy(net).to(self.dtype) for net in networks)
+        encoder, self._decoder = networks
+        wrap = torch.compile if compile else lambda function: function
+        self._encode, self._predict = wrap(encoder), wrap(self.predict)
+        self._transform = ResizeLongestSide(self.model.image_encoder.img_size)
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[np.ndarray]) -> list[list[dict]]:
@@ -192,9 +204,13 @@ class MaskGenerator:
             ]
             yield from self._encode(torch.stack(batch).to(self.dtype)).split(1)
 
+    def _used(self, view: View) -> tuple[int, int]:
+        """(height, width) of the part of the encoder's input that the view fills; the rest is padding."""
+        return self._transform.get_preprocess_shape(*view.crop_size, self.model.image_encoder.img_size)
+
     def _candidates(self, view: View, embedding: Tensor) -> Candidates:
         """The masks of a view that pass the filters, without duplicates, by falling score."""
-        grid = self._transform.apply_coords(self.point_grids[view.layer] * view.crop_size[::-1], view.crop_size)
+        grid = self.point_grids[view.layer] * self._used(view)[::-1]
         parts, finite = [], []
         for points in torch.from_numpy(grid).to(self.model.device).split(self.points_per_batch):
             logits, scores = self._decode(embedding, points)
@@ -248,7 +264,7 @@ class MaskGenerator:
             uncrop_boxes_xyxy,
         )
 
-        threshold, (height, width) = self.model.mask_threshold, view.size
+        threshold, (height, width) = self.mask_threshold, view.size
         full = self._enlarge(view, logits)
         stability = calculate_stability_score(full, threshold, STABILITY_OFFSET).nan_to_num(0)
         boxes = batched_mask_to_box(full > threshold)
@@ -259,10 +275,9 @@ class MaskGenerator:
     def _enlarge(self, view: View, logits: Tensor) -> Tensor:
         """Masks at the size of the view, float32 [N, H, W]: `Sam.postprocess_masks`, a matrix for each side."""
         encoder_size = self.model.image_encoder.img_size
-        used = self._transform.get_preprocess_shape(*view.crop_size, encoder_size)
         rows, columns = (
             interpolation_matrix(low, encoder_size, inside, high, logits.device)
-            for low, inside, high in zip(logits.shape[-2:], used, view.crop_size, strict=True)
+            for low, inside, high in zip(logits.shape[-2:], self._used(view), view.crop_size, strict=True)
         )
         return rows @ logits.float() @ columns.T
 
@@ -285,7 +300,7 @@ class MaskGenerator:
         for candidates in found:
             (height, width), (x0, y0, x1, y1) = candidates.view.size, candidates.view.box
             for logits in candidates.logits.split(self.points_per_batch):
-                masks = self._enlarge(candidates.view, logits) > self.model.mask_threshold
+                masks = self._enlarge(candidates.view, logits) > self.mask_threshold
                 rles += uncompressed_rle(F.pad(masks, (x0, width - x1, y0, height - y1)))
         return rles, torch.cat([candidates.boxes for candidates in found])
 
