@@ -61,6 +61,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from skimage.filters import threshold_otsu
 from torch import nn
 
 from datasets import DataSource, build_source
@@ -82,6 +83,7 @@ from tools.devices import select_device
 from tools.files import save_mask
 from tools.left_out import LeftOut
 from tools.maps import normalize, resize_maps
+from tools.pseudo_labels import RELATIVE_FOREGROUND, foreground_maps
 from tools.seeds import auto_threshold
 
 HARMLESS = ("seed", "domain", "save_cams", "save_masks", "save_pseudos", "cam_format")
@@ -198,18 +200,19 @@ class Predictor:
         stored = self.path(kind, image_id)
         keys, _, maps = load_cams(stored) if stored.exists() else self._maps(kind, photograph, image_id)
         if not crf.iterations or len(keys) == 1:
-            return keys[cam_labels(maps, self._background(maps))].astype(np.uint8)
+            return keys[self._labels(maps)].astype(np.uint8)
         working = working_photograph(photograph, self.outputs.views)
         maps = resize_maps(torch.from_numpy(maps)[None], working.shape[-2:])[0].numpy()
-        labels = torch.from_numpy(cam_labels(maps, self._background(maps))).to(self.device)
+        labels = torch.from_numpy(self._labels(maps)).to(self.device)
         unary = unary_from_labels(labels[None], len(keys), crf.gt_prob)
         refined = mean_field(working.to(self.device), unary, CAM_SETTINGS, crf.iterations, backend=crf.backend)
         return keys[enlarged_argmax(refined, size).cpu().numpy()].astype(np.uint8)
 
-    def _background(self, maps: np.ndarray) -> float | np.ndarray:
-        """What the maps [n,H,W] compete with: the threshold, or the background of the segmentation branch."""
-        cams = self.outputs.pseudos_from == "cams"
-        return self.outputs.threshold if cams else background_map(maps, self.outputs.reading)
+    def _labels(self, maps: np.ndarray) -> np.ndarray:
+        """Index into the image's classes of each pixel of the maps [n,H,W], int64 [H,W]; 0 is the background."""
+        if self.outputs.pseudos_from == "cams":
+            return cam_labels(maps, self.outputs.threshold)
+        return segmentation_labels(maps, self.outputs.reading)
 
 
 def cam_forward(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -223,24 +226,35 @@ def segmentation_maps(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Segmentation logits f32[1,K+1,h,w] as a CAM file's arrays at `size`, read like teacher labels.
 
-    "present": softmax over the background and the image's classes. "foreground": p_fg = 1 - p_bg over all classes,
-    shared among the image's classes in proportion. Only the foreground maps are kept, as in every CAM file; the
-    background's is one minus their sum.
+    "present": softmax over the background and the image's classes; the background's map is one minus their sum. Else:
+    `tools.pseudo_labels.foreground_maps`. Only the maps of the image's classes are kept, as in every CAM file.
     """
-    keys = torch.cat([torch.zeros(1, dtype=torch.long), 1 + label.nonzero().flatten()])
+    classes = label.nonzero().flatten()
+    keys = torch.cat([torch.zeros(1, dtype=torch.long), 1 + classes])
     if reading == "present":
-        probabilities = logits[:, keys].softmax(dim=1)
+        maps = logits[:, keys].softmax(dim=1)
     else:
-        background = logits.softmax(dim=1)[:, :1]
-        probabilities = torch.cat([background, (1 - background) * logits[:, keys[1:]].softmax(dim=1)], dim=1)
-    low, high = (resize_maps(probabilities, place)[0, 1:].cpu().numpy() for place in (stride4_size(*size), size))
+        foreground = foreground_maps(logits, (label == 0).to(logits.device)[None, :, None, None])
+        maps = torch.cat([1 - foreground.sum(dim=1, keepdim=True), foreground[:, classes]], dim=1)
+    low, high = (resize_maps(maps, place)[0, 1:].cpu().numpy() for place in (stride4_size(*size), size))
     return keys.numpy(), low, high
 
 
-def background_map(maps: np.ndarray, reading: str) -> np.ndarray:
-    """What competes with the maps [n,H,W] of a segmentation branch: f32[H,W]; with "foreground", all or nothing."""
-    background = 1 - maps.astype(np.float32).sum(axis=0)
-    return background if reading == "present" else (background >= 0.5).astype(np.float32)
+def segmentation_labels(maps: np.ndarray, reading: str) -> np.ndarray:
+    """Index into the image's classes of each pixel, from the maps [n,H,W] of `segmentation_maps`; 0 is the background.
+
+    "present": argmax of the background and the maps. "foreground": the best map where they sum to more than 1/2.
+    "relative": like CAMs, each map is divided by its maximum in the image and competes with a threshold: Otsu's (1979),
+    but not more than `RELATIVE_FOREGROUND`, since an image that is all object has no two groups of pixels.
+    """
+    maps = maps.astype(np.float32)
+    if reading != "relative":
+        background = 1 - maps.sum(axis=0)
+        return cam_labels(maps, background if reading == "present" else (background >= 0.5).astype(np.float32))
+    if len(maps) == 0:
+        return cam_labels(maps, 0.0)
+    maps = maps / (maps.max(axis=(1, 2), keepdims=True) + 1e-5)
+    return cam_labels(maps, min(threshold_otsu(maps.max(axis=0)), RELATIVE_FOREGROUND))
 
 
 def check_flags(args: argparse.Namespace, model: nn.Module) -> None:
@@ -270,9 +284,9 @@ def background_threshold(args: argparse.Namespace, model: nn.Module, source: Dat
 
 
 def reading(checkpoint: dict) -> str:
-    """How segmentation logits are read: CSRM's as its teacher's were, a segmentation model's foreground first."""
+    """How segmentation logits are read: CSRM's as its teacher's were; a segmentation model's relative to the image."""
     if checkpoint["config"]["kind"] == "segmentation":
-        return "foreground"
+        return "relative"
     return checkpoint["args"].get("teacher_labels", "present")
 
 

@@ -89,7 +89,8 @@ def add_labels(parser: cli.Parser) -> None:
         "--teacher_labels",
         choices=options.READINGS,
         default="present",
-        help="present: the best of background and the image's classes; foreground: object or not first, of all classes",
+        help="present: the best of background and the image's classes; foreground: object or not first, of all; "
+        "relative: the same, each class against its maximum in the image",
     )
     group.add_argument("--s2c_sigma", type=cli.fraction, default=0.5, help="teacher probability that L_s2c asks for")
     options.add_crf(group)

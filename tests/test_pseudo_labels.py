@@ -134,6 +134,29 @@ def test_foreground_reading_pixel_by_pixel(seed, batch, num_classes):
         assert confidence[i, y, x].item() == pytest.approx(probability, abs=1e-5)
 
 
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 3), st.integers(1, 4))
+def test_relative_reading_pixel_by_pixel(seed, batch, num_classes):
+    rng = np.random.default_rng(seed)
+    logits = 2 * rng.normal(size=(batch, num_classes + 1, 3, 4)) + np.arange(num_classes, -1, -1)[:, None, None] / 2
+    image_labels = (rng.random((batch, num_classes)) < 0.5) * rng.choice([0.3, 1.0], (batch, num_classes))
+    labels, confidence = teacher_labels(
+        torch.from_numpy(logits), torch.from_numpy(image_labels), (3, 4), reading="relative"
+    )
+    for i in range(batch):
+        present = np.flatnonzero(image_labels[i])
+        p = np.exp(logits[i]) / np.exp(logits[i]).sum(axis=0)
+        relative = {1 + c: (1 - p[0]) * p[1 + c] / p[1 + present].sum(axis=0) for c in present}
+        relative = {c: value / (value.max() + 1e-5) for c, value in relative.items()}
+        for y, x in np.ndindex(3, 4):
+            best = max(relative, key=lambda c: relative[c][y, x], default=0)
+            score = relative[best][y, x] if best else 0.0
+            assert labels[i, y, x] == (best if score > 0.65 else 0)
+            assert confidence[i, y, x].item() == pytest.approx(
+                max(score, 1 - score) if score > 0.65 else 1 - score, abs=1e-5
+            )
+
+
 def test_what_similar_absent_classes_share_is_background_in_one_reading_and_object_in_the_other():
     """The cow of a photograph: background .39, cow .13, absent animals .48."""
     logits = torch.tensor([0.39, 0.13, 0.24, 0.24]).log().view(1, 4, 1, 1)

@@ -15,6 +15,7 @@ from command import DECODER, TRAINING, data_flags, refusal, run
 from conftest import OBJECTS, SIZES, SPLITS
 from PIL import Image
 
+import inference
 from datasets import build_source
 from models import load_model
 from tools.cam import load_cams, multi_scale_logits
@@ -225,6 +226,21 @@ def test_the_segmentation_branch_is_read_as_it_was_trained(chain, folder_root, f
         mask = load_mask(PREDICTIONS / "foreground@train" / "pseudos-masks-c2" / f"{image_id}.png")
         assert (mask > 0).all() == (len(keys) > 1)
         assert not load_mask(PREDICTIONS / "present@train" / "pseudos-masks-c2" / f"{image_id}.png").any()
+
+
+def test_the_maps_of_a_segmentation_branch_pixel_by_pixel():
+    """A class the network is sure of, an unsure one, and one that is nowhere; two groups of pixels, far apart."""
+    maps = np.array([[[0.8, 0.7, 0.1, 0.1]], [[0.0, 0.1, 0.05, 0.2]], [[0.0, 0.0, 0.0, 0.0]]], np.float32)
+    labels = inference.segmentation_labels
+    np.testing.assert_array_equal(labels(maps, "present"), [[1, 1, 0, 0]])
+    np.testing.assert_array_equal(labels(maps, "foreground"), [[1, 1, 0, 0]])
+    # Relative to the maxima .8 and .2: (1, 0), (.875, .5), (.125, .25), (.125, 1).
+    np.testing.assert_array_equal(labels(maps, "relative"), [[1, 1, 0, 2]])
+    all_object = np.array([[[0.70, 0.71, 0.79, 0.80]]], np.float32)  # Otsu's threshold lies between .71 and .79
+    np.testing.assert_array_equal(labels(all_object, "relative"), [[1, 1, 1, 1]])
+    np.testing.assert_array_equal(labels(np.zeros((1, 2, 2), np.float32), "relative"), np.zeros((2, 2)))
+    for reading in ("present", "foreground", "relative"):
+        assert not labels(np.zeros((0, 3, 2), np.float16), reading).any()
 
 
 def test_a_prior_that_sees_nothing_is_noticed(chain, folder_root, capsys):

@@ -18,6 +18,9 @@ from tools.crf import CAM_SETTINGS, mean_field, unary_from_labels
 from tools.losses import chunks
 from tools.maps import IGNORE_INDEX, resize_maps
 
+RELATIVE_FOREGROUND = 0.65
+"""Part of a class's highest foreground probability in the image above which a pixel is the class (docs/log.md)."""
+
 
 @torch.no_grad()
 def reliable_cam_labels(
@@ -101,7 +104,9 @@ def teacher_labels(
     "present", the published reading, deletes the absent classes from the softmax and renormalises. Where the network
     wavers between similar animals of which one is in the image, that hands the share of the others to the background.
     "foreground" asks first whether there is an object: p_fg = 1 - p_bg over all classes. Above 1/2 the pixel is the
-    best present class, with confidence p_fg, else background, with confidence p_bg.
+    best present class, with confidence p_fg, else background, with confidence p_bg. "relative" shares p_fg among the
+    present classes in proportion and divides each class's map by its maximum, as CAMs are. Above
+    `RELATIVE_FOREGROUND` a pixel is the best class, with this value as confidence, else background, with 1 minus it.
 
     Args:
         seg_logits: float [B, K+1, h, w].
@@ -110,10 +115,10 @@ def teacher_labels(
         reading: one of `tools.options.READINGS`.
 
     Returns:
-        int64 [B, H, W] in [0, K], and float32 [B, H, W] in (0, 1].
+        int64 [B, H, W] in [0, K], and float32 [B, H, W] in [0, 1].
     """
     absent = F.pad(image_labels, (1, 0), value=1.0) <= 0
-    read = {"present": _read_present, "foreground": _read_foreground}[reading]
+    read = {"present": _read_present, "foreground": _read_foreground, "relative": _read_relative}[reading]
     labels, confidence = [], []
     for part in chunks(*seg_logits.shape[:2], size):
         best, probability = read(resize_maps(seg_logits[part], size), absent[part, :, None, None])
@@ -133,6 +138,28 @@ def _read_foreground(logits: Tensor, absent: Tensor) -> tuple[Tensor, Tensor]:
     background = logits.softmax(dim=1)[:, 0].where((~absent[:, 1:]).any(dim=1), 1.0)
     best = 1 + logits[:, 1:].masked_fill(absent[:, 1:], -torch.inf).argmax(dim=1)
     return best * (background < 0.5), background.maximum(1 - background)
+
+
+def _read_relative(logits: Tensor, absent: Tensor) -> tuple[Tensor, Tensor]:
+    maps = foreground_maps(logits, absent[:, 1:])
+    score, best = (maps / (maps.amax(dim=(2, 3), keepdim=True) + 1e-5)).max(dim=1)
+    is_object = score > RELATIVE_FOREGROUND
+    return (1 + best) * is_object, score.where(is_object, 1 - score)
+
+
+def foreground_maps(logits: Tensor, absent: Tensor) -> Tensor:
+    """The foreground probability, p_fg = 1 - p_bg over all classes, shared among the present classes in proportion.
+
+    Args:
+        logits: float [B, K+1, h, w], of a segmentation branch.
+        absent: bool, expands to [B, K, h, w].
+
+    Returns:
+        float [B, K, h, w]: p_fg p_c / (sum of p over the present classes); 0 for absent classes.
+    """
+    foreground = 1 - logits.softmax(dim=1)[:, :1]
+    shares = logits[:, 1:].masked_fill(absent, -torch.inf).softmax(dim=1).nan_to_num()  # NaN: no class is present
+    return foreground * shares
 
 
 def _present_maps(cams: Tensor, image_labels: Tensor, max_classes: int | None = None) -> tuple[Tensor, Tensor]:
