@@ -3,10 +3,9 @@
     model, processor = load_later_sam("facebook/sam2.1-hiera-large", "sam2", device)
     generator = SamGenerator(LaterMaskGenerator(model, processor, MaskOptions(), dtype=torch.bfloat16))
 
-transformers has a generator of its own, the mask-generation pipeline. It is not used, for three faults (5.24): of an
-image that is not square it prompts a part only, since these networks stretch images to a square and the pipeline's grid
-is still that of SAM 1, which keeps their shape; crops end in an error (its issue 35530); and small holes and islands
-stay, whatever is asked for.
+transformers has a generator of its own, the mask-generation pipeline. It is not used, because of an image that is not
+square it prompts a part only (5.24): these networks stretch images to a square, and the pipeline's grid is still that
+of SAM 1, which keeps their shape. Nor does it remove small holes and islands, though it takes the sizes.
 """
 
 from __future__ import annotations
