@@ -87,6 +87,7 @@ def export_masks(source: DataSource, ids: list[str], tool: str, folder: Path) ->
     written = FORMATS[tool].write(folder, items, labels)
     print(f"{len(items)} photographs: {folder / 'images'}")
     print(f"Their masks: {', '.join(map(str, written))}")
+    print("Next: correct them in the tool (docs/review.md), and import what it exports")
 
 
 def save_photograph(source: DataSource, image_id: str, folder: Path) -> str:
@@ -126,6 +127,7 @@ def import_masks(source: DataSource, path: Path, tool: str, folder: Path) -> Non
     for image_id, mask in changed.items():
         save_mask(folder / f"{image_id}.png", mask, source.info.palette)
     print(f"{path}: {len(changed)} of {read} masks differ; written to {folder}")
+    print(f"Next: CORRECTED={folder} ./runners/4-segmentation.sh   (plus DATASET and DATA_DIR)")
 
 
 def find_id(source: DataSource, name: str, path: Path) -> str:
