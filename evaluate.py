@@ -44,9 +44,8 @@ def make_parser() -> cli.Parser:
     group = parser.add_argument_group("predictions")
     group.add_argument("--pred_dir", type=Path, required=True, help="folder of ID.png masks or ID.npz CAM files")
     group.add_argument("--mode", choices=["png", "cams"], default="png", help="what --pred_dir holds")
-    group.add_argument(
-        "--cam_format", choices=["npz", "npy"], default="npz", help="npy: peers' pickled files, only if you trust them"
-    )
+    text = "npy: peers' pickled files, only if you trust them"
+    group.add_argument("--cam_format", choices=["npz", "npy"], default="npz", help=text)
     group = parser.add_argument_group("background threshold (--mode cams)")
     group.add_argument("--min_th", type=cli.fraction, default=0.05, help="lowest threshold")
     group.add_argument("--max_th", type=cli.fraction, default=0.80, help="highest threshold, included")
@@ -211,8 +210,9 @@ def count_masks(source: DataSource, pred_dir: Path, suffix: str, ids: Sequence[s
     """Counts of some masks, int64 [1, C, C+1]."""
     matrix = ConfusionMatrix(source.info.num_classes)
     for image_id in ids:
-        mask = source.mask(image_id)
-        prediction = read_prediction(pred_dir / f"{image_id}{suffix}", mask.shape, source.info)
+        mask, path = source.mask(image_id), pred_dir / f"{image_id}{suffix}"
+        prediction = read_mask(path, source.info)
+        _check_size(path, prediction.shape, mask.shape)
         matrix.update(torch.tensor(mask), torch.tensor(prediction))
     return matrix.counts[None].numpy()
 
@@ -226,17 +226,6 @@ def count_cams(
         mask = source.mask(image_id)
         sweep.update(mask, *read_cams(pred_dir / f"{image_id}{suffix}", mask.shape, source.info))
     return sweep.counts
-
-
-def read_prediction(path: Path, size: tuple[int, int], info: DatasetInfo) -> np.ndarray:
-    """Read a predicted mask, uint8 [H, W].
-
-    Raises:
-        UserError: unreadable, of another size than `size` = (H, W), or with an index that is no class and not 255.
-    """
-    prediction = read_mask(path, info)
-    _check_size(path, prediction.shape, size)
-    return prediction
 
 
 def read_cams(path: Path, size: tuple[int, int], info: DatasetInfo) -> tuple[np.ndarray, np.ndarray]:

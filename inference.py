@@ -41,17 +41,12 @@ def make_parser() -> cli.Parser:
     cli.add_switch(group, "--save_cams", True, "write cams/")
     cli.add_switch(group, "--save_masks", False, "write masks/ (not of a classifier)")
     cli.add_switch(group, "--save_pseudos", True, "write pseudos-.../")
-    group.add_argument(
-        "--cam_format", choices=["npz", "npy"], default="npz", help="npy: the pickled dict peers' tools read"
-    )
+    text = "npy: the pickled dict peers' tools read"
+    group.add_argument("--cam_format", choices=["npz", "npy"], default="npz", help=text)
     group = parser.add_argument_group("pseudo masks")
     group.add_argument("--pseudos_from", choices=["cams", "masks"], default="cams", help="which maps they are made of")
-    group.add_argument(
-        "--threshold",
-        type=cli.fraction_or_auto,
-        default=options.PSEUDO_MASK_THRESHOLD,
-        help="background threshold on CAMs; auto: from the CAMs themselves",
-    )
+    default, text = options.PSEUDO_MASK_THRESHOLD, "background threshold on CAMs; auto: from the CAMs themselves"
+    group.add_argument("--threshold", type=cli.fraction_or_auto, default=default, help=text)
     options.add_crf(group)
     return parser
 
@@ -95,27 +90,16 @@ PSEUDO_MASKS = ("pseudos_from", "threshold", "crf_t", "crf_gt_prob", "crf_backen
 
 @dataclass(frozen=True)
 class Outputs:
-    """What is written, and how it is made.
+    """What is written, and how it is made."""
 
-    Attributes:
-        wanted: of "cams", "masks" and "pseudos".
-        cam_format: npz or npy.
-        views: of an image.
-        reading: of the segmentation branch, one of `tools.options.READINGS`: that of its training.
-        pseudos_from: cams or masks, the maps that pseudo masks are made of.
-        threshold: of the background, on CAMs.
-        is_auto: whether the threshold was read from the CAMs.
-        crf: of the pseudo masks.
-    """
-
-    wanted: tuple[str, ...]
-    cam_format: str
-    views: options.Views
-    reading: str
-    pseudos_from: str
-    threshold: float
-    is_auto: bool
-    crf: options.CRF
+    wanted: tuple[str, ...]  # of "cams", "masks" and "pseudos"
+    cam_format: str  # npz or npy
+    views: options.Views  # of an image
+    reading: str  # of the segmentation branch, one of `tools.options.READINGS`: that of its training
+    pseudos_from: str  # cams or masks, the maps that pseudo masks are made of
+    threshold: float  # of the background, on CAMs
+    is_auto: bool  # whether the threshold was read from the CAMs
+    crf: options.CRF  # of the pseudo masks
 
     @property
     def pseudos_name(self) -> str:

@@ -31,15 +31,9 @@ def make_parser() -> cli.Parser:
     group = parser.add_argument_group("run")
     group.add_argument("--tag", required=True, help="name of the run whose pseudo masks are refined")
     group.add_argument("--stage", choices=["propose", "merge", "all"], default="all", help="which steps to run")
-    group.add_argument(
-        "--device", default="auto", help="where SAM runs: auto (the GPU if there is one), cpu, cuda or cuda:N"
-    )
-    group.add_argument(
-        "--shard",
-        type=shard,
-        metavar="I/N",
-        help="do every N-th image, from the I-th on (I from 0); default: torchrun's rank, else all",
-    )
+    options.add_device(group)
+    text = "do every N-th image, from the I-th on (I from 0); default: torchrun's rank, else all"
+    group.add_argument("--shard", type=shard, metavar="I/N", help=text)
     options.add_workers(group)
     options.add_overwrite(group)
     options.add_on_error(group)
@@ -53,91 +47,45 @@ def make_parser() -> cli.Parser:
 
 def add_proposals(parser: cli.Parser) -> None:
     """Where the mask proposals come from."""
-    group = parser.add_argument_group("proposals")
-    group.add_argument(
-        "--proposals",
-        choices=[*options.SAMS, "regions", "files"],
-        default="sam",
-        help="Segment Anything (sam2.1: Apache-2.0; sam3: Meta's SAM License), weight-free regions, or masks of "
-        "another program",
-    )
-    group.add_argument("--proposals_dir", type=Path, help="where they are kept, to share them (default: see above)")
-    group.add_argument("--mask_files", type=Path, help="files: folder of ID/metadata.csv and ID/*.png, or of ID.json")
-    group.add_argument(
-        "--region_max_size", type=cli.fraction, default=0.15, help="regions: largest, as a fraction of the image's area"
-    )
-    group.add_argument(
-        "--region_min_contrast",
-        type=float,
-        default=0.0,
-        help="regions: least mean edge strength along the border (grey levels per pixel)",
-    )
+    add = parser.add_argument_group("proposals").add_argument
+    kinds = "Segment Anything (sam2: 2.1, Apache-2.0; sam3: Meta's SAM License), weight-free regions, or files"
+    add("--proposals", choices=[*options.SAMS, "regions", "files"], default="sam", help=kinds)
+    add("--proposals_dir", type=Path, help="where they are kept, to share them (default: see above)")
+    add("--mask_files", type=Path, help="files: folder of ID/metadata.csv and ID/*.png, or of ID.json")
+    add("--region_max_size", type=cli.fraction, default=0.15, help="regions: largest, as a fraction of the image")
+    add("--region_min_contrast", type=float, default=0.0, help="regions: least edge strength of a border (grey levels)")
 
 
 def add_merging(parser: cli.Parser) -> None:
     """The rules by which classes take proposals."""
     group = parser.add_argument_group("merging")
-    group.add_argument(
-        "--mode", choices=options.MERGE_MODES, default="max_iou_imp2", help="rule by which a class takes masks"
-    )
-    group.add_argument(
-        "--order",
-        choices=options.MERGE_ORDERS,
-        default="class",
-        help="masks are offered to all classes in turn, or to one class each",
-    )
-    group.add_argument(
-        "--inside_threshold",
-        type=cli.fraction,
-        default=0.5,
-        help="a class takes a mask with more than this share inside it",
-    )
-    group.add_argument(
-        "--recall_threshold",
-        type=cli.fraction,
-        default=0.85,
-        help="max_iou_imp2: or one covering this share of the class",
-    )
+    add = group.add_argument
+    add("--mode", choices=options.MERGE_MODES, default="max_iou_imp2", help="rule by which a class takes masks")
+    add("--order", choices=options.MERGE_ORDERS, default="class", help="each mask is offered to every class, or to one")
+    inside, recall = "a class takes masks with more than this share inside it", "max_iou_imp2: or masks that cover this"
+    add("--inside_threshold", type=cli.fraction, default=0.5, help=inside)
+    add("--recall_threshold", type=cli.fraction, default=0.85, help=f"{recall} share of it")
     cli.add_switch(group, "--keep_ignore", False, "ignored pixels that no class takes stay 255, not background")
 
 
 def add_sam(parser: cli.Parser) -> None:
     """The flags of SAM and of its automatic mask generator."""
     group = parser.add_argument_group("Segment Anything (--proposals sam, sam2, sam3)")
-    group.add_argument(
-        "--checkpoint",
-        type=Path,
-        help="sam: its public weights, such as sam_vit_h_4b8939.pth; sam2, sam3: a folder of transformers', or a name "
-        "on the Hugging Face hub, such as facebook/sam2.1-hiera-large",
-    )
-    group.add_argument("--model_type", choices=options.SAM_TYPES, default="vit_h", help="sam: network of these weights")
-    group.add_argument(
-        "--points_per_side", type=cli.positive_int, default=32, help="prompts along each side of the image"
-    )
-    group.add_argument(
-        "--points_per_batch", type=cli.positive_int, default=128, help="prompts at a time; bounds the memory"
-    )
-    group.add_argument(
-        "--images_per_batch", type=cli.positive_int, default=2, help="images the encoder sees at a time; likewise"
-    )
-    group.add_argument(
-        "--mixed_precision",
-        choices=["auto", "bf16", "fp16", "off"],
-        default="auto",
-        help="auto: bf16 on GPUs, off on CPUs",
-    )
+    add = group.add_argument
+    weights = "sam: its public weights, such as sam_vit_h_4b8939.pth; sam2, sam3: a folder of transformers', or a name "
+    weights += "on the Hugging Face hub, such as facebook/sam2.1-hiera-large"
+    add("--checkpoint", type=Path, help=weights)
+    add("--model_type", choices=options.SAM_TYPES, default="vit_h", help="sam: network of these weights")
+    add("--points_per_side", type=cli.positive_int, default=32, help="prompts along each side of the image")
+    add("--points_per_batch", type=cli.positive_int, default=128, help="prompts at a time; bounds the memory")
+    add("--images_per_batch", type=cli.positive_int, default=2, help="images the encoder sees at a time; likewise")
+    options.add_precision(group)
     cli.add_switch(group, "--compile", False, "sam: compile the networks: slower to start, then faster")
-    group.add_argument("--pred_iou_thresh", type=cli.fraction, default=0.88, help="least predicted IoU of a mask")
-    group.add_argument("--stability_score_thresh", type=cli.fraction, default=0.95, help="least stability of a mask")
-    group.add_argument(
-        "--box_nms_thresh", type=cli.fraction, default=0.7, help="box IoU above which masks are duplicates"
-    )
-    group.add_argument(
-        "--crop_n_layers", type=cli.count, default=0, help="also look at crops; layer i has 2^i per side"
-    )
-    group.add_argument(
-        "--min_mask_region_area", type=cli.count, default=0, help="fill holes, drop islands below this (pixels)"
-    )
+    add("--pred_iou_thresh", type=cli.fraction, default=0.88, help="least predicted IoU of a mask")
+    add("--stability_score_thresh", type=cli.fraction, default=0.95, help="least stability of a mask")
+    add("--box_nms_thresh", type=cli.fraction, default=0.7, help="box IoU above which masks are duplicates")
+    add("--crop_n_layers", type=cli.count, default=0, help="also look at crops; layer i has 2^i per side")
+    add("--min_mask_region_area", type=cli.count, default=0, help="fill holes, drop islands below this (pixels)")
 
 
 def shard(text: str) -> tuple[int, int]:
@@ -168,19 +116,12 @@ from tools.proposals.regions import RegionGenerator
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """What makes the proposals.
+    """What makes the proposals."""
 
-    Attributes:
-        settings: what its masks depend on, by flag.
-        mask_files: the folder whose files it reads; None: it reads none.
-        build: makes the generator, if an image needs it.
-        threads: of this process, that work at a time; None: helper processes work.
-    """
-
-    settings: dict[str, object]
-    build: Callable[[], ProposalGenerator]
-    threads: int | None = None
-    mask_files: Path | None = None
+    settings: dict[str, object]  # what its masks depend on, by flag
+    build: Callable[[], ProposalGenerator]  # makes the generator, if an image needs it
+    threads: int | None = None  # of this process, that work at a time; None: helper processes work
+    mask_files: Path | None = None  # the folder whose files it reads; None: it reads none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,11 +174,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuse combinations that cannot work, before anything is computed.
-
-    Raises:
-        UserError: a flag is missing.
-    """
+    """Refuse combinations that cannot work, before anything is computed (UserError: a flag is missing)."""
     if args.stage != "propose" and args.pseudo_dir is None:
         raise UserError("--pseudo_dir: missing. Pass the folder of pseudo masks, or --stage propose.")
     if args.stage != "merge" and args.proposals in options.SAMS and args.checkpoint is None:

@@ -1,5 +1,5 @@
-"""What a whole run came to: a page, `report.html`, a table of mIoU per stage, `summary.json`, a picture sheet,
-`gallery.png`, and a list of the masks to look at first, `review.csv`.
+"""Report on a whole run: a page, `report.html`; a table of mIoU per stage, `summary.json`; a picture sheet,
+`gallery.png`; and a list of masks, the most doubtful first, `review.csv`.
 
     python report.py --dataset shapes --domain train val --output_dir experiments/demo \\
         --summary prior_cam=prior.json csrm_cam=csrm.json segmentation_val=val.json \\
@@ -46,18 +46,13 @@ def make_parser() -> cli.Parser:
     group.add_argument("--domain", nargs="+", default=["train"], help="splits the pictures are from, a block for each")
     group.add_argument("--num_images", type=cli.positive_int, default=6, help="pictures per split")
     group = parser.add_argument_group("report")
-    group.add_argument("--output_dir", type=Path, required=True, help="folder of report.html and the other files")
-    group.add_argument("--summary", nargs="*", default=[], metavar="STAGE=FILE", help="scores written by evaluate.py")
-    group.add_argument(
-        "--columns",
-        nargs="*",
-        default=[],
-        metavar="TITLE=DIR[:THRESHOLD]",
-        help=f"masks or CAM files to show; CAMs without a threshold are cut at {options.PSEUDO_MASK_THRESHOLD}",
-    )
-    group.add_argument("--review", metavar="TITLE", help="column whose masks are to be looked over (default: the last)")
-    group.add_argument("--page_images", type=cli.positive_int, default=200, help="pictures per split on the page")
-    group.add_argument("--tags", nargs="*", default=[], metavar="TAG", help="trainings whose curves the page shows")
+    add, cut = group.add_argument, f"CAMs without a threshold are cut at {options.PSEUDO_MASK_THRESHOLD}"
+    add("--output_dir", type=Path, required=True, help="folder of report.html and the other files")
+    add("--summary", nargs="*", default=[], metavar="STAGE=FILE", help="scores written by evaluate.py")
+    add("--columns", nargs="*", default=[], metavar="TITLE=DIR[:THRESHOLD]", help=f"masks or CAM files to show; {cut}")
+    add("--review", metavar="TITLE", help="column whose masks are to be looked over (default: the last)")
+    add("--page_images", type=cli.positive_int, default=200, help="pictures per split on the page")
+    add("--tags", nargs="*", default=[], metavar="TAG", help="trainings whose curves the page shows")
     options.add_workers(group)
     return parser
 
@@ -74,7 +69,7 @@ from datasets import build_source
 from datasets.base import DatasetInfo, DataSource
 from tools.cam import cam_labels, load_cams
 from tools.drawing import legend, overlay
-from tools.files import atomic_write, check_writable, load_mask, save_json
+from tools.files import atomic_write, check_writable, load_mask, save_json, save_text
 from tools.history import read_commands, read_run
 from tools.page import Card, Layer, Page, heat_uri, mask_uri, photograph_uri, render, shares_text
 from tools.review import Row, doubt, image_iou, queue, save_queue
@@ -109,8 +104,7 @@ def main(args: argparse.Namespace) -> None:
             sheet.save(temporary, format="PNG")
         print(f"Picture sheet: {args.output_dir / 'gallery.png'}")
         page = add_images(page, source, args, columns, reviewed)
-    with atomic_write(args.output_dir / "report.html") as temporary:
-        temporary.write_text(render(page), encoding="utf-8")
+    save_text(args.output_dir / "report.html", render(page))
     print(f"Page: {args.output_dir / 'report.html'}")
 
 
@@ -122,11 +116,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def load_scores(path: Path) -> dict:
-    """Read a file written by `evaluate.py --output`.
-
-    Raises:
-        UserError: missing, or not such a file.
-    """
+    """Read a file written by `evaluate.py --output` (UserError: missing, or not such a file)."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -184,11 +174,7 @@ class Column:
 
 
 def parse_columns(texts: Sequence[str]) -> list[Column]:
-    """Read `TITLE=DIR[:THRESHOLD]`, joining equal titles.
-
-    Raises:
-        UserError: another form, or a folder that does not exist.
-    """
+    """Read `TITLE=DIR[:THRESHOLD]`, joining equal titles (UserError: another form, or a folder that does not exist)."""
     folders: dict[str, list[tuple[Path, float]]] = {}
     for title, place in map(_pair, texts):
         name, threshold = re.fullmatch(r"(.+?)(?::(\d*\.?\d+))?", place).groups()
@@ -274,11 +260,7 @@ def row_masks(source: DataSource, columns: Sequence[Column], image_id: str) -> l
 
 # -- the page and the review queue ------------------------------------------------------------------------------------
 def reviewed_column(columns: Sequence[Column], title: str | None) -> Column | None:
-    """The column called `title`, or the last one; None if there are no columns.
-
-    Raises:
-        UserError: no column is called so.
-    """
+    """The column called `title`, or the last one; None if there are no columns (UserError: no column is called so)."""
     if title is None or not columns:
         return columns[-1] if columns else None
     named = [column for column in columns if column.title == title]

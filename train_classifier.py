@@ -32,53 +32,31 @@ def make_parser() -> cli.Parser:
     """The script's flags."""
     parser = cli.Parser(__doc__)
     options.add_common(parser)
-    data = options.add_dataset(
-        parser,
-        domain_train=("train_aug", "split to train on"),
-        domain_valid=("", "split with masks to report on after each epoch; empty: none"),
-    )
-    data.add_argument(
-        "--sampler", choices=["uniform", "balanced"], default="uniform", help="balanced: each class equally often"
-    )
-    group = parser.add_argument_group("method")
-    group.add_argument(
-        "--method",
-        choices=options.PRIOR_METHODS,
-        default="vanilla",
-        help="kind of CAM prior; with pnoc --mode is fix and --trainable_stem false if not given, else normal and true",
-    )
-    group.add_argument(
-        "--oc_weights",
-        type=Path,
-        metavar="FILE",
-        help="poc, pnoc: a trained vanilla classifier of the same architecture",
-    )
-    group.add_argument(
-        "--w_re",
-        type=cli.non_negative,
-        default=4.0,
-        help="puzzle, poc, pnoc: final weight of the difference between an image's CAMs and its tiles'; too high for "
-        "small images, it makes the CAMs vanish",
-    )
-    group.add_argument(
-        "--ema", type=cli.fraction, default=0.0, help="keep a moving average of the weights with this decay; 0: none"
-    )
+    data = options.add_dataset(parser, **options.TRAINING_DOMAINS)
+    samplers = ["uniform", "balanced"]
+    data.add_argument("--sampler", choices=samplers, default="uniform", help="balanced: each class equally often")
+    add_method(parser)
     group = options.add_network(parser, architecture="resnest101e", mode="normal")
     group.add_argument("--restore", type=Path, help="checkpoint or public state dict to start from")
     parser.set_defaults(mode=None, trainable_stem=None)  # normal and true, but not for pnoc: see `complete`
-    images = options.add_images(parser)
-    images.add_argument(
-        "--augment",
-        type=augmentations,
-        default="randaugment",
-        metavar="LIST",
-        help=f"besides scale, crop, flip: none, or some of {','.join(AUGMENTATIONS)}",
-    )
-    images.add_argument(
-        "--cutmix_prob", type=cli.fraction, default=0.5, help="probability that a step mixes (cutmix, mixup)"
-    )
+    add, some = options.add_images(parser).add_argument, ",".join(AUGMENTATIONS)
+    text = f"besides scale, crop, flip: none, or some of {some}"
+    add("--augment", type=augmentations, default="randaugment", metavar="LIST", help=text)
+    add("--cutmix_prob", type=cli.fraction, default=0.5, help="probability that a step mixes (cutmix, mixup)")
     options.add_optimization(parser, lr=0.1, wd=1e-4, batch_size=32, max_epoch=15, alpha_bias=2.0)
     return parser
+
+
+def add_method(parser: cli.Parser) -> None:
+    """What the classifier learns besides the image labels."""
+    add = parser.add_argument_group("method").add_argument
+    kinds = "kind of CAM prior; pnoc: --mode is fix and --trainable_stem false if not given, else normal and true"
+    weight = "puzzle, poc, pnoc: final weight of the difference between an image's CAMs and its tiles' (too high for "
+    weight += "small images, the CAMs vanish)"
+    add("--method", choices=options.PRIOR_METHODS, default="vanilla", help=kinds)
+    add("--oc_weights", type=Path, metavar="FILE", help="poc, pnoc: a trained vanilla classifier of this architecture")
+    add("--w_re", type=cli.non_negative, default=4.0, help=weight)
+    add("--ema", type=cli.fraction, default=0.0, help="decay of a moving average of the weights that is kept; 0: none")
 
 
 def augmentations(text: str) -> list[str]:

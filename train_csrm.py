@@ -26,18 +26,13 @@ def make_parser() -> cli.Parser:
     """The script's flags; defaults are the published VOC 2012 run."""
     parser = cli.Parser(__doc__)
     options.add_common(parser)
-    options.add_dataset(
-        parser,
-        domain_train=("train_aug", "split to train on"),
-        domain_valid=("", "split with masks to report on after each epoch; empty: none"),
-    )
+    options.add_dataset(parser, **options.TRAINING_DOMAINS)
     network = options.add_network(parser, architecture="resnest101e", mode="fix")
     options.add_decoder(network)
     cli.add_switch(network, "--use_sal_head", False, "a saliency head's logit as background of L_s2c")
     cli.add_switch(network, "--use_rep_head", True, "representation branch; false: no contrastive loss")
-    network.add_argument(
-        "--restore", type=Path, help="CAM prior: a checkpoint of train_classifier.py or public weights"
-    )
+    text = "CAM prior: a checkpoint of train_classifier.py or public weights"
+    network.add_argument("--restore", type=Path, help=text)
     options.add_images(parser)
     options.add_optimization(parser, lr=0.007, wd=1e-4, batch_size=32, max_epoch=15, alpha_bias=1.0)
     add_mixing(parser)
@@ -48,57 +43,35 @@ def make_parser() -> cli.Parser:
 
 def add_mixing(parser: cli.Parser) -> None:
     """How two images become one."""
-    group = parser.add_argument_group("mixing")
-    group.add_argument(
-        "--augment", choices=["classmix", "cutmix", "none"], default="classmix", help="how images are mixed"
-    )
-    group.add_argument("--cutmix_prob", type=cli.fraction, default=0.5, help="probability that a step mixes")
+    add, kinds = parser.add_argument_group("mixing").add_argument, ["classmix", "cutmix", "none"]
+    add("--augment", choices=kinds, default="classmix", help="how images are mixed")
+    add("--cutmix_prob", type=cli.fraction, default=0.5, help="probability that a step mixes")
 
 
 def add_labels(parser: cli.Parser) -> None:
     """Where the labels of L_c2s, L_s2c and L_u come from."""
     group = parser.add_argument_group("pseudo labels")
-    group.add_argument(
-        "--c2s_mode",
-        choices=["cam", "mp", "gt"],
-        default="cam",
-        help="labels of L_c2s: CAMs and dense CRF; CAMs against the teacher's background; masks (an upper bound)",
+    add, number = group.add_argument, cli.fraction_or_auto
+    source = "labels of L_c2s: CAMs and dense CRF; CAMs against the teacher's background; masks (an upper bound)"
+    folder = "labels of L_c2s from elsewhere: masks ID.png (255 ignored), or CAM files ID.npz (docs/seeds.md)"
+    reading = (
+        "present: the best of background and the image's classes; foreground: object or not first, of all classes; "
     )
-    group.add_argument(
-        "--c2s_labels",
-        type=Path,
-        metavar="DIR",
-        help="labels of L_c2s from elsewhere: masks ID.png (255 ignored), or CAM files ID.npz (docs/seeds.md)",
-    )
-    group.add_argument(
-        "--c2s_fg",
-        type=cli.fraction_or_auto,
-        default=0.30,
-        help="cam: CAM above which a pixel is foreground; auto: from the CAMs of --restore",
-    )
-    group.add_argument(
-        "--c2s_bg",
-        type=cli.fraction_or_auto,
-        default=0.05,
-        help="cam: CAM below which a pixel is background; auto: from the CAMs of --restore",
-    )
-    group.add_argument(
-        "--c2s_sigma", type=cli.fraction, default=0.75, help="mp: probability below which a pixel is ignored"
-    )
-    group.add_argument(
-        "--teacher_labels",
-        choices=options.READINGS,
-        default="present",
-        help="present: the best of background and the image's classes; foreground: object or not first, of all; "
-        "relative: the same, each class against its maximum in the image",
-    )
-    group.add_argument("--s2c_sigma", type=cli.fraction, default=0.5, help="teacher probability that L_s2c asks for")
+    reading += "relative: the same, each class against its maximum in the image"
+    auto = "is {}; auto: from the CAMs of --restore"
+    add("--c2s_mode", choices=["cam", "mp", "gt"], default="cam", help=source)
+    add("--c2s_labels", type=Path, metavar="DIR", help=folder)
+    add("--c2s_fg", type=number, default=0.30, help="cam: CAM above which a pixel " + auto.format("foreground"))
+    add("--c2s_bg", type=number, default=0.05, help="cam: CAM below which a pixel " + auto.format("background"))
+    add("--c2s_sigma", type=cli.fraction, default=0.75, help="mp: probability below which a pixel is ignored")
+    add("--teacher_labels", choices=options.READINGS, default="present", help=reading)
+    add("--s2c_sigma", type=cli.fraction, default=0.5, help="teacher probability that L_s2c asks for")
     options.add_crf(group)
 
 
 def add_losses(parser: cli.Parser) -> None:
     """What the losses weigh, and when they start."""
-    group = parser.add_argument_group("losses")
+    add = parser.add_argument_group("losses").add_argument
     for name, text in (
         ("c", "image labels -> class logits"),
         ("c2s", "CAM labels -> segmentation branch"),
@@ -106,29 +79,15 @@ def add_losses(parser: cli.Parser) -> None:
         ("u", "teacher labels -> segmentation branch"),
         ("contra", "contrast of pixel representations"),
     ):
-        group.add_argument(f"--w_{name}", type=cli.non_negative, default=1.0, help=f"weight of L_{name}: {text}")
-    group.add_argument(
-        "--contra_low_rank",
-        type=cli.positive_int,
-        default=3,
-        help="most probable classes of which a pixel can be a hard negative",
-    )
-    group.add_argument(
-        "--contra_high_rank",
-        type=cli.positive_int,
-        default=6,
-        help="rank beyond which a class is impossible (COCO: 12)",
-    )
-    group.add_argument(
-        "--self_training",
-        choices=options.SELF_TRAINING,
-        default="on",
-        help="L_s2c, L_u and L_contra: on: after the warm-up; off: never; auto: once the teacher shows the classes and "
-        "until class logits fall",
-    )
-    group.add_argument(
-        "--warmup_epochs", type=cli.count, default=1, help="first epochs with L_c and L_c2s only (auto: at least)"
-    )
+        add(f"--w_{name}", type=cli.non_negative, default=1.0, help=f"weight of L_{name}: {text}")
+    low, high = "most probable classes of which a pixel can be a hard negative", "rank from which a class is impossible"
+    when = "L_s2c, L_u and L_contra. on: after the warm-up; off: never; auto: from where the teacher shows the classes "
+    when += "to where class logits fall"
+    first = "first epochs with L_c and L_c2s only (auto: at least)"
+    add("--contra_low_rank", type=cli.positive_int, default=3, help=low)
+    add("--contra_high_rank", type=cli.positive_int, default=6, help=f"{high} (COCO: 12)")
+    add("--self_training", choices=options.SELF_TRAINING, default="on", help=when)
+    add("--warmup_epochs", type=cli.count, default=1, help=first)
 
 
 if __name__ == "__main__":
@@ -189,24 +148,16 @@ class Targets:
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What the five losses are weighed by, and when they start.
+    """Weights and schedule of the five losses."""
 
-    Attributes:
-        weights: of each loss by its name; 0 switches it off.
-        label_smoothing: e of the cross entropies and of L_c.
-        s2c_sigma: teacher probability above which L_s2c takes a pixel.
-        low_rank, high_rank: of the memory bank (`tools.memory_bank.contrastive_loss`).
-        max_epoch, warmup_epochs: epochs in all, and of these the first with L_c and L_c2s only.
-    """
-
-    weights: dict[str, float]
-    label_smoothing: float
-    s2c_sigma: float
-    low_rank: int
+    weights: dict[str, float]  # of each loss by its name; 0 switches it off
+    label_smoothing: float  # e of the cross entropies and of L_c
+    s2c_sigma: float  # teacher probability above which L_s2c takes a pixel
+    low_rank: int  # of the memory bank (`tools.memory_bank.contrastive_loss`), as the next
     high_rank: int
-    max_epoch: int
-    self_training: str
-    warmup_epochs: int
+    max_epoch: int  # E
+    self_training: str  # on, off or auto (`tools.health`)
+    warmup_epochs: int  # first epochs with L_c and L_c2s only
 
 
 class Criterion(nn.Module):
@@ -299,7 +250,7 @@ class Criterion(nn.Module):
         return unreliable_percent(epoch, self.options.max_epoch)
 
     def observe(self, targets: Targets, class_logits: Tensor, image_labels: Tensor) -> None:
-        """Count what tells the run's health: labels as they are taught, and class logits before mixing.
+        """Add this step's signals to `health`: of the labels as they are taught, and of class logits before mixing.
 
         Args:
             class_logits, image_labels: float [2B,K], the teacher's logits and the labels of images that are not mixed.
@@ -322,27 +273,16 @@ def nearest(labels: Tensor, size: tuple[int, int]) -> Tensor:
 
 @dataclass(frozen=True)
 class LabelOptions:
-    """How a step makes its labels.
+    """How a step makes its labels."""
 
-    Attributes:
-        mix: classmix, cutmix or none.
-        mix_prob: probability that a step mixes.
-        mode: labels of L_c2s: cam (CAMs and dense CRF), mp (CAMs against the teacher's background) or gt (masks, of the
-            dataset or of --c2s_labels).
-        foreground, background: thresholds on the CAMs, for cam.
-        sigma: probability below which a pixel is ignored, for mp.
-        crf: for cam.
-        reading: of the teacher's segmentation logits, one of `tools.options.READINGS`.
-    """
-
-    mix: str
-    mix_prob: float
-    mode: str
-    foreground: float
-    background: float
-    sigma: float
-    crf: options.CRF
-    reading: str
+    mix: str  # classmix, cutmix or none
+    mix_prob: float  # probability that a step mixes
+    mode: str  # labels of L_c2s: cam (CAMs and dense CRF), mp (CAMs against the teacher's background), gt (masks)
+    foreground: float  # cam: CAM above which a pixel is foreground
+    background: float  # cam: CAM below which a pixel is background
+    sigma: float  # mp: probability below which a pixel is ignored
+    crf: options.CRF  # cam
+    reading: str  # of the teacher's segmentation logits, one of `tools.options.READINGS`
 
 
 def train_step(
@@ -405,11 +345,7 @@ def pixel_labels(batch: Batch, teacher_out: dict[str, Tensor], images: slice, op
 
 
 def labelled_source(source: DataSource, args: argparse.Namespace) -> DataSource:
-    """The dataset with the masks of --c2s_labels instead of its own.
-
-    Raises:
-        UserError: see `tools.seeds.label_folder`.
-    """
+    """The dataset with the masks of --c2s_labels instead of its own (UserError: see `tools.seeds.label_folder`)."""
     made = options.EXPERIMENTS / "labels" / args.tag
     thresholds = (args.c2s_bg, args.c2s_fg)
     if "auto" in thresholds:

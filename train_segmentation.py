@@ -46,17 +46,11 @@ def make_parser() -> cli.Parser:
     """The script's flags."""
     parser = cli.Parser(__doc__)
     options.add_common(parser)
-    data = options.add_dataset(
-        parser,
-        domain_train=("train_aug", "split to train on"),
-        domain_valid=("", "split with masks to report on after each epoch; empty: none"),
-        domain=("val", "split to predict, with --predict"),
-    )
+    data = options.add_dataset(parser, **options.TRAINING_DOMAINS, domain=("val", "split to predict, with --predict"))
     data.add_argument("--masks_dir", type=Path, help="folder of the masks to learn (default: the dataset's own)")
     data.add_argument("--corrected_dir", type=Path, help="folder of masks that replace those of their images")
-    data.add_argument(
-        "--corrected_weight", type=cli.positive_int, default=3, help="how much more often corrected images are drawn"
-    )
+    text = "how much more often corrected images are drawn"
+    data.add_argument("--corrected_weight", type=cli.positive_int, default=3, help=text)
     network = options.add_network(parser, architecture="resnest269e", mode="normal")
     options.add_decoder(network)
     network.add_argument("--restore", type=Path, help="checkpoint or public state dict to start from")
@@ -64,17 +58,12 @@ def make_parser() -> cli.Parser:
     options.add_optimization(parser, lr=0.007, wd=4e-5, batch_size=32, max_epoch=50, alpha_bias=1.0)
     group = parser.add_argument_group("prediction")
     cli.add_switch(group, "--predict", False, "predict --domain with the trained model instead of training")
-    group.add_argument(
-        "--images",
-        type=Path,
-        metavar="PATH",
-        help="photographs to predict, not --domain: one, a folder, or a .txt list",
-    )
+    text = "photographs to predict, not --domain: one, a folder, or a .txt list"
+    group.add_argument("--images", type=Path, metavar="PATH", help=text)
     cli.add_switch(group, "--save_overlays", False, "also write photographs with their classes painted")
     cli.add_switch(group, "--save_confidence", False, "also write how probable the class of each pixel is")
-    group.add_argument(
-        "--tile", type=cli.positive_int, metavar="PIXELS", help="segment longer photographs in overlapping squares"
-    )
+    text = "segment longer photographs in overlapping squares"
+    group.add_argument("--tile", type=cli.positive_int, metavar="PIXELS", help=text)
     group.add_argument("--weights", type=Path, help="checkpoint, of CSRM too (default: experiments/models/TAG.pth)")
     group.add_argument("--max_images", type=cli.positive_int, help="stop after the first N images of the split")
     options.add_views(group)
@@ -190,19 +179,12 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Segmentation:
-    """How photographs are segmented.
+    """How photographs are segmented."""
 
-    Attributes:
-        views: of a photograph, or of a tile.
-        crf: dense CRF of the averaged views.
-        tile: side of the tiles of longer photographs, pixels; None: no tiles.
-        confidence: whether the network's own probabilities are wanted, too.
-    """
-
-    views: options.Views
-    crf: options.CRF
-    tile: int | None = None
-    confidence: bool = False
+    views: options.Views  # of a photograph, or of a tile
+    crf: options.CRF  # dense CRF of the averaged views
+    tile: int | None = None  # side of the tiles of longer photographs, pixels; None: no tiles
+    confidence: bool = False  # whether the network's own probabilities are wanted, too
 
 
 @torch.inference_mode()

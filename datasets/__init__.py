@@ -20,15 +20,7 @@ from datasets.voc12 import SHAPES_CLASSES, VOC12Source
 from tools.errors import UserError
 from tools.options import DATASETS
 
-__all__ = [
-    "DataSource",
-    "DatasetInfo",
-    "ImageDataset",
-    "Loader",
-    "Photographs",
-    "build_loader",
-    "build_source",
-]
+__all__ = ["DataSource", "DatasetInfo", "ImageDataset", "Loader", "Photographs", "build_loader", "build_source"]
 
 
 def build_source(dataset: str, data_dir: str | Path, masks_dir: str | Path | None = None) -> DataSource:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from tools import identity
 from tools.errors import UserError
 from tools.files import file_orientation, load_image, load_mask, read_lines
 from tools.files import upright_size as _upright_size
+from tools.parallel import thread_map
 
 LABEL_READERS = 16  # threads; annotation files are small, so on a network disk the latency is what costs
 
@@ -42,17 +42,12 @@ def voc_palette() -> np.ndarray:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What the numbers in labels and masks mean. It travels with the data, into checkpoints too.
+    """What the numbers in labels and masks mean. It travels with the data, into checkpoints too."""
 
-    Attributes:
-        classes: class names by mask index, background first.
-        palette: uint8 [256, 3], the colours masks are saved with.
-        ignore_index: mask value of pixels that are neither trained on nor evaluated.
-    """
-
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # class names by mask index, background first
+    # uint8 [256, 3], the colours masks are saved with
     palette: np.ndarray = field(default_factory=voc_palette, compare=False, repr=False)
-    ignore_index: int = 255
+    ignore_index: int = 255  # mask value of pixels that are neither trained on nor evaluated
 
     @property
     def num_classes(self) -> int:
@@ -151,11 +146,7 @@ class DataSource(ABC):
         return image_id in self._images
 
     def image_path(self, image_id: str) -> Path:
-        """The photograph of an id.
-
-        Raises:
-            UserError: there is none.
-        """
+        """The photograph of an id (UserError: there is none)."""
         if image_id not in self._images:
             raise UserError(f"{self.root}: no image for id '{image_id}'.")
         return self._images[image_id]
@@ -180,11 +171,7 @@ class DataSource(ABC):
         return [index_files([folder], MASK_SUFFIXES) for folder in self._masks_dirs]
 
     def image(self, image_id: str) -> np.ndarray:
-        """The photograph: uint8 RGB, HxWx3, in [0, 255].
-
-        Raises:
-            UserError: missing or unreadable.
-        """
+        """The photograph: uint8 RGB, HxWx3, in [0, 255] (UserError: missing or unreadable)."""
         return load_image(self.image_path(image_id))
 
     def photograph(self, image_id: str) -> torch.Tensor:
@@ -244,8 +231,7 @@ class DataSource(ABC):
 
     def image_labels(self, ids: Sequence[str]) -> np.ndarray:
         """`image_label` of many ids, read in parallel: float32 [N, K]."""
-        with ThreadPoolExecutor(LABEL_READERS) as pool:
-            labels = list(pool.map(self.image_label, ids))
+        labels = list(thread_map(self.image_label, ids, LABEL_READERS))
         return np.stack(labels) if labels else np.zeros((0, self.info.num_foreground), np.float32)
 
     def fingerprints(self, ids: Sequence[str], *, labels: bool = False, masks: bool = False) -> dict[str, dict]:

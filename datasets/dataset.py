@@ -56,11 +56,7 @@ class ImageDataset(Dataset):
         return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Read and transform one item.
-
-        Raises:
-            UserError: a file is unreadable, or image and mask do not fit.
-        """
+        """Read and transform one item (UserError: a file is unreadable, or image and mask do not fit)."""
         image_id = self.ids[index]
         sample = {"image": tv_tensors.Image(self.source.photograph(image_id)[0])}
         if self.with_masks:

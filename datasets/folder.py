@@ -39,7 +39,7 @@ from datasets.listing import (
     listed_images,
 )
 from tools.errors import UserError
-from tools.files import atomic_write, read_lines, read_text
+from tools.files import atomic_write, read_lines, read_text, save_text
 
 LABELS_HEADER = ["id", "labels"]
 DELIMITERS = ",;\t"  # Excel writes its lists with semicolons where the comma is the decimal sign
@@ -225,15 +225,13 @@ def write_lists(
         labels: class names by id.
         splits: ids by domain.
     """
-    with atomic_write(root / "classes.txt") as temporary:
-        temporary.write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
+    save_text(root / "classes.txt", "".join(f"{name}\n" for name in classes))
     with atomic_write(root / "labels.csv") as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(LABELS_HEADER)
         writer.writerows([image_id, ";".join(names)] for image_id, names in labels.items())
     for domain, ids in splits.items():
-        with atomic_write(root / "splits" / f"{domain}.txt") as temporary:
-            temporary.write_text("".join(f"{image_id}\n" for image_id in ids), encoding="utf-8")
+        save_text(root / "splits" / f"{domain}.txt", "".join(f"{image_id}\n" for image_id in ids))
 
 
 def read_label_table(path: Path, classes: Sequence[str]) -> dict[str, list[int]]:
@@ -301,11 +299,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, str, list[str]]]:
 
 @contextlib.contextmanager
 def _open_table(path: Path) -> Iterator[TextIO]:
-    """The text of a table.
-
-    Raises:
-        UserError: no such file, not UTF-8, or the block finds out that it is no table.
-    """
+    """The text of a table (UserError: no such file, not UTF-8, or the block finds out that it is no table)."""
     if not path.exists():
         raise UserError(f"{path}: no such file. Write one row per image: 'id,labels'.")
     try:

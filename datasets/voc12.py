@@ -46,9 +46,8 @@ class VOC12Source(DataSource):
     def __init__(self, data_dir: Path, masks_dir: Path | None = None, classes: Sequence[str] = VOC_CLASSES) -> None:
         root = find_devkit(data_dir)
         if root is None:
-            raise UserError(
-                f"{data_dir}: no 'JPEGImages/' here, nor in VOC2012/ or VOCdevkit/VOC2012/ below. Mend --data_dir."
-            )
+            places = "in it, in VOC2012/ or in VOCdevkit/VOC2012/"
+            raise UserError(f"{data_dir}: no JPEGImages/ {places}. Set --data_dir to the folder that holds it.")
         splits = index_splits(root / "ImageSets" / "Segmentation")
         if not splits:
             raise UserError(f"{root / 'ImageSets' / 'Segmentation'}: no lists of ids (train.txt, val.txt, ...) there.")

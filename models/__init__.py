@@ -46,7 +46,7 @@ def build_model(kind: str, *, weights: str = "none", **options: Any) -> nn.Modul
 
     Returns:
         The network. Its `config` (plain values, defaults filled in) rebuilds it with `build_model(**config)`; `weights`
-        is "none" there, because whoever keeps the config keeps the trained weights too.
+        is "none" there, because the trained weights are kept beside the config.
 
     Raises:
         UserError: see `Backbone`.

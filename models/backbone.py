@@ -32,19 +32,13 @@ LOW_LEVEL_STRIDE = 4
 
 @dataclass(frozen=True)
 class Rule:
-    """How timm networks of some families become a backbone.
+    """How timm networks of some families become a backbone."""
 
-    Attributes:
-        families: modules of `timm.models`, separated by blanks.
-        dilates: timm can replace strides by dilation (`output_stride`).
-        arguments: what timm must be told besides, so that images may have any size.
-        whole: the network refuses sides that are no multiples of its patches.
-    """
-
-    families: str
-    dilates: bool = False
+    families: str  # modules of `timm.models`, separated by blanks
+    dilates: bool = False  # timm can replace strides by dilation (`output_stride`)
+    # what timm must be told besides, so that images may have any size
     arguments: dict[str, Any] = field(default_factory=dict)
-    whole: bool = False
+    whole: bool = False  # the network refuses sides that are no multiples of its patches
 
 
 RULES = (
@@ -66,15 +60,13 @@ RULES = (
         whole=True,
     ),
     Rule(
-        "swin_transformer swin_transformer_v2 swin_transformer_v2_cr",
-        arguments={"strict_img_size": False},
-        whole=True,
+        "swin_transformer swin_transformer_v2 swin_transformer_v2_cr", arguments={"strict_img_size": False}, whole=True
     ),
 )
 """Families not named here take images of one size only, have no feature maps, or were not tried."""
 
 UNFIT = ("bat_resnext26ts",)
-"""Networks of these families that take images of one size only all the same."""
+"""Networks of the families above that take images of one size only."""
 
 
 class Backbone(nn.Module):

@@ -43,15 +43,10 @@ EQUAL_PIXELS = 0.999
 
 @dataclass(frozen=True)
 class OnnxOptions:
-    """What the graph takes and gives.
+    """What the graph takes and gives."""
 
-    Attributes:
-        uint8: images are uint8 RGB and normalised in the graph; else float32, normalised by the caller.
-        argmax: the output is "masks", uint8 [B,H,W]; else "logits", float32 [B,K+1,H,W].
-    """
-
-    uint8: bool = True
-    argmax: bool = True
+    uint8: bool = True  # images are uint8 RGB and normalised in the graph; else float32, normalised by the caller
+    argmax: bool = True  # the output is "masks", uint8 [B,H,W]; else "logits", float32 [B,K+1,H,W]
 
 
 def make_parser() -> cli.Parser:
@@ -63,9 +58,8 @@ def make_parser() -> cli.Parser:
     group.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write to")
     group.add_argument("--format", choices=["onnx", "safetensors", "hub"], default="onnx", help="what to write")
     group = parser.add_argument_group("--format onnx")
-    group.add_argument(
-        "--input", choices=["uint8", "float32"], default="uint8", help="float32: normalised by the caller"
-    )
+    text = "float32: normalised by the caller"
+    group.add_argument("--input", choices=["uint8", "float32"], default="uint8", help=text)
     cli.add_switch(group, "--argmax", True, "give class indices; false: logits. Classifiers give logits and CAMs")
     group = parser.add_argument_group("--format hub")
     group.add_argument("--scores", type=Path, metavar="FILE", help="evaluate.py's JSON, for the model card")
@@ -186,11 +180,7 @@ def _equal(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuse flags of another format, which would do nothing.
-
-    Raises:
-        UserError: there is one.
-    """
+    """Refuse flags of another format, which would do nothing (UserError: there is one)."""
     if args.format != "onnx" and (args.input != "uint8" or not args.argmax):
         raise UserError(f"--input / --argmax: of --format onnx only. Drop them, or drop --format {args.format}.")
     if args.format != "hub" and (args.scores or args.push):

@@ -20,18 +20,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tools.errors import UserError
-from tools.files import atomic_write
+from tools.files import atomic_write, save_json, save_text
 
 FILES = ["model.safetensors", "config.json", "README.md"]
 INSTALLS = {"onnx": "onnx onnxruntime", "onnxruntime": "onnx onnxruntime"}
 
 
 def require(name: str) -> ModuleType:
-    """Import an optional package.
-
-    Raises:
-        UserError: it is not installed; names the command that installs it.
-    """
+    """Import an optional package (UserError: it is not installed; names the command that installs it)."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -55,8 +51,7 @@ def export_safetensors(model: nn.Module, checkpoint: Mapping[str, Any], folder: 
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     with atomic_write(folder / "model.safetensors") as temporary:
         save_file(state, temporary)
-    with atomic_write(folder / "config.json") as temporary:
-        temporary.write_text(json.dumps(describe(checkpoint), indent=2) + "\n", encoding="utf-8")
+    save_json(folder / "config.json", describe(checkpoint))
 
 
 def export_hub(
@@ -72,8 +67,7 @@ def export_hub(
     """
     card = model_card(checkpoint, _read_scores(scores) if scores else None, push)
     export_safetensors(model, checkpoint, folder)
-    with atomic_write(folder / "README.md") as temporary:
-        temporary.write_text(card, encoding="utf-8")
+    save_text(folder / "README.md", card)
     if push is None:
         return None
     hub = require("huggingface_hub")

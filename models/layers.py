@@ -25,11 +25,7 @@ LOW_LEVEL_CHANNELS = 48
 
 
 def normalization(channels: int, use_gn: bool) -> nn.Module:
-    """GroupNorm with 4 groups, or batch norm.
-
-    Raises:
-        UserError: the groups cannot be of equal size.
-    """
+    """GroupNorm with 4 groups, or batch norm (UserError: the groups cannot be of equal size)."""
     if use_gn and channels % GROUPS:
         raise UserError(
             f"--decoder_channels {channels}: not a multiple of {GROUPS}, the groups of GroupNorm. Change it."
@@ -43,12 +39,7 @@ def conv_norm_relu(
     """Convolution that keeps the size, normalisation, ReLU."""
     return nn.Sequential(
         nn.Conv2d(
-            in_channels,
-            out_channels,
-            kernel_size,
-            padding=dilation * (kernel_size // 2),
-            dilation=dilation,
-            bias=False,
+            in_channels, out_channels, kernel_size, padding=dilation * (kernel_size // 2), dilation=dilation, bias=False
         ),
         normalization(out_channels, use_gn),
         nn.ReLU(inplace=True),

@@ -28,28 +28,21 @@ _BACKBONE = re.compile(r"(?:backbone\.)?net\.(.+)")
 
 @dataclass(frozen=True)
 class RestoreReport:
-    """What a file gave to a model. Names are the model's, except in `unused`; batch counters are left out.
+    """What a file gave to a model. Names are the model's, except in `unused`; batch counters are left out."""
 
-    Attributes:
-        path: the file.
-        restored: tensors taken from it.
-        missing: tensors of the model it does not have.
-        mismatched: tensors it has in another shape: name -> (shape in the file, shape in the model).
-        unused: names in the file that nothing in the model goes by. Second names of tensors that were used do not
-            count: public priors list their layers once by layer and once by stage.
-        file_classes: of a file that names its classes in another order than the model's, or names others: its own.
-        new_classes: of a file that names its classes, ours that it has not; their rows keep their initial values.
-        nameless: the file gave class outputs without naming the classes.
-    """
-
-    path: str
-    restored: list[str]
-    missing: list[str]
+    path: str  # the file
+    restored: list[str]  # tensors taken from it
+    missing: list[str]  # tensors of the model it does not have
+    # tensors it has in another shape: name -> (shape in the file, shape in the model)
     mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    # names in the file that the model does not use. Second names of tensors that it uses do not count: public
+    # priors list their layers once by layer and once by stage
     unused: list[str]
+    # of a file that names its classes in another order than the model's, or names others: its own
     file_classes: list[str]
+    # of a file that names its classes, ours that it has not; their rows keep their initial values
     new_classes: list[str]
-    nameless: bool
+    nameless: bool  # the file gave class outputs without naming the classes
 
     def __str__(self) -> str:
         total = len(self.restored) + len(self.missing) + len(self.mismatched)

@@ -16,8 +16,8 @@ from command import data_flags, refusal, run
 from conftest import SPLITS
 from test_cli import write_checkpoint
 
-from benchmarks.sam import build_tiny_sam
 from datasets.base import voc_palette
+from tests.tiny_sam import build_tiny_sam
 from tools import distributed
 from tools.errors import FileError, Incomplete, UserError
 from tools.files import load_image, save_mask

@@ -104,11 +104,7 @@ def _read_export(path: Path) -> dict[str, Any]:
 
 
 def check_classes(checkpoint: dict[str, Any], classes: tuple[str, ...], path: str | Path) -> None:
-    """Refuse a model trained on other classes than the dataset's.
-
-    Raises:
-        UserError: the class names differ.
-    """
+    """Refuse a model trained on other classes than the dataset's (UserError: the class names differ)."""
     if tuple(checkpoint["classes"]) != tuple(classes):
         ours, theirs = ", ".join(classes[1:]), ", ".join(checkpoint["classes"][1:])
         raise UserError(f"{path}: trained on the classes [{theirs}], but the dataset has [{ours}]. Check --dataset.")

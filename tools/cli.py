@@ -37,7 +37,7 @@ from tools import parallel
 from tools.errors import Incomplete, UserError
 
 MEMORY_FLAGS = ("batch_size", "image_size", "scales", "images_per_batch", "points_per_batch")
-"""Flags with lower values of which a script needs less memory."""
+"""A script needs less memory with lower values of these flags."""
 
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)
@@ -201,39 +201,38 @@ def add_switch(group: argparse._ActionsContainer, name: str, default: bool, text
     group.add_argument(name, type=boolean, nargs="?", const=True, default=default, metavar="BOOL", help=text)
 
 
-def number(text: str) -> float:
-    """A finite number."""
-    try:
-        value = float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number") from error
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"'{text}' is not finite")
-    return value
+def _number(fault: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
+    """The type of flags that take a finite number for which `holds`; the message for others is "NUMBER `fault`"."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a number") from error
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"'{text}' is not finite")
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"{text} {fault}")
+        return value
+
+    return read
 
 
-def positive(text: str) -> float:
-    """A number above 0."""
-    value = number(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
+def _whole(least: int) -> Callable[[str], int]:
+    """The type of flags that take a whole number of at least `least`."""
+
+    def read(text: str) -> int:
+        if not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least {least}")
+        return int(text)
+
+    return read
 
 
-def non_negative(text: str) -> float:
-    """A number of at least 0."""
-    value = number(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return value
-
-
-def fraction(text: str) -> float:
-    """A number in [0, 1]."""
-    value = number(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
+positive = _number("is not above 0", lambda value: value > 0)
+non_negative = _number("is below 0", lambda value: value >= 0)
+fraction = _number("is not between 0 and 1", lambda value: 0 <= value <= 1)
+positive_int, count = _whole(1), _whole(0)
 
 
 def fraction_or_auto(text: str) -> float | str:
@@ -244,17 +243,3 @@ def fraction_or_auto(text: str) -> float | str:
 def numbers(text: str) -> list[float]:
     """A comma-separated list of positive numbers, such as `0.5,1,1.5,2`."""
     return [positive(part) for part in text.split(",")]
-
-
-def positive_int(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
-    return int(text)
-
-
-def count(text: str) -> int:
-    """A whole number of at least 0."""
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 0")
-    return int(text)

@@ -30,9 +30,8 @@ from torch import Tensor, nn
 from tools.parallel import world_size
 
 TIMEOUT = datetime.timedelta(minutes=10)
-"""How long a process waits for the others before it ends with an error. A process that died is noticed at once where
-torchrun or gloo see it; this is for one that hangs. The longest honest wait is for the first process to save a
-checkpoint."""
+"""How long a process waits for the others before it ends with an error. torchrun and gloo notice a process that died at
+once; this is for one that hangs. The longest regular wait is that for the first process, which saves a checkpoint."""
 
 
 def start(device: torch.device) -> None:

@@ -31,10 +31,10 @@ warnings.filterwarnings("ignore", module=r"PIL\.")  # remarks on metadata that n
 EXIF_ORIENTATION = 0x0112
 
 STRAY_BYTES = 16
-"""So many bytes that belong to nothing may stand before a marker of a sound JPEG; some cameras write them."""
+"""A sound JPEG may have up to this many stray bytes before a marker; some cameras write them."""
 
 _LOST = r"remature end|bad Huffman|bad arithmetic|instead of RST"
-"""What libjpeg says when a part of a picture is not in the file; its other warnings are about harmless oddities."""
+"""Warnings of libjpeg about a lost part of the picture; its other warnings are harmless."""
 
 _NO_RANGE = "signed or 32-bit numbers have no known range of grey. Save it with 8 or 16 bits."
 _SAVE_PNG = "Save masks as PNG."
@@ -46,9 +46,9 @@ def atomic_write(path: str | os.PathLike, *, durable: bool = True) -> Iterator[P
     """Yield a temporary path beside `path`; rename it to `path` if the block succeeds, delete it if not.
 
     Args:
-        durable: wait until the disk has the content, and then the name: after a power cut, too, there is either the old
-            file or the new one. That takes milliseconds; of the many files of single images, the last ones may be
-            empty after a power cut, and are then made again (`tools.identity.claim_folder`).
+        durable: wait some milliseconds until the disk has the content and the new name; a power cut then leaves the old
+            file or the new one. Without it, files written just before may be empty; those of single images are then
+            made again (`tools.identity.claim_folder`).
 
     Raises:
         UserError: the folder cannot be created or written to.
@@ -103,7 +103,7 @@ def check_writable(folder: str | os.PathLike) -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path, seconds: float = 60) -> Iterator[bool]:
-    """Hold an existing folder for this process alone; the operating system ends that with the process at the latest.
+    """Lock an existing folder for this process. The operating system releases the lock when the process ends.
 
     Args:
         seconds: how long to wait for another process.
@@ -154,11 +154,7 @@ def read_text(path: str | os.PathLike) -> str:
 
 
 def read_lines(path: str | os.PathLike) -> list[str]:
-    """The non-empty lines of a text file, stripped.
-
-    Raises:
-        UserError: see `read_text`.
-    """
+    """The non-empty lines of a text file, stripped (UserError: see `read_text`)."""
     return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
@@ -220,11 +216,7 @@ def upright_size(path: str | os.PathLike) -> tuple[int, int]:
 
 
 def file_orientation(path: str | os.PathLike) -> int:
-    """`orientation` of a photograph's file.
-
-    Raises:
-        UserError: the file is missing, or is no image.
-    """
+    """`orientation` of a photograph's file (UserError: the file is missing, or is no image)."""
     with _reading(path, "image"), open(path, "rb") as file:
         return orientation(_open(file))
 
@@ -268,7 +260,7 @@ def _reading(path: str | os.PathLike, what: str) -> Iterator[None]:
 
 
 def _check_single(path: str | os.PathLike, image: Image.Image) -> None:
-    """Refuse animations and stacks, of which nobody can know the picture that is meant.
+    """Refuse animations and stacks: it is unknown which of their pictures is meant.
 
     The first picture of an MPO file is the photograph (others are depth, gain or another eye); pages of a TIFF that are
     marked as reduced (tag 254) are previews.
@@ -286,7 +278,7 @@ def _check_single(path: str | os.PathLike, image: Image.Image) -> None:
 
 
 def _decode_jpeg(data: bytes, progressive: bool) -> np.ndarray | None:
-    """Decode a JPEG to RGB, exactly as Pillow does, but not deaf to what libjpeg says of data that break off.
+    """Decode a JPEG to RGB as Pillow does, but heed libjpeg's warnings about lost data.
 
     Returns:
         uint8 [H, W, 3]; None if it is of a kind that only Pillow decodes.
@@ -343,8 +335,8 @@ def load_mask(path: str | os.PathLike, palette: np.ndarray | None = None, num_cl
 
     Args:
         path: the file.
-        palette: uint8 [256, 3], the colours of the classes, to find masks whose indices are no classes any more because
-            an optimiser or editor has sorted their colours.
+        palette: uint8 [256, 3], the colours of the classes. With it, masks are found whose indices are wrong because an
+            optimiser or editor has sorted their palette.
         num_classes: how many there are.
 
     Returns:
@@ -401,7 +393,7 @@ def _save_indices(pixels: np.ndarray) -> str:
 def _check_palette(
     path: str | os.PathLike, mask: np.ndarray, colours: np.ndarray, palette: np.ndarray, num_classes: int
 ) -> None:
-    """Refuse a mask whose colours, all of them, are those of classes, but of others than its indices.
+    """Refuse a mask in which every colour is that of a class, but not of the class that its index says.
 
     Two colour maps are known: the dataset's, and grey i for class i (white may be any index: it is how masks of one
     class are shown).
@@ -441,7 +433,12 @@ def save_png(path: str | os.PathLike, image: Image.Image) -> None:
         image.save(temporary, format="PNG", optimize=False)
 
 
+def save_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text in UTF-8."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def save_json(path: str | os.PathLike, content: object) -> None:
     """Write `content` as indented JSON."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    save_text(path, json.dumps(content, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""What a training run left behind, for the report: its curves, how long it took, its settings, its health.
+"""A training run, as the report shows it: its curves, how long it took, its settings, its health.
 
     run = read_run("csrm")
     run.curves["loss"]         # [(1, 2.31), (2, 1.87), ...]: epoch and value
@@ -24,20 +24,14 @@ from tools.errors import UserError
 
 @dataclass(frozen=True)
 class Run:
-    """A training run.
+    """A training run."""
 
-    Attributes:
-        tag: its name.
-        curves: scalar of the TensorBoard log -> (epoch, value), ascending.
-        seconds: time spent in it; None if nothing was logged.
-        settings: the flags its checkpoint was made with.
-        health: `tools.health.Health.report`, of models/TAG.health.json; None if there is none.
-    """
-
-    tag: str
+    tag: str  # its name
+    # scalar of the TensorBoard log -> (epoch, value), ascending
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
-    seconds: float | None = None
-    settings: dict[str, object] = field(default_factory=dict)
+    seconds: float | None = None  # time spent in it; None if nothing was logged
+    settings: dict[str, object] = field(default_factory=dict)  # the flags its checkpoint was made with
+    # `tools.health.Health.report`, of models/TAG.health.json; None if there is none
     health: dict[str, object] | None = None
 
 
@@ -52,11 +46,7 @@ class Command:
 
 
 def read_run(tag: str) -> Run:
-    """What is there of a run; of its files, each may be missing.
-
-    Raises:
-        UserError: one of them is damaged.
-    """
+    """What is there of a run; of its files, each may be missing (UserError: one of them is damaged)."""
     weights, logs = options.model_path(tag), options.EXPERIMENTS / "logs" / tag
     curves, seconds = read_curves(logs)
     settings = load_checkpoint(weights).get("args", {}) if weights.exists() else {}
@@ -87,11 +77,7 @@ def _read_health(path: Path) -> dict[str, object] | None:
 
 
 def read_commands(path: Path) -> list[Command]:
-    """The rows of `commands.tsv`; none if there is no such file.
-
-    Raises:
-        UserError: not such a file.
-    """
+    """The rows of `commands.tsv`; none if there is no such file (UserError: not such a file)."""
     if not path.exists():
         return []
     try:

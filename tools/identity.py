@@ -11,9 +11,9 @@ An identity is a dict of plain values:
     inputs      kind -> {id: fingerprint}: photographs (bytes), labels (class names), masks (content)
     folders     flag -> where the inputs were; shown, never compared
 
-A checkpoint was made of all its images at once: its inputs are kept as `digest`s, and all must agree. In a folder each
-file was made of one image: there only those of the files that exist must agree (`claim_folder`), so that a
-list may grow, and what stopped a stage may be mended.
+A checkpoint depends on all its images: it keeps a `digest` of its inputs, and all must agree. In a folder each file
+depends on one image: only the inputs of files that exist must agree (`claim_folder`). So a list of images may grow, and
+an image that stopped a stage may be replaced.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ import hashlib
 import json
 import subprocess
 from collections.abc import Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from tools.errors import UserError
 from tools.files import check_writable, locked, save_json
+from tools.options import plain
+from tools.parallel import thread_map
 
 VERSION = "1.0.0"
 """Version of the code, kept in every checkpoint."""
@@ -66,7 +67,7 @@ def describe(
     counting = {name: value for name, value in flags.items() if name not in (*HARMLESS, *harmless)}
     files = {name: value for name, value in counting.items() if name in FILES and _is_file(value)}
     settings = {
-        name: _plain(value)
+        name: plain(value)
         for name, value in counting.items()
         if name not in files and (name in FILES or not isinstance(value, Path))
     }
@@ -138,7 +139,7 @@ def _first_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def claim_folder(folder: Path, made_by: dict[str, Any], suffix: str, *, overwrite: bool = False) -> None:
-    """Enter a folder of one file per image, ID + `suffix`, that others may be entering too; make it if need be.
+    """Make or reuse a folder with a file per image, ID + `suffix`. Other processes may do so at the same time.
 
     Its settings.json holds the identity of what is in it. Without that, a stage started again with other settings or
     other inputs would take the old files for its own.
@@ -201,11 +202,7 @@ def _examine(record: Path, made_by: dict[str, Any], made: set[str]) -> tuple[dic
 
 
 def read_record(record: Path) -> dict[str, Any]:
-    """The identity in a folder's settings.json; {} if there is none.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """The identity in a folder's settings.json; {} if there is none (UserError: the file is damaged)."""
     try:
         content = json.loads(record.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -231,7 +228,7 @@ def _count(inputs: Mapping[str, Any]) -> int:
 
 
 def file_fingerprint(path: str | Path) -> str:
-    """Which content a file has: the first 16 hexadecimal digits of its SHA-256."""
+    """The content of a file in short: the first 16 hexadecimal digits of its SHA-256."""
     sha = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -241,14 +238,12 @@ def file_fingerprint(path: str | Path) -> str:
 
 def contents(paths: Mapping[str, Path | None]) -> dict[str, str]:
     """A fingerprint of the content of each file, by id; "" if there is no file."""
-    with ThreadPoolExecutor(READERS) as pool:
-        return dict(zip(paths, pool.map(_content, paths.values()), strict=True))
+    return dict(zip(paths, thread_map(_content, [*paths.values()], READERS), strict=True))
 
 
 def sizes(paths: Mapping[str, Path]) -> dict[str, int]:
     """The bytes of each file, by id; -1 if there is no file. Enough to tell photographs apart, and read at once."""
-    with ThreadPoolExecutor(READERS) as pool:
-        return dict(zip(paths, pool.map(_size, paths.values()), strict=True))
+    return dict(zip(paths, thread_map(_size, [*paths.values()], READERS), strict=True))
 
 
 def _content(path: Path | None) -> str:
@@ -271,13 +266,6 @@ def _short(data: bytes) -> str:
 
 def _is_file(value: Any) -> bool:
     return value not in (None, "none", "imagenet") and Path(value).is_file()
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON gives it back."""
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """The contrastive loss L_contra and its class-wise memory bank (ReCo, ICLR 2022; U2PL, CVPR 2022).
 
-Every class keeps a queue of representations of pixels that are confusable with it but are not it. Pixels of a class in
-the student are pulled to the class's mean in the teacher and pushed from keys of that queue.
+Each class has a queue of hard negatives: teacher representations of pixels of other classes that look like it. The
+student's pixels of the class are pulled to the class mean of the teacher, and pushed away from keys of the queue.
 
     bank = MemoryBank(num_classes=21, dim=256).to(device)
     low, high = entropy_masks(teacher_entropy, unlabeled_labels, alpha=20)
@@ -112,8 +112,8 @@ def contrastive_loss(
         teacher_probs: float [2B, C, h, w], softmax of the teacher's segmentation logits.
         image_labels: float [2B, K], after mixing: a class is in the image where it is above 0.
         low_entropy, high_entropy: bool [B, h, w] over the unlabeled half (`entropy_masks`).
-        low_rank, high_rank: a pixel is confusable with its teacher's `low_rank` most probable classes, and an uncertain
-            pixel also with those ranked in [low_rank, high_rank).
+        low_rank, high_rank: a pixel can be a hard negative of the teacher's `low_rank` most probable classes; an
+            uncertain pixel also of those ranked in [low_rank, high_rank).
         positive_threshold: teacher probability of its label above which a pixel can be an anchor.
 
     Returns:
@@ -168,10 +168,10 @@ def feed_bank(
     low_rank: int,
     high_rank: int,
 ) -> Tensor:
-    """Push the teacher's representations of the pixels that are confusable with c but not c, for every class c.
+    """Push the teacher's representations of the hard negatives of every class c.
 
-    Those are labeled pixels (not 255) with another label and c among their `low_rank` most probable classes, and
-    uncertain unlabeled pixels where c is as probable but not in the image, or is ranked in [low_rank, high_rank).
+    These are labeled pixels (not 255) of another class where c is among the `low_rank` most probable classes; and
+    uncertain unlabeled pixels where c is that probable but not in the image, or has a rank in [low_rank, high_rank).
     Arguments as of `contrastive_loss`.
 
     Returns:
@@ -183,11 +183,11 @@ def feed_bank(
     in_image = F.pad(image_labels, (1, 0), value=1.0) > 0  # the background is in every image
     masks = []
     for c in range(num_classes):
-        confusable = (ranked[:, :low_rank] == c).any(dim=1)
+        probable = (ranked[:, :low_rank] == c).any(dim=1)
         unlikely = (ranked[half:, low_rank:] == c).any(dim=1)
-        labeled = confusable[:half] & (labels[:half] != c) & (labels[:half] != IGNORE_INDEX)
+        labeled = probable[:half] & (labels[:half] != c) & (labels[:half] != IGNORE_INDEX)
         absent = ~in_image[half:, c, None, None]
-        unlabeled = high_entropy & ((confusable[half:] & absent) | unlikely)
+        unlabeled = high_entropy & ((probable[half:] & absent) | unlikely)
         masks.append(torch.cat([labeled, unlabeled]))
     vectors = gather_batch(teacher_reps.permute(0, 2, 3, 1)).flatten(0, 2)  # a copy, unless already channels last
     masks = gather_batch(torch.stack(masks, dim=1)).transpose(0, 1).flatten(1)

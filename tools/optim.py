@@ -99,8 +99,8 @@ class Update:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = build_optimizer(model, options)
         self.schedule = poly_schedule(self.optimizer, updates, options.poly_power)
-        # In every precision: its other use is that an update with a gradient that is not finite is left out, where the
-        # optimiser is fused without waiting for the GPU.
+        # Used in every precision: it also skips updates with gradients that are not finite, and where the optimiser is
+        # fused it does not wait for the GPU.
         scale = {} if dtype == torch.float16 else {"init_scale": 1.0, "growth_interval": 2**31 - 1}
         self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, **scale)
 

@@ -37,90 +37,63 @@ SAM_TYPES = ("vit_h", "vit_l", "vit_b")
 MERGE_MODES = ("max_iou", "max_iou_imp", "max_iou_imp2")
 MERGE_ORDERS = ("class", "largest_overlap")
 
+TRAINING_DOMAINS = {
+    "domain_train": ("train_aug", "split to train on"),
+    "domain_valid": ("", "split with masks to report on after each epoch; empty: none"),
+}
+"""Flags of `add_dataset` for the training scripts."""
+
 
 @dataclass(frozen=True)
 class CRF:
-    """The dense CRF of pseudo labels and pseudo masks (`tools.crf`).
+    """The dense CRF of pseudo labels and pseudo masks (`tools.crf`)."""
 
-    Attributes:
-        iterations: mean-field updates; 0: no CRF.
-        gt_prob: confidence in the labels it refines, in (0, 1).
-        backend: one of `CRF_BACKENDS`.
-    """
-
-    iterations: int = 10
-    gt_prob: float = 0.7
-    backend: str = "torch"
+    iterations: int = 10  # mean-field updates; 0: no CRF
+    gt_prob: float = 0.7  # confidence in the labels it refines, in (0, 1)
+    backend: str = "torch"  # one of `CRF_BACKENDS`
 
 
 @dataclass(frozen=True)
 class Views:
-    """The views of an image that are averaged at test time.
+    """The views of an image that are averaged at test time."""
 
-    Attributes:
-        scales: relative to the image, reduced to `long_side` where it is longer.
-        hflip: each scale mirrored, too.
-        long_side: pixels; the --image_size of the training.
-    """
-
-    scales: tuple[float, ...]
-    hflip: bool
-    long_side: float
+    scales: tuple[float, ...]  # relative to the image, reduced to `long_side` where it is longer
+    hflip: bool  # each scale mirrored, too
+    long_side: float  # pixels; the --image_size of the training
 
 
 @dataclass(frozen=True)
 class Optimization:
-    """How gradients change weights (`tools.optim.Update`).
+    """How gradients change weights (`tools.optim.Update`)."""
 
-    Attributes:
-        optimizer: one of `OPTIMIZERS`.
-        lr: learning rate of pretrained weights; times `alpha_scratch` for new layers, times `alpha_bias` for biases.
-        weight_decay: of weights; biases have none.
-        momentum, nesterov: of sgd.
-        poly_power: of the decay of the learning rate to 0; 0: it is constant.
-        grad_max_norm: the gradient's norm is clipped at this; 0: never.
-        accumulate_steps: batches per update.
-    """
-
-    optimizer: str
+    optimizer: str  # one of `OPTIMIZERS`
+    # learning rate of pretrained weights; times `alpha_scratch` for new layers, times `alpha_bias` for biases
     lr: float
-    weight_decay: float
-    momentum: float = 0.9
+    weight_decay: float  # of weights; biases have none
+    momentum: float = 0.9  # of sgd
     nesterov: bool = True
     alpha_scratch: float = 10.0
     alpha_bias: float = 1.0
-    poly_power: float = 0.9
-    grad_max_norm: float = 1.0
-    accumulate_steps: int = 1
+    poly_power: float = 0.9  # of the decay of the learning rate to 0; 0: it is constant
+    grad_max_norm: float = 1.0  # the gradient's norm is clipped at this; 0: never
+    accumulate_steps: int = 1  # batches per update
 
 
 @dataclass(frozen=True)
 class Training:
-    """A run of `tools.training.Trainer`.
+    """A run of `tools.training.Trainer`."""
 
-    Attributes:
-        tag: name of the run.
-        seed: of all random numbers.
-        batch_size: images per loader and step, over all processes.
-        max_epoch: epochs.
-        mixed_precision: auto, bf16, fp16 or off.
-        compile: whether torch.compile fuses the networks.
-        optimization: of the weights.
-        flags: the whole command line by name, plain values; kept in the checkpoint.
-        made_by: the identity of the run (`tools.identity`); a checkpoint of another one is not gone on with.
-        overwrite: train anew where the checkpoint is another run's.
-    """
-
-    tag: str
-    seed: int
-    batch_size: int
-    max_epoch: int
-    mixed_precision: str
-    compile: bool
-    optimization: Optimization
-    flags: dict[str, object]
+    tag: str  # name of the run
+    seed: int  # of all random numbers
+    batch_size: int  # images per loader and step, over all processes
+    max_epoch: int  # epochs
+    mixed_precision: str  # auto, bf16, fp16 or off
+    compile: bool  # whether torch.compile fuses the networks
+    optimization: Optimization  # of the weights
+    flags: dict[str, object]  # the whole command line by name, plain values; kept in the checkpoint
+    # the identity of the run (`tools.identity`); a checkpoint of another one is not gone on with
     made_by: dict[str, object]
-    overwrite: bool = False
+    overwrite: bool = False  # train anew where the checkpoint is another run's
 
 
 def add_common(parser: cli.Parser) -> None:
@@ -128,9 +101,7 @@ def add_common(parser: cli.Parser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--tag", required=True, help="name of this run; its files are called after it")
     group.add_argument("--seed", type=cli.count, default=0, help="seed of all random numbers")
-    group.add_argument(
-        "--device", default="auto", help="auto (the GPU if there is one), cpu, cuda or cuda:N (not with torchrun)"
-    )
+    add_device(group)
     add_workers(group)
     add_overwrite(group)
 
@@ -139,6 +110,12 @@ def add_on_error(group: argparse._ActionsContainer) -> None:
     """--on_error."""
     text = "if a file of an image cannot be used: stop, or skip the image, list it in left-out-SCRIPT.json, exit code 3"
     group.add_argument("--on_error", choices=["stop", "skip"], default="stop", help=text)
+
+
+def add_device(group: argparse._ActionsContainer) -> None:
+    """--device."""
+    text = "auto (the GPU if there is one), cpu, cuda or cuda:N (not with torchrun)"
+    group.add_argument("--device", default="auto", help=text)
 
 
 def add_overwrite(group: argparse._ActionsContainer) -> None:
@@ -150,12 +127,8 @@ def add_overwrite(group: argparse._ActionsContainer) -> None:
 def add_workers(group: argparse._ActionsContainer) -> None:
     """--num_workers."""
     default = min(8, os.cpu_count() or 1)
-    group.add_argument(
-        "--num_workers",
-        type=cli.count,
-        default=default,
-        help="helpers on this machine: processes that load, or images predicted at a time; 0: none",
-    )
+    text = "helpers on this machine: processes that load, or images predicted at a time; 0: none"
+    group.add_argument("--num_workers", type=cli.count, default=default, help=text)
 
 
 def add_dataset(parser: cli.Parser, **domains: tuple[str, str]) -> argparse._ArgumentGroup:
@@ -171,32 +144,23 @@ def add_dataset(parser: cli.Parser, **domains: tuple[str, str]) -> argparse._Arg
 def add_images(parser: cli.Parser, *, size: int = 512, low: int = 320, high: int = 640) -> argparse._ArgumentGroup:
     """--image_size --min_image_size --max_image_size; returns the group, for the script's own additions."""
     group = parser.add_argument_group("training images (pixels)")
-    group.add_argument("--image_size", type=cli.positive_int, default=size, help="side of the training crop")
-    group.add_argument(
-        "--min_image_size", type=cli.positive_int, default=low, help="smallest size of the random scaling"
-    )
-    group.add_argument(
-        "--max_image_size", type=cli.positive_int, default=high, help="largest size of the random scaling"
-    )
+    add = group.add_argument
+    add("--image_size", type=cli.positive_int, default=size, help="side of the training crop")
+    add("--min_image_size", type=cli.positive_int, default=low, help="smallest size of the random scaling")
+    add("--max_image_size", type=cli.positive_int, default=high, help="largest size of the random scaling")
     return group
 
 
 def add_network(parser: cli.Parser, *, architecture: str, mode: str) -> argparse._ArgumentGroup:
     """The backbone's flags; returns the group, for the script's own additions."""
     group = parser.add_argument_group("network")
+    batch_norm = "batch norm of the backbone: frozen (statistics, scales, shifts) or trained; other normalisation is "
+    batch_norm += "always trained"
     group.add_argument("--architecture", default=architecture, help="a timm network, by name (docs/backbones.md)")
     group.add_argument("--backbone_weights", default="imagenet", help="imagenet (timm's own), none, or a file")
-    group.add_argument(
-        "--mode",
-        choices=["fix", "normal"],
-        default=mode,
-        help="batch norm of the backbone: statistics, scales and shifts frozen, or trained; other normalisation "
-        "(ConvNeXt, transformers) is always trained",
-    )
+    group.add_argument("--mode", choices=["fix", "normal"], default=mode, help=batch_norm)
     cli.add_switch(group, "--dilated", False, "output stride 8 instead of 16, where the network can be dilated")
-    cli.add_switch(
-        group, "--dilate_stage4", True, "dilate the last stage; false: for public ResNet CAM priors (SETUP.md)"
-    )
+    cli.add_switch(group, "--dilate_stage4", True, "dilate the last stage; false: for public ResNet priors (SETUP.md)")
     cli.add_switch(group, "--trainable_stem", mode == "normal", "train the first convolutions (or embeddings) too")
     cli.add_switch(group, "--trainable_stage4", True, "train the last stage of the backbone")
     cli.add_switch(group, "--trainable_backbone", True, "train the backbone at all")
@@ -207,9 +171,8 @@ def add_decoder(group: argparse._ArgumentGroup) -> None:
     """Flags of the ASPP and decoder shared by CSRM and DeepLabV3+."""
     cli.add_switch(group, "--use_gn", True, "GroupNorm (4 groups) in new layers; false: batch norm")
     group.add_argument("--dropout", type=cli.fraction, default=0.5, help="dropout after the ASPP")
-    group.add_argument(
-        "--decoder_channels", type=cli.positive_int, default=256, help="width of the ASPP and the branches"
-    )
+    text = "width of the ASPP and the branches"
+    group.add_argument("--decoder_channels", type=cli.positive_int, default=256, help=text)
 
 
 def add_optimization(
@@ -217,39 +180,29 @@ def add_optimization(
 ) -> None:
     """Optimiser, schedule and precision."""
     group = parser.add_argument_group("optimisation")
-    group.add_argument(
-        "--batch_size", type=cli.positive_int, default=batch_size, help="images per loader and step, over all GPUs"
-    )
-    group.add_argument("--max_epoch", type=cli.positive_int, default=max_epoch, help="epochs")
-    group.add_argument("--max_steps", type=cli.positive_int, help="steps per epoch (default: one pass over the images)")
-    group.add_argument("--accumulate_steps", type=cli.positive_int, default=1, help="steps per optimiser update")
-    group.add_argument(
-        "--mixed_precision",
-        choices=["auto", "bf16", "fp16", "off"],
-        default="auto",
-        help="auto: bf16 on GPUs, off on CPUs",
-    )
-    cli.add_switch(
-        group, "--compile", False, "have torch.compile fuse the networks: slow first steps, faster later ones"
-    )
-    group.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="momentum: without Nesterov")
-    group.add_argument("--lr", type=cli.positive, default=lr, help="learning rate of pretrained weights")
-    group.add_argument("--wd", type=cli.non_negative, default=wd, help="weight decay (never on biases)")
-    group.add_argument("--momentum", type=cli.fraction, default=0.9, help="momentum of sgd and momentum")
+    add = group.add_argument
+    add("--batch_size", type=cli.positive_int, default=batch_size, help="images per loader and step, over all GPUs")
+    add("--max_epoch", type=cli.positive_int, default=max_epoch, help="epochs")
+    add("--max_steps", type=cli.positive_int, help="steps per epoch (default: one pass over the images)")
+    add("--accumulate_steps", type=cli.positive_int, default=1, help="steps per optimiser update")
+    add_precision(group)
+    cli.add_switch(group, "--compile", False, "have torch.compile fuse the networks: slow first steps, fast later ones")
+    add("--optimizer", choices=OPTIMIZERS, default="sgd", help="momentum: without Nesterov")
+    add("--lr", type=cli.positive, default=lr, help="learning rate of pretrained weights")
+    add("--wd", type=cli.non_negative, default=wd, help="weight decay (never on biases)")
+    add("--momentum", type=cli.fraction, default=0.9, help="momentum of sgd and momentum")
     cli.add_switch(group, "--nesterov", True, "Nesterov momentum in sgd")
-    group.add_argument(
-        "--lr_poly_power", type=cli.non_negative, default=0.9, help="power of the polynomial decay to zero"
-    )
-    group.add_argument(
-        "--lr_alpha_scratch", type=cli.positive, default=10.0, help="learning rate multiplier of new layers"
-    )
-    group.add_argument(
-        "--lr_alpha_bias", type=cli.positive, default=alpha_bias, help="learning rate multiplier of biases"
-    )
-    group.add_argument(
-        "--grad_max_norm", type=cli.non_negative, default=1.0, help="gradient norm is clipped at this; 0: never"
-    )
-    group.add_argument("--label_smoothing", type=cli.fraction, default=0.1, help="label smoothing of every loss")
+    add("--lr_poly_power", type=cli.non_negative, default=0.9, help="power of the polynomial decay to zero")
+    add("--lr_alpha_scratch", type=cli.positive, default=10.0, help="learning rate multiplier of new layers")
+    add("--lr_alpha_bias", type=cli.positive, default=alpha_bias, help="learning rate multiplier of biases")
+    add("--grad_max_norm", type=cli.non_negative, default=1.0, help="gradient norm is clipped at this; 0: never")
+    add("--label_smoothing", type=cli.fraction, default=0.1, help="label smoothing of every loss")
+
+
+def add_precision(group: argparse._ActionsContainer) -> None:
+    """--mixed_precision."""
+    choices = ["auto", "bf16", "fp16", "off"]
+    group.add_argument("--mixed_precision", choices=choices, default="auto", help="auto: bf16 on GPUs, off on CPUs")
 
 
 def add_views(group: argparse._ActionsContainer) -> None:
@@ -267,9 +220,8 @@ def add_crf(group: argparse._ActionsContainer) -> None:
 
 def add_crf_backend(group: argparse._ActionsContainer) -> None:
     """--crf_backend."""
-    group.add_argument(
-        "--crf_backend", choices=CRF_BACKENDS, default="torch", help="pydensecrf: one image at a time, on the CPU"
-    )
+    text = "pydensecrf: one image at a time, on the CPU"
+    group.add_argument("--crf_backend", choices=CRF_BACKENDS, default="torch", help=text)
 
 
 def network_arguments(args: argparse.Namespace) -> dict[str, object]:
@@ -312,36 +264,30 @@ def training(args: argparse.Namespace, made_by: dict[str, object]) -> Training:
         made_by=made_by,
         **{name: getattr(args, name) for name in names},
         optimization=optimization(args),
-        flags={name: _plain(value) for name, value in vars(args).items() if name != "overwrite"},
+        flags={name: plain(value) for name, value in vars(args).items() if name != "overwrite"},
     )
 
 
 def optimization(args: argparse.Namespace) -> Optimization:
     """The flags of `add_optimization` that concern the weights."""
+    same = ("optimizer", "lr", "momentum", "nesterov", "grad_max_norm", "accumulate_steps")
+    prefixed = ("alpha_scratch", "alpha_bias", "poly_power")
     return Optimization(
-        optimizer=args.optimizer,
-        lr=args.lr,
         weight_decay=args.wd,
-        momentum=args.momentum,
-        nesterov=args.nesterov,
-        alpha_scratch=args.lr_alpha_scratch,
-        alpha_bias=args.lr_alpha_bias,
-        poly_power=args.lr_poly_power,
-        grad_max_norm=args.grad_max_norm,
-        accumulate_steps=args.accumulate_steps,
+        **{name: getattr(args, name) for name in same},
+        **{name: getattr(args, f"lr_{name}") for name in prefixed},
     )
 
 
-def _plain(value: object) -> object:
-    return value if isinstance(value, (int, float, str, bool, list, type(None))) else str(value)
+def plain(value: object) -> object:
+    """The value of a flag as JSON gives it back."""
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
 
 
 def image_sizes(args: argparse.Namespace) -> tuple[int, int, int]:
-    """--image_size, --min_image_size and --max_image_size.
-
-    Raises:
-        UserError: the smallest size is above the largest.
-    """
+    """--image_size, --min_image_size and --max_image_size (UserError: the smallest size is above the largest)."""
     low, high = args.min_image_size, args.max_image_size
     if low > high:
         raise UserError(f"--min_image_size {low}: above --max_image_size {high}. Lower it, or raise the other.")

@@ -85,7 +85,7 @@ def share(
 ) -> Sequence[Item]:
     """This process's part of a job: every n-th item; of these only the `pending` ones, if they are given.
 
-    What is pending shrinks while processes start, so it is `items` that are dealt out.
+    `items` are dealt out, and not `pending`, because `pending` shrinks while other processes start.
 
     Args:
         shard: which part of how many, (0..n-1, n); by default that of torchrun.

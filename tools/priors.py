@@ -4,13 +4,13 @@
     sample = Sample(images, labels, hidden=random_class(labels))
     losses = criterion(model, sample, progress=step / steps)
 
-A plain classifier looks at the most telling part of an object only. What makes its maps cover the rest:
+The maps of a plain classifier cover only the most discriminative part of an object. What makes them cover the rest:
 
     vanilla   nothing
     puzzle    an image and its four tiles must give the same maps (Puzzle-CAM, Jo & Yu, ICIP 2021)
-    poc       besides, a trained classifier must not find a class once its map is masked out of the image (OC-CSE, Kweon
+    poc       puzzle, and a trained classifier must not find a class whose map is masked out of the image (OC-CSE, Kweon
               et al., ICCV 2021)
-    pnoc      besides, that classifier learns, in turn, to find the class in what the mask leaves (P-NOC, David et al.,
+    pnoc      poc, and in turn that classifier learns to find the class in what the mask leaves (P-NOC, David et al.,
               arXiv 2304.07396)
 """
 

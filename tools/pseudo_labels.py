@@ -37,8 +37,8 @@ def reliable_cam_labels(
 ) -> Tensor:
     """Labels of the pixels whose class is clear from the CAMs, after IRN (CVPR 2019).
 
-    The CAMs are read twice: with a high threshold, what is an object is sure; with a low one, what is background is.
-    A dense CRF over the background and the image's classes refines both readings; pixels sure in neither are ignored.
+    The CAMs are thresholded twice: a high threshold gives sure objects, a low one sure background. A dense CRF over the
+    background and the image's classes refines both maps. Pixels that are sure in neither are ignored.
 
     Args:
         images: uint8 [B, 3, H, W], RGB: what the network saw, before normalisation.
@@ -70,12 +70,7 @@ def reliable_cam_labels(
 
 @torch.no_grad()
 def mutual_promotion_labels(
-    background_probs: Tensor,
-    cams: Tensor,
-    image_labels: Tensor,
-    sigma: float = 0.75,
-    *,
-    max_classes: int | None = None,
+    background_probs: Tensor, cams: Tensor, image_labels: Tensor, sigma: float = 0.75, *, max_classes: int | None = None
 ) -> Tensor:
     """Labels from the CAMs and a background probability of another branch; pixels below `sigma` are ignored.
 

@@ -27,15 +27,10 @@ SMALLEST_SHARE = 0.002
 
 @dataclass(frozen=True)
 class Doubt:
-    """Reasons to look at an image, each in [0, 1].
+    """Reasons to look at an image, each in [0, 1]."""
 
-    Attributes:
-        disagreement: 1 - IoU (`image_iou`) of the mask and another stage's, mean over those; 0 if there is none.
-        missing: the share of the image's labelled classes that the mask does not show; 0 if none is labelled.
-    """
-
-    disagreement: float
-    missing: float
+    disagreement: float  # 1 - IoU (`image_iou`) of the mask and another stage's, mean over those; 0 if there is none
+    missing: float  # the share of the image's labelled classes that the mask does not show; 0 if none is labelled
 
     @property
     def score(self) -> float:
@@ -102,11 +97,7 @@ def save_queue(path: Path, rows: Sequence[Row], titles: Sequence[str]) -> None:
 
 
 def load_queue(path: Path) -> list[str]:
-    """The ids of `review.csv`, the most doubtful first.
-
-    Raises:
-        UserError: missing, or not such a file.
-    """
+    """The ids of `review.csv`, the most doubtful first (UserError: missing, or not such a file)."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))

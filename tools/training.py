@@ -219,7 +219,7 @@ class Trainer:
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
     def _save_within(self, epoch: int) -> None:
-        """Make all processes alike, save, and seed: from here on the run is one that was resumed here."""
+        """Make all processes equal, save, and seed as a run does that is resumed here."""
         self.means()
         distributed.broadcast(self.model.buffers())
         self.sums = {n: distributed.all_reduce_sum(total) / parallel.world_size() for n, total in self.sums.items()}

@@ -1,11 +1,11 @@
-"""Files of weights as people have them: a state dict, or one among other things, under the names of whoever saved it.
+"""Files of weights from anywhere: a state dict, alone or in a checkpoint, with or without a prefix before names.
 
     weights = load_weights("resnet50.pth")
     weights.tensors["layer1.0.conv1.weight"]
     prefix = common_prefix(weights.tensors, {"layer1.0.conv1.weight", ...})    "encoder.", say
 
-Files are read with `weights_only=True`: no code in them runs. Of the harmless Python objects that training scripts save
-beside the weights (`argparse.Namespace`, NumPy numbers, paths) not even the harmless code runs: blanks stand in.
+Files are read with `weights_only=True`: no code in them runs. Training scripts save harmless Python objects beside the
+weights (`argparse.Namespace`, NumPy numbers, paths). Blanks replace these, so their code does not run either.
 """
 
 from __future__ import annotations
@@ -43,15 +43,10 @@ _WRAPPED = re.compile(r"(^|\.)(module|_orig_mod|_fsdp_wrapped_module|_checkpoint
 
 @dataclass(frozen=True)
 class Weights:
-    """What a file holds.
+    """What a file holds."""
 
-    Attributes:
-        tensors: by name, on the CPU, without what data parallelism and compilation add to names.
-        classes: the class names, background first, of a checkpoint of this project; else None.
-    """
-
-    tensors: dict[str, torch.Tensor]
-    classes: tuple[str, ...] | None
+    tensors: dict[str, torch.Tensor]  # by name, on the CPU, without what data parallelism and compilation add to names
+    classes: tuple[str, ...] | None  # the class names, background first, of a checkpoint of this project; else None
 
 
 class _Blank:

@@ -67,11 +67,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def chosen_ids(source: DataSource, args: argparse.Namespace) -> list[str]:
-    """The ids to export.
-
-    Raises:
-        UserError: the queue names an image that is not in the dataset.
-    """
+    """The ids to export (UserError: the queue names an image that is not in the dataset)."""
     ids = load_queue(args.review) if args.review else source.ids(args.domain)
     unknown = [image_id for image_id in ids if not source.has_image(image_id)]
     if unknown:
@@ -131,11 +127,7 @@ def import_masks(source: DataSource, path: Path, tool: str, folder: Path) -> Non
 
 
 def find_id(source: DataSource, name: str, path: Path) -> str:
-    """The id of a picture that a tool calls `name`; it may have put folders before it.
-
-    Raises:
-        UserError: none.
-    """
+    """The id of a picture that a tool calls `name`; it may have put folders before it (UserError: there is none)."""
     parts = name.split("/")
     for start in range(len(parts)):
         image_id = "/".join(parts[start:])

@@ -44,11 +44,7 @@ def _objects(indices: np.ndarray) -> Iterator[dict]:
 
 
 def read(path: Path, labels: Labels) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, mask uint8 [H, W]) of each image of a COCO json.
-
-    Raises:
-        UserError: no such json.
-    """
+    """(name, mask uint8 [H, W]) of each image of a COCO json (UserError: no such json)."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         index_of = {category["id"]: labels.index(category["name"], path) for category in content["categories"]}

@@ -16,17 +16,13 @@ import numpy as np
 
 from datasets.exchange.labels import Item, Labels, hexadecimal
 from tools.errors import UserError
-from tools.files import atomic_write, save_json
+from tools.files import save_json, save_text
 
 OPAQUE = 128  # a pixel belongs to a brush stroke from this opacity on; its edge may be blurred
 
 
 def write(folder: Path, items: Sequence[Item], labels: Labels) -> list[Path]:
-    """Write `tasks.json` and `config.xml`.
-
-    Raises:
-        UserError: the SDK is not installed.
-    """
+    """Write `tasks.json` and `config.xml` (UserError: the SDK is not installed)."""
     encode, _ = _codec()
     tasks = []
     for item in items:
@@ -38,8 +34,7 @@ def write(folder: Path, items: Sequence[Item], labels: Labels) -> list[Path]:
         data = {"image": f"/data/local-files/?d=images/{quote(item.file)}", "id": item.image_id}
         tasks.append({"data": data, "predictions": [{"model_version": "csrm", "result": strokes}]})
     save_json(folder / "tasks.json", tasks)
-    with atomic_write(folder / "config.xml") as temporary:
-        temporary.write_text(_config(labels), encoding="utf-8")
+    save_text(folder / "config.xml", _config(labels))
     return [folder / "tasks.json", folder / "config.xml"]
 
 

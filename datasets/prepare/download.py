@@ -29,6 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from tqdm import tqdm
+
 from tools import parallel
 from tools.errors import UserError
 from tools.files import check_writable
@@ -38,31 +40,20 @@ PAUSE = 2.0  # seconds before the second attempt; doubled from then on
 TIMEOUT = 60.0  # seconds without a byte
 BLOCK = 1 << 20
 
-
 _UNSOUND = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError)
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A file to download, and what comes out of it.
+    """A file to download, and what comes out of it."""
 
-    Attributes:
-        name: of the file.
-        url: official address; empty if there is none without a login.
-        md5: checksum, hexadecimal.
-        yields: path, below the folder it is unpacked to, that exists once it is unpacked.
-        size: bytes; None where no source states it.
-        strip: leading folders of the members, removed; members elsewhere are not unpacked.
-        wanted: what the rest of a member's path must begin with to be unpacked.
-    """
-
-    name: str
-    url: str
-    md5: str
-    yields: str
-    size: int | None = None
-    strip: str = ""
-    wanted: tuple[str, ...] = ("",)
+    name: str  # of the file
+    url: str  # official address; empty if there is none without a login
+    md5: str  # checksum, hexadecimal
+    yields: str  # path, below the folder it is unpacked to, that exists once it is unpacked
+    size: int | None = None  # bytes; None where no source states it
+    strip: str = ""  # leading folders of the members, removed; members elsewhere are not unpacked
+    wanted: tuple[str, ...] = ("",)  # what the rest of a member's path must begin with to be unpacked
 
     def is_unpacked(self, target: Path) -> bool:
         """Whether it has been unpacked to `target`."""
@@ -135,11 +126,7 @@ def unpack(archive: Archive, path: Path, target: Path) -> None:
 
 
 def check_space(folder: Path, needed: int, purpose: str) -> None:
-    """Refuse to start what cannot end.
-
-    Raises:
-        UserError: the disk of `folder` has less than `needed` bytes free.
-    """
+    """Refuse to start what cannot end (UserError: the disk of `folder` has less than `needed` bytes free)."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
@@ -192,35 +179,29 @@ def _continue(url: str, part: Path, size: int | None) -> bool:
             raise UserError(f"{url}: {length} bytes, but the official file has {size}. {_by_hand(part)}")
         if length is not None:
             check_space(part.parent, 2 * length - start, f"downloading and unpacking {part.stem}")
-        _copy(response, part, start, length)
+        counts = {"unit": "B", "unit_scale": True, "total": length, "initial": start}
+        with parallel.progress((), desc=part.stem, **counts) as bar:
+            _pour(response, part, "ab" if start else "wb", bar)
     return length in (None, _length(part))
 
 
-def _copy(response: IO[bytes], part: Path, start: int, length: int | None) -> None:
-    with (
-        _open_to_write(part, "ab" if start else "wb") as file,
-        parallel.progress((), desc=part.stem, unit="B", total=length, initial=start, unit_scale=True) as progress,
-    ):
-        while block := response.read(BLOCK):
-            _write_block(file, block, part)
-            progress.update(len(block))
-
-
-def _open_to_write(path: Path, mode: str) -> IO[bytes]:
+def _pour(source: IO[bytes], path: Path, mode: str, bar: tqdm | None = None) -> None:
+    """Write all of `source` to a file."""
     with _reporting(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open(mode)
-
-
-def _write_block(file: IO[bytes], block: bytes, path: Path) -> None:
-    with _reporting(path):
-        file.write(block)
-        file.flush()
+        file = path.open(mode)
+    with file:
+        while block := source.read(BLOCK):
+            with _reporting(path):
+                file.write(block)
+                file.flush()
+            if bar is not None:
+                bar.update(len(block))
 
 
 @contextlib.contextmanager
 def _reporting(path: Path) -> Iterator[None]:
-    """What the disk says, as a UserError: it must not be taken for trouble with the network or the archive."""
+    """Turn errors of the disk into a UserError, so that they are not taken for errors of the network or the archive."""
     try:
         yield
     except OSError as error:
@@ -286,9 +267,8 @@ def _write(open_member: Callable[[], IO[bytes]], size: int, path: Path) -> None:
     """Unpack one member, unless an earlier call did."""
     if path.is_file() and _length(path) == size:
         return
-    with open_member() as source, _open_to_write(path, "wb") as file:
-        while block := source.read(BLOCK):
-            _write_block(file, block, path)
+    with open_member() as source:
+        _pour(source, path, "wb")
     if _length(path) != size:
         raise EOFError(f"'{path.name}' has not the length it should have")
 

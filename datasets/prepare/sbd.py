@@ -21,7 +21,7 @@ import scipy.io
 from datasets.base import voc_palette
 from datasets.voc12 import AUGMENTED_MASKS, VOC_CLASSES
 from tools.errors import UserError
-from tools.files import atomic_write, read_lines, save_mask
+from tools.files import atomic_write, read_lines, save_mask, save_text
 from tools.parallel import run_jobs
 
 
@@ -49,8 +49,7 @@ def convert(sbd: Path, devkit: Path, workers: int) -> None:
         )
     for _ in run_jobs(functools.partial(_write_mask, sbd, devkit), ids, workers, "masks of train_aug", "image"):
         pass
-    with atomic_write(_list(devkit)) as temporary:
-        temporary.write_text("".join(f"{image_id}\n" for image_id in ids), encoding="utf-8")
+    save_text(_list(devkit), "".join(f"{image_id}\n" for image_id in ids))
 
 
 def augmented_ids(sbd: Path, devkit: Path) -> list[str]:

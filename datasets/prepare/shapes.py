@@ -5,10 +5,10 @@
     from datasets.prepare.shapes import generate
     generate("data/shapes", num_train=800, num_val=200, size=128, seed=0)
 
-It keeps what makes weak supervision hard on photographs. Objects have a telling part (sail, wheels, head, roof) and a
-plain one (hull, body, fleece, wall) whose colour varies, so class activation maps cover the former and miss much of the
-latter. Classes go with scenes (boats on water), so activations leak into the context. Objects overlap, stand behind
-grass or poles, and leave the frame. Their outlines are colour edges, which a dense CRF can follow.
+The set has what makes weak supervision hard on photographs. Objects have a discriminative part (sail, wheels, head,
+roof) and a plain part (hull, body, fleece, wall) of varying colour: class activation maps cover the first and miss much
+of the second. Classes go with scenes (boats on water), so activations leak into the context. Objects overlap, stand
+behind grass or poles, and leave the frame. Their outlines are colour edges, which a dense CRF can follow.
 
 Image `i` of a split depends on (seed, split, i) and the size only: not on the number of workers, nor of images.
 """
@@ -93,16 +93,11 @@ class Placement:
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture with its annotation.
+    """One picture with its annotation."""
 
-    Attributes:
-        image: uint8 RGB HxWx3.
-        mask: uint8 HxW; 0 background, 1..6 classes, 255 along outlines and on objects too hidden to count.
-        objects: class name and box (xmin, ymin, xmax, ymax; pixels from 1, both ends included, as VOC counts).
-    """
-
-    image: np.ndarray
-    mask: np.ndarray
+    image: np.ndarray  # uint8 RGB HxWx3
+    mask: np.ndarray  # uint8 HxW; 0 background, 1..6 classes, 255 along outlines and on objects too hidden to count
+    # class name and box (xmin, ymin, xmax, ymax; pixels from 1, both ends included, as VOC counts)
     objects: tuple[tuple[str, tuple[int, int, int, int]], ...]
 
 
@@ -348,15 +343,13 @@ def _add_fields(parent: ElementTree.Element, **fields: object) -> None:
 def make_parser() -> cli.Parser:
     """The command line of this module."""
     parser = cli.Parser(__doc__)
-    parser.add_argument("--data_dir", type=Path, required=True, help="folder to make")
-    parser.add_argument("--num_train", type=int, default=NUM_TRAIN, help="training images")
-    parser.add_argument("--num_val", type=int, default=NUM_VAL, help="validation images")
-    parser.add_argument("--size", type=int, default=SIZE, help="longer side of the images, pixels")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes")
-    workers = os.cpu_count() or 1
-    parser.add_argument(
-        "--num_workers", "--workers", dest="workers", type=cli.count, default=workers, help="helper processes; 0: none"
-    )
+    add, processes = parser.add_argument, {"dest": "workers", "type": cli.count, "default": os.cpu_count() or 1}
+    add("--data_dir", type=Path, required=True, help="folder to make")
+    add("--num_train", type=int, default=NUM_TRAIN, help="training images")
+    add("--num_val", type=int, default=NUM_VAL, help="validation images")
+    add("--size", type=int, default=SIZE, help="longer side of the images, pixels")
+    add("--seed", type=int, default=0, help="same seed, same bytes")
+    add("--num_workers", "--workers", **processes, help="helper processes; 0: none")
     return parser
 
 

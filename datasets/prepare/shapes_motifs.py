@@ -4,9 +4,9 @@
     KINDS["boat"].draw(object_brush, rng)      # facing right, within about [-1, 1] in local coordinates
     occlude(brush, rng, "sea", x, y)
 
-Every object has a telling part of fixed looks (the bird's head, the boat's sail, the car's wheels and windows, the
-fish's fins and eye, the roof, the sheep's dark head and legs) and a plain part of varying colour. The numbers below are
-a drawing: coordinates, colours (hue, saturation, value) and textures, tuned by eye.
+Every object has a discriminative part of fixed looks (the bird's head, the boat's sail, the car's wheels and windows,
+the fish's fins and eye, the roof, the sheep's dark head and legs) and a plain part of varying colour. The numbers below
+are a drawing: coordinates, colours (hue, saturation, value) and textures, tuned by eye.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ VERTICAL = math.pi / 2  # stripes that follow one another downwards
 
 
 def _typical(rng: np.random.Generator, hue: float) -> np.ndarray:
-    """The colour of a plain part: near its class's hue, which is how a class is more than its telling part; or any."""
+    """The colour of a plain part: near its class's hue, or any colour."""
     if rng.random() < 0.15:
         return any_colour(rng)
     return vary(rng, hue, rng.uniform(0.45, 0.95), rng.uniform(0.6, 0.95), 0.035)
@@ -343,23 +343,15 @@ def occlude(brush: Brush, rng: np.random.Generator, scene: str, x: float, y: flo
 
 @dataclass(frozen=True)
 class Kind:
-    """A class: how it is drawn, where it lives, whom it meets, and how it stands.
+    """A class: how it is drawn, where it lives, whom it meets, and how it stands."""
 
-    Attributes:
-        draw: paints it, facing right.
-        homes: scenes, the most usual first; they are shared, so that a scene alone does not tell the class.
-        companions: classes that may stand beside it.
-        tilt: standard deviation of its rotation, radians.
-        lower_end: local y of its lowest point.
-        floats: flies or swims, so it needs no ground and casts no shadow.
-    """
-
-    draw: Callable[[Brush, np.random.Generator], None]
+    draw: Callable[[Brush, np.random.Generator], None]  # paints it, facing right
+    # scenes, the most usual first; they are shared, so that a scene alone does not tell the class
     homes: tuple[str, ...]
-    companions: tuple[str, ...]
-    tilt: float
-    lower_end: float
-    floats: bool = False
+    companions: tuple[str, ...]  # classes that may stand beside it
+    tilt: float  # standard deviation of its rotation, radians
+    lower_end: float  # local y of its lowest point
+    floats: bool = False  # flies or swims, so it needs no ground and casts no shadow
 
 
 SCENES = {"reef": _reef, "sea": _sea, "sky": _sky, "street": _street, "pasture": _pasture, "winter": _winter}

@@ -167,16 +167,11 @@ def bar(
 
 @dataclass
 class Canvas:
-    """A picture under way.
+    """A picture under way."""
 
-    Attributes:
-        picture: f32 RGB HxWx3, about [0, 1].
-        rng: source of textures.
-        visible: f32 HxW per object, in [0, 1]: how much of each pixel shows it.
-    """
-
-    picture: np.ndarray
-    rng: np.random.Generator
+    picture: np.ndarray  # f32 RGB HxWx3, about [0, 1]
+    rng: np.random.Generator  # source of textures
+    # f32 HxW per object, in [0, 1]: how much of each pixel shows it
     visible: list[np.ndarray] = field(default_factory=list)
 
     def cover(self, window: tuple[slice, slice], alpha: np.ndarray, owner: int | None) -> None:
@@ -187,17 +182,11 @@ class Canvas:
 
 @dataclass(frozen=True)
 class Brush:
-    """Paints outlines given in local coordinates (x right, y down).
+    """Paints outlines given in local coordinates (x right, y down)."""
 
-    Attributes:
-        canvas: what it paints on.
-        matrix: f32 2x3, local coordinates -> pixels.
-        owner: index of the object that shows where it painted; None: the background.
-    """
-
-    canvas: Canvas
-    matrix: np.ndarray
-    owner: int | None = None
+    canvas: Canvas  # what it paints on
+    matrix: np.ndarray  # f32 2x3, local coordinates -> pixels
+    owner: int | None = None  # index of the object that shows where it painted; None: the background
 
     def fill(
         self,

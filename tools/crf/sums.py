@@ -27,17 +27,11 @@ LONGEST = 32
 
 @dataclass(frozen=True)
 class Bags:
-    """Lists of rows, and a weight for each entry.
+    """Lists of rows, and a weight for each entry."""
 
-    Attributes:
-        index: int32 [B,K], or [E] with `starts`; the rows in each list.
-        weights: float32 of the same shape.
-        starts: int32 [B+1], ascending from 0 to E; None if all lists have K entries.
-    """
-
-    index: Tensor
-    weights: Tensor
-    starts: Tensor | None = None
+    index: Tensor  # int32 [B,K], or [E] with `starts`; the rows in each list
+    weights: Tensor  # float32 of the same shape
+    starts: Tensor | None = None  # int32 [B+1], ascending from 0 to E; None if all lists have K entries
 
     def __call__(self, rows: Tensor, base: Tensor | None = None) -> Tensor:
         """The sum of each list, float32 [B,L], of the contiguous rows float32 [R,L]; an empty list gives 0.

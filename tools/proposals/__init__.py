@@ -39,13 +39,9 @@ SAM_WIDTHS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}  # channels of the ima
 
 
 class ProposalGenerator(Protocol):
-    """A backend: anything that turns images into class-agnostic masks. A new one is one such class.
+    """A backend: anything that turns images into class-agnostic masks. A new one is one such class."""
 
-    Attributes:
-        images_per_call: how many images it takes at a time; fewer at the end.
-    """
-
-    images_per_call: int
+    images_per_call: int  # how many images it takes at a time; fewer at the end
 
     def __call__(self, image_ids: Sequence[str], images: Sequence[np.ndarray]) -> Sequence[np.ndarray | list[dict]]:
         """The masks of each image, uint8 RGB HxWx3: bool [N, H, W] or COCO RLE dicts; they may overlap, N may be 0."""

@@ -29,46 +29,31 @@ SIZE_POWER = 0.3  # small regions are merged first; 0 would let them survive to 
 
 @dataclass(frozen=True)
 class RegionTree:
-    """A binary merge tree of T = 2n-1 regions (fewer if some are not connected), the n leaves first.
+    """A binary merge tree of T = 2n-1 regions (fewer if some are not connected), the n leaves first."""
 
-    Attributes:
-        members: bool [T, n], the leaves each region consists of.
-        sizes: int64 [T], pixels.
-        parents: int64 [T], -1 where there is none; always a higher index than the region's own.
-        contrasts: float64 [T], mean edge strength along the border, in grey levels per pixel; 0 without a border.
-    """
-
-    members: np.ndarray
-    sizes: np.ndarray
-    parents: np.ndarray
+    members: np.ndarray  # bool [T, n], the leaves each region consists of
+    sizes: np.ndarray  # int64 [T], pixels
+    parents: np.ndarray  # int64 [T], -1 where there is none; always a higher index than the region's own
+    # float64 [T], mean edge strength along the border, in grey levels per pixel; 0 without a border
     contrasts: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
 class RegionGenerator:
-    """Regions of a merge hierarchy as mask proposals. Satisfies `tools.proposals.ProposalGenerator`.
-
-    Attributes:
-        scale: of the leaves: larger gives fewer and larger ones.
-        sigma: Gaussian smoothing before the leaves are found, in pixels.
-        min_size: smallest region, as a fraction of the image's area.
-        max_size: largest region, likewise. Merging takes every mask that is half inside a class, so a region that joins
-            an object and its surroundings does more harm than a missing whole object, whose parts are there.
-        min_contrast: least mean edge strength along a region's border, in grey levels per pixel. What Segment
-            Anything's stability score is for: a region without a clear edge is a guess.
-        duplicate_iou: a region that shares this much with the next larger kept region around it is left out.
-        max_masks: at most this many per image, the largest ones.
-    """
+    """Regions of a merge hierarchy as mask proposals. Satisfies `tools.proposals.ProposalGenerator`."""
 
     images_per_call: ClassVar[int] = 1
-
-    scale: float = 50.0
-    sigma: float = 0.8
-    min_size: float = 0.002
+    scale: float = 50.0  # of the leaves: larger gives fewer and larger ones
+    sigma: float = 0.8  # Gaussian smoothing before the leaves are found, in pixels
+    min_size: float = 0.002  # smallest region, as a fraction of the image's area
+    # largest region, likewise. Merging takes every mask that is half inside a class, so a region that joins an object
+    # and its surroundings does more harm than a missing whole object, whose parts are there
     max_size: float = 0.15
+    # least mean edge strength along a region's border, in grey levels per pixel. What Segment Anything's stability
+    # score is for: a region without a clear edge is a guess
     min_contrast: float = 0.0
-    duplicate_iou: float = 0.85
-    max_masks: int = 150
+    duplicate_iou: float = 0.85  # a region that shares this much with the next larger kept region around it is left out
+    max_masks: int = 150  # at most this many per image, the largest ones
 
     def __post_init__(self) -> None:
         if self.max_size <= self.min_size:
