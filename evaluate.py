@@ -44,8 +44,7 @@ def make_parser() -> cli.Parser:
     group = parser.add_argument_group("predictions")
     group.add_argument("--pred_dir", type=Path, required=True, help="folder of ID.png masks or ID.npz CAM files")
     group.add_argument("--mode", choices=["png", "cams"], default="png", help="what --pred_dir holds")
-    text = "npy: peers' pickled files, only if you trust them"
-    group.add_argument("--cam_format", choices=["npz", "npy"], default="npz", help=text)
+    group.add_argument("--cam_format", choices=["npz", "npy"], default="npz", help="npy: peers' pickled files")
     group = parser.add_argument_group("background threshold (--mode cams)")
     group.add_argument("--min_th", type=cli.fraction, default=0.05, help="lowest threshold")
     group.add_argument("--max_th", type=cli.fraction, default=0.80, help="highest threshold, included")

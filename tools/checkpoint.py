@@ -46,7 +46,12 @@ def save_checkpoint(path: Path, **content: Any) -> None:
     """Write a checkpoint atomically; the one before it stays as TAG.previous.pth. Equal content gives equal bytes."""
     with atomic_write(path) as temporary:
         with open(temporary, "wb") as file:
-            torch.save({"version": VERSION, **content}, file)
+            try:
+                torch.save({"version": VERSION, **content}, file)
+            except RuntimeError as error:
+                if isinstance(error.__context__, OSError):  # a full disk; then PyTorch's writer misses what it wrote
+                    raise error.__context__ from error
+                raise
         if path.exists():
             _keep(path, previous_path(path))
 

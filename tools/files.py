@@ -351,6 +351,7 @@ def load_mask(path: str | os.PathLike, palette: np.ndarray | None = None, num_cl
         if image.format != "PNG":
             raise FileError(f"{path}: holds {image.format} data. {_NOT_PNG.get(image.format, _SAVE_PNG)}")
         _check_single(path, image)
+        _open(io.BytesIO(data)).verify()  # its check sums: decoding looks at none of the pixels'
         depth, kind = data[24], data[25]  # of the header: bits per sample; 0 grey, 3 palette, others in colour
         mask, colours, turn = np.asarray(image), _palette_of(image), orientation(image)
     if turn != 1:

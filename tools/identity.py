@@ -209,7 +209,8 @@ def read_record(record: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as error:
         raise UserError(f"{record}: damaged. Delete {record.parent} and make it again.") from error
-    if not isinstance(content, dict):
+    files = content.get("files", {}).values() if isinstance(content, dict) else [{}]
+    if not all({"file", "sha256"} <= each.keys() for each in files):
         raise UserError(f"{record}: holds no settings. Delete {record.parent} and make it again.")
     return content
 
