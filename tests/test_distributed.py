@@ -172,6 +172,10 @@ def work(root: Path, ports: list[int]) -> None:
         train("resumed", root)
     torch.distributed.destroy_process_group()
     torch.save(results, f"rank{rank}.pt")
+    for name, kills in (("whole", [0]), ("killed", [4, 7, 0])):  # 0: never
+        for number in kills:
+            meet_again()
+            train_and_kill(name, number, root)
     meet_again()
     lose_the_second(root)
 
@@ -191,6 +195,19 @@ def call_at(patch: pytest.MonkeyPatch, number: int, action: Callable[[], None]) 
 
 def kill() -> None:
     raise Killed
+
+
+def train_and_kill(folder: str, number: int, root: Path) -> None:
+    """CSRM with all its chances, five steps an epoch, saved after every second; killed in its `number`-th step."""
+    Path(folder).mkdir(exist_ok=True)
+    flags = [*TRAINING, *DECODER, "--batch_size", 4, "--max_epoch", 2, "--max_steps", 5, "--warmup_epochs", 0]
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
+        patch.chdir(folder)
+        patch.setattr(training, "STEPS_PER_SAVE", 2)
+        call_at(patch, number, kill)
+        run("train_csrm", *data_flags(root), "--tag", "t", *flags, "--crf_t", 1)
+    if torch.distributed.is_initialized():  # a killed one has not left
+        torch.distributed.destroy_process_group()
 
 
 def lose_the_second(root: Path) -> None:
@@ -226,7 +243,7 @@ class Two(NamedTuple):
 @pytest.fixture(scope="module")
 def two(folder_root, tmp_path_factory) -> Two:
     folder = tmp_path_factory.mktemp("two")
-    ports = map(str, free_ports(len(SCRIPTS) + 2))
+    ports = map(str, free_ports(len(SCRIPTS) + 6))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(WORLD)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
     process = subprocess.run(
@@ -340,6 +357,14 @@ def test_a_run_of_two_processes_goes_on_in_one(one, two, folder_root, monkeypatc
     assert resumed["step"] == whole["step"]
     for key, value in whole["model"].items():
         torch.testing.assert_close(resumed["model"][key], value, atol=1e-5, rtol=1e-4)
+
+
+def test_two_processes_killed_within_an_epoch_end_with_the_same_bytes(two):
+    """Behind a checkpoint within the first epoch, and within the second: dropout, mixing and the memory bank go on."""
+    for where in ("after epoch 0 of 2 and step 2 of the next", "after epoch 1 of 2 and step 2 of the next"):
+        assert two.stdout.count(f"t.pth: continuing {where}.") == 1
+    whole, killed = (two.folder / name / MODELS / "t.pth" for name in ("whole", "killed"))
+    assert killed.read_bytes() == whole.read_bytes()
 
 
 def test_the_first_process_ends_in_one_line_when_the_second_vanishes(two):
