@@ -35,7 +35,7 @@ import collections
 import csv
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tools import cli, options, parallel
@@ -97,7 +97,7 @@ from tools.files import atomic_write, load_mask, locked, save_mask, save_png
 from tools.left_out import LeftOut
 from tools.losses import cross_entropy
 from tools.maps import normalize, resize_maps
-from tools.tiles import blended_strips
+from tools.tiles import Place, Rows, blended_strips
 from tools.training import Trainer, seed_everything
 from tools.validation import check_domain, validate
 
@@ -195,10 +195,9 @@ def segment(model: nn.Module, photograph: torch.Tensor, how: Segmentation) -> tu
     """
     size = photograph.shape[-2:]
     if how.tile is None or max(size) <= how.tile:
-        strips = [(class_maps(model, photograph, how), size)]
+        strips = [(refined(photograph, probabilities(model, photograph, how.views), how), size)]
     else:
-        blended = blended_strips(lambda part: tile_maps(model, part, how), photograph, how.tile)
-        strips = ((maps, maps.shape[-2:]) for maps in blended)
+        strips = ((maps, maps.shape[-2:]) for maps in tiled(model, photograph, how))
     masks, confidences = [], []
     for maps, area in strips:
         index = enlarged_argmax(maps[:1], area)
@@ -208,28 +207,41 @@ def segment(model: nn.Module, photograph: torch.Tensor, how: Segmentation) -> tu
     return torch.cat(masks).numpy(), torch.cat(confidences).numpy() if how.confidence else None
 
 
-def class_maps(model: nn.Module, photograph: torch.Tensor, how: Segmentation) -> torch.Tensor:
-    """Class probabilities f32[N,C,h,w] of a photograph, uint8 RGB [1,3,H,W], at its working size.
+def probabilities(model: nn.Module, photograph: torch.Tensor, views: options.Views) -> torch.Tensor:
+    """Of the classes, f32[1,C,h,w], on the model's device, at the working size of a photograph, uint8 RGB [1,3,H,W]."""
+    image = normalize(working_photograph(photograph, views).to(next(model.parameters()).device))
+    return multi_scale_logits(segmentation_forward(model), image, **dataclasses.asdict(views)).softmax(dim=1)
 
-    The first are those of the dense CRF. With `how.confidence`, the last are the network's.
-    """
-    photograph = working_photograph(photograph, how.views).to(next(model.parameters()).device)
-    logits = multi_scale_logits(segmentation_forward(model), normalize(photograph), **dataclasses.asdict(how.views))
-    probabilities = logits.softmax(dim=1)
+
+def refined(photograph: torch.Tensor, before: torch.Tensor, how: Segmentation) -> torch.Tensor:
+    """The probabilities f32[1,C,h,w] after the dense CRF and, with `how.confidence`, those before: f32[N,C,h,w]."""
     if not how.crf.iterations:
-        return probabilities
-    unary = unary_from_probabilities(probabilities)
-    refined = mean_field(photograph, unary, SEGMENTATION_SETTINGS, how.crf.iterations, backend=how.crf.backend)
-    return torch.cat([refined, probabilities]) if how.confidence else refined
+        return before
+    image, unary = working_photograph(photograph, how.views).to(before.device), unary_from_probabilities(before)
+    after = mean_field(image, unary, SEGMENTATION_SETTINGS, how.crf.iterations, backend=how.crf.backend)
+    return torch.cat([after, before]) if how.confidence else after
 
 
-def tile_maps(model: nn.Module, tile: torch.Tensor, how: Segmentation) -> torch.Tensor:
-    """`class_maps` of a tile, enlarged to its size.
+def tiled(model: nn.Module, photograph: torch.Tensor, how: Segmentation) -> Iterator[torch.Tensor]:
+    """`refined` maps of a photograph from its tiles, in strips f32[N,C,rows,W].
 
-    Each tile has a dense CRF of its own: within a tile it costs what it costs for a photograph, and what it smoothes is
-    near. Where tiles overlap, the probabilities it gives are averaged.
+    The network's probabilities are blended first. The dense CRF then works on the same tiles of the blended maps, and
+    what it gives is blended again. Tiles on whose overlap the network disagrees would else meet in a straight line.
     """
-    return resize_maps(class_maps(model, tile, how), tile.shape[-2:])
+    size = tuple(photograph.shape[-2:])
+
+    def look(place: Place) -> torch.Tensor:
+        tile = photograph[(..., *place)]
+        return resize_maps(probabilities(model, tile, how.views), tile.shape[-2:])
+
+    def refine(place: Place) -> torch.Tensor:
+        tile, before = photograph[(..., *place)], blended[place]
+        working = working_photograph(tile, how.views).shape[-2:]
+        return resize_maps(refined(tile, resize_maps(before, working), how), tile.shape[-2:])
+
+    strips = blended_strips(look, size, how.tile)
+    blended = Rows(strips)
+    return blended_strips(refine, size, how.tile) if how.crf.iterations else strips
 
 
 class Predictor:

@@ -20,7 +20,7 @@ from tools.checkpoint import save_checkpoint
 from tools.errors import UserError
 from tools.files import load_mask
 from tools.maps import resize_maps
-from train_segmentation import Segmentation, class_maps, segment, tile_maps
+from train_segmentation import Segmentation, probabilities, refined, segment
 
 CLASSES = ["background", "cat", "dog"]
 PREDICTIONS = Path("experiments/predictions")
@@ -81,7 +81,8 @@ def test_files_of_each_photograph(models, holiday, kind):
     folder = PREDICTIONS / "m@holiday"
     for seed, (image_id, size) in enumerate(SIZES.items()):
         with torch.inference_mode():
-            maps = class_maps(model, photograph(size, seed), how(confidence=True))
+            picture, settings = photograph(size, seed), how(confidence=True)
+            maps = refined(picture, probabilities(model, picture, VIEWS), settings)
         mask, confidence = maps[0].argmax(dim=0).numpy(), Image.open(folder / "confidence" / f"{image_id}.png")
         assert np.array_equal(load_mask(folder / "masks" / f"{image_id}.png"), mask)
         assert confidence.mode == "L" and confidence.size == size[::-1]
@@ -202,25 +203,31 @@ def test_a_photograph_no_longer_than_a_tile_is_not_cut(models, holiday):
 
 
 @pytest.mark.parametrize("size", [(64, 65), (33, 100), (90, 131)])
-def test_tiles_of_a_photograph_are_segmented_like_photographs(model, size):
-    """The mean of what each tile gives, with dense CRF, weighted by the product of distances to its ends."""
+def test_network_and_dense_crf_look_at_tiles(model, size):
+    """Both means over the tiles are weighted by the product of distances to a tile's ends."""
     picture, settings = photograph(size), how(tile=64, confidence=True)
-    totals, weights = torch.zeros(2, 3, *size), torch.zeros(size)
+    with torch.inference_mode():
+        network = plain_mean(size, lambda place: probabilities(model, picture[place], VIEWS))
+        final = plain_mean(size, lambda place: refined(picture[place], network[place], how()))
+    mask, confidence = segment(model, picture, settings)
+    assert (mask == final[0].argmax(dim=0).numpy()).mean() > 0.999  # ties
+    assert mask.dtype == confidence.dtype == np.uint8
+    expected = 255 * values_at(network, torch.from_numpy(mask).long())
+    assert np.abs(confidence - expected.numpy()).max() <= 0.5 + 1e-3
+
+
+def plain_mean(size, predict):
+    """Tiles of 64 pixels, one after the other, into a map of the whole."""
+    total, weights = torch.zeros(1, 3, *size), torch.zeros(size)
     sides = [min(64, side) for side in size]
     ramps = [torch.tensor([min(i + 1, n - i) for i in range(n)], dtype=torch.float32) for n in sides]
-    with torch.inference_mode():
-        for top in starts(size[0], sides[0]):
-            for left in starts(size[1], sides[1]):
-                place = (..., slice(top, top + sides[0]), slice(left, left + sides[1]))
-                weight = ramps[0][:, None] * ramps[1]
-                totals[place] += weight * class_maps(model, picture[place], settings)
-                weights[place] += weight
-    mask, confidence = segment(model, picture, settings)
-    refined, network = totals / weights
-    assert (mask == refined.argmax(dim=0).numpy()).mean() > 0.999  # ties
-    assert mask.dtype == confidence.dtype == np.uint8
-    expected = 255 * values_at(network[None], torch.from_numpy(mask).long())
-    assert np.abs(confidence - expected.numpy()).max() <= 0.5 + 1e-3
+    for top in starts(size[0], sides[0]):
+        for left in starts(size[1], sides[1]):
+            place = (..., slice(top, top + sides[0]), slice(left, left + sides[1]))
+            weight = ramps[0][:, None] * ramps[1]
+            total[place] += weight * predict(place)
+            weights[place] += weight
+    return total / weights
 
 
 def starts(length, side):
@@ -230,9 +237,8 @@ def starts(length, side):
 
 def test_tiles_longer_than_the_working_size_are_reduced_and_brought_back(model, monkeypatch):
     monkeypatch.setattr("tools.cam.WORKING_SIDE", 48)
-    settings = how(views=options.Views(scales=(1.0,), hflip=False, long_side=40), tile=64)
-    assert class_maps(model, photograph((64, 60)), settings).shape[-2:] == (48, 45)
-    assert tile_maps(model, photograph((64, 60)), settings).shape[-2:] == (64, 60)
+    settings = how(views=options.Views(scales=(1.0,), hflip=False, long_side=40), tile=64, confidence=True)
+    assert probabilities(model, photograph((64, 60)), settings.views).shape[-2:] == (48, 45)
     assert segment(model, photograph((70, 60)), settings)[0].shape == (70, 60)
 
 

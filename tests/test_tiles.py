@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tools.tiles import blended_strips, windows
+from tools.tiles import Rows, blended_strips, windows
 
 SIZES = [(81, 113), (37, 200), (32, 33), (33, 32), (65, 64), (20, 90), (1, 70)]
 
@@ -19,6 +19,11 @@ def pixelwise(images):
 
 def photograph_of(size):
     return torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def strips(predict, photograph, tile):
+    """`blended_strips` of a function of tiles, not of places."""
+    return list(blended_strips(lambda place: predict(photograph[(..., *place)]), tuple(photograph.shape[-2:]), tile))
 
 
 def plain(predict, photograph, tile):
@@ -57,7 +62,7 @@ def test_weights_add_up_to_one_at_every_pixel(length, tile):
 @pytest.mark.parametrize("size", SIZES)
 def test_a_network_of_single_pixels_gives_the_same_maps_with_and_without_tiles(size):
     photograph = photograph_of(size)
-    maps = torch.cat(list(blended_strips(pixelwise, photograph, 32)), dim=2)
+    maps = torch.cat(strips(pixelwise, photograph, 32), dim=2)
     torch.testing.assert_close(maps, pixelwise(photograph), atol=1e-6, rtol=0)
     assert torch.equal(maps.argmax(dim=1), pixelwise(photograph).argmax(dim=1))
 
@@ -73,7 +78,7 @@ def test_tiles_that_disagree_are_averaged_with_weights_that_fall_to_their_ends(s
         return torch.stack([place.float(), torch.full(place.shape, float(calls[-1]))])[None]
 
     photograph = photograph_of(size)
-    maps = torch.cat(list(blended_strips(predict, photograph, tile)), dim=2)
+    maps = torch.cat(strips(predict, photograph, tile), dim=2)
     calls.clear()
     torch.testing.assert_close(maps, plain(predict, photograph, tile), atol=1e-4, rtol=1e-5)
 
@@ -81,9 +86,24 @@ def test_tiles_that_disagree_are_averaged_with_weights_that_fall_to_their_ends(s
 def test_there_is_no_seam_between_tiles():
     """Of two tiles, all 0 and all 1, the mean changes by little from pixel to pixel."""
     values = iter([0.0, 1.0])
-    (strip,) = blended_strips(
-        lambda part: torch.full((1, 1, *part.shape[-2:]), next(values)), photograph_of((8, 56)), 32
-    )
+    (strip,) = strips(lambda part: torch.full((1, 1, *part.shape[-2:]), next(values)), photograph_of((8, 56)), 32)
     steps = strip[0, 0, 0].diff()
     assert strip[0, 0, 0, 0] == 0 and strip[0, 0, 0, -1] == 1
     assert steps.min() >= -1e-6 and steps.max() <= 0.13
+
+
+@pytest.mark.parametrize("size, tile", [((81, 50), 32), ((33, 40), 32), ((20, 40), 32), ((70, 9), 12)])
+def test_strips_are_one_map_to_a_second_pass_over_the_tiles(size, tile):
+    photograph, places = photograph_of(size), []
+    whole = pixelwise(photograph)
+    rows = Rows(strips(pixelwise, photograph, tile))
+
+    def again(place):
+        places.append(place)
+        torch.testing.assert_close(rows[place], whole[(..., *place)], atol=1e-6, rtol=0)
+        assert rows._kept.shape[-2] <= 2 * tile
+        return rows[place]
+
+    maps = torch.cat(list(blended_strips(again, size, tile)), dim=2)
+    torch.testing.assert_close(maps, whole, atol=1e-6, rtol=0)
+    assert len(places) == len(windows(size[0], tile)[0]) * len(windows(size[1], tile)[0])

@@ -1,6 +1,6 @@
 """Large photographs, one tile after the other: maps of overlapping tiles blended to maps of the whole.
 
-    for strip in blended_strips(predict, photograph, tile=1024):      # f32[B,C,rows,W], from the top down
+    for strip in blended_strips(predict, (height, width), tile=1024):      # f32[B,C,rows,W], from the top down
         masks.append(strip.argmax(dim=1))
 
 Only the rows that the current tiles reach are kept, so memory does not grow with the height of the photograph.
@@ -8,38 +8,62 @@ Only the rows that the current tiles reach are kept, so memory does not grow wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
+Place = tuple[slice, slice]
+"""Rows and columns of a tile."""
+
 
 def blended_strips(
-    predict: Callable[[torch.Tensor], torch.Tensor], photograph: torch.Tensor, tile: int
+    predict: Callable[[Place], torch.Tensor], size: tuple[int, int], tile: int
 ) -> Iterator[torch.Tensor]:
     """Class maps of a photograph from those of its tiles, in strips of rows.
 
     Args:
-        predict: from a tile, a part of `photograph`, to float maps [B,C,h,w] of the same height and width.
-        photograph: [1,3,H,W].
+        predict: from the place of a tile to its maps, float [B,C,h,w].
+        size: (H, W) of the photograph.
         tile: side of a tile, pixels; tiles overlap by a quarter.
 
     Yields:
         The mean of the maps of all tiles that hold a pixel, each weighted by `windows`: f32[B,C,rows,W].
     """
-    (tops, row_weights), (lefts, column_weights) = (windows(side, tile) for side in photograph.shape[-2:])
+    (tops, row_weights), (lefts, column_weights) = (windows(side, tile) for side in size)
     height, width = row_weights.shape[1], column_weights.shape[1]
     unfinished = None
-    for top, end, rows in zip(tops, [*tops[1:], photograph.shape[-2]], row_weights, strict=True):
+    for top, end, rows in zip(tops, [*tops[1:], size[0]], row_weights, strict=True):
         strip = None
         for left, columns in zip(lefts, column_weights, strict=True):
-            maps = predict(photograph[..., top : top + height, left : left + width])
+            maps = predict((slice(top, top + height), slice(left, left + width)))
             if strip is None:
-                strip = maps.new_zeros(*maps.shape[:2], height, photograph.shape[-1])
+                strip = maps.new_zeros(*maps.shape[:2], height, size[1])
             strip[..., left : left + width] += maps * (rows[:, None] * columns).to(maps.device)
         if unfinished is not None:
             strip[..., : unfinished.shape[-2], :] += unfinished
         yield strip[..., : end - top, :]
-        unfinished = strip[..., end - top :, :]
+        unfinished = strip[..., end - top :, :].clone()
+
+
+class Rows:
+    """Strips, as they come, as one map: of its rows those are kept that are still asked for.
+
+    Args:
+        strips: f32[B,C,rows,W], from the top down.
+    """
+
+    def __init__(self, strips: Iterable[torch.Tensor]) -> None:
+        self._strips, self._first, self._kept = iter(strips), 0, None
+
+    def __getitem__(self, place: Place) -> torch.Tensor:
+        """The map there. Rows above the first that was asked for last are gone."""
+        rows, columns = place
+        while self._kept is None or self._first + self._kept.shape[-2] < rows.stop:
+            strip = next(self._strips)
+            self._kept = strip if self._kept is None else torch.cat([self._kept, strip], dim=-2)
+        if rows.start > self._first:
+            self._kept, self._first = self._kept[..., rows.start - self._first :, :].clone(), rows.start
+        return self._kept[..., : rows.stop - rows.start, columns]
 
 
 def windows(length: int, tile: int) -> tuple[list[int], torch.Tensor]:
