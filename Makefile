@@ -24,11 +24,11 @@ lint: .venv/installed-dev
 	$(PYTHON) -m venv .venv
 
 .venv/installed: requirements.txt | .venv/bin/python
-	$(BIN)/pip install --quiet -r requirements.txt
+	runners/install.sh requirements.txt
 	touch $@
 
 .venv/installed-dev: requirements-dev.txt .venv/installed
-	$(BIN)/pip install --quiet -r requirements-dev.txt
+	runners/install.sh requirements-dev.txt
 	touch $@
 
 clean:
