@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
+from command import parse
 from torch.profiler import record_function
 
-from benchmarks import data_loading, dense_crf, measuring, sam, train_step
+from benchmarks import data_loading, dense_crf, measuring, prediction, sam, train_step
 from tools import cli
 
 
@@ -98,3 +99,39 @@ def test_masks_of_sam_agree_with_the_stock_generator(capsys):
     text = output_of(sam, capsys, "--num_images", 1, "--points_per_side", 4)
     rows = {line[:16].strip(): line[16:].split() for line in text.splitlines()[2:]}
     assert rows.keys() == {"ours, float32", "stock"} and float(rows["ours, float32"][3]) == 1
+
+
+VOC = "--architecture resnest101e --image_size 512 --batch_size 32"
+COCO = "--architecture resnest269e --image_size 640 --batch_size 16"
+ON_A_GPU = [
+    (dense_crf, "--device cuda --num_images 64"),
+    (train_step, f"--device cuda {VOC}"),
+    (train_step, f"--device cuda {VOC} -- --compile"),
+    (train_step, f"--device cuda {COCO} -- --accumulate_steps 2 --mixed_precision fp16"),
+    (data_loading, "--workers 1,4,8,16"),
+    (sam, "--device cuda --num_images 32 --model_type vit_h --compile"),
+    (prediction, "--revision HEAD --data_dir data --domain val --num_images 200 --device cuda"),
+]
+
+
+@pytest.mark.parametrize("module, flags", ON_A_GPU)
+def test_what_a_lent_gpu_is_asked_for(module, flags):
+    """The commands are understood; those above run them with tiny sizes."""
+    args = module.make_parser().parse_args(flags.split())
+    if module is train_step:
+        args.decoder_channels = 256
+        train_step.script_arguments(args, "--tag t")
+
+
+DATA = "--dataset folder --data_dir data --domain_train train --image_size 321 --architecture tf_efficientnet_lite0"
+RUN = "--tag t --device cuda --batch_size 32 --max_epoch 15 --max_steps 46 --backbone_weights weights.pth"
+PSEUDO = "--tag t --domain train --save_masks --pseudos_from masks --device cuda"
+ARMS = ["--self_training off", "--self_training on", "--teacher_labels foreground --self_training auto"]
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_the_experiment_a_lent_gpu_is_asked_for(arm):
+    """Does CSRM's self-training help? And twenty losses in two precisions."""
+    parse("train_csrm", *f"{RUN} {DATA} --warmup_epochs 8 --restore prior.pth {arm}".split())
+    parse("inference", *PSEUDO.split())
+    parse("train_csrm", *f"{RUN} {DATA} --max_epoch 20 --max_steps 1 --mixed_precision fp16".split())
