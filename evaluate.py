@@ -68,7 +68,7 @@ import torch
 from datasets import build_source
 from datasets.base import DatasetInfo, DataSource, check_shown, read_mask
 from datasets.exchange.voc_server import write_package
-from tools import identity
+from tools import distributed, identity
 from tools.cam import load_cams
 from tools.files import atomic_write, check_writable, save_json
 from tools.metrics import ConfusionMatrix, Scores, ThresholdSweep, scores, threshold_range
@@ -81,6 +81,7 @@ def main(args: argparse.Namespace) -> None:
     if args.package:
         package(args)
         return
+    distributed.start(torch.device("cpu"), options.EXPERIMENTS)
     if args.output:
         check_writable(args.output.parent)
     thresholds = select_thresholds(args)
@@ -94,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
         f"Predictions: {identity.sentence(made_by) if made_by else f'{args.pred_dir}, which does not say what made it'}"
     )
 
-    counts = count(source, ids, args.pred_dir, suffix, thresholds, args.num_workers)
+    counts = count(source, ids, args.pred_dir, suffix, thresholds, parallel.own_workers(args.num_workers))
     if not counts[0, 1:].any():
         check_shown(map(source.mask_path, ids), source.info)  # says what the masks hold instead
     curve = [scores(matrix) for matrix in counts]
@@ -106,7 +107,7 @@ def main(args: argparse.Namespace) -> None:
     if not counts[0, :, 1:-1].any() and counts[0, :, -1].any():
         print("Warning: the predictions hold only 0 and 255 (undecided). If 255 is the object, save it as 1.")
     print(f"\nmIoU {curve[best].miou:.2f}  foreground mIoU {curve[best].miou_foreground:.2f}  ({len(ids)} images)")
-    if args.output:
+    if args.output and parallel.is_main():
         what = {"dataset": args.dataset, "domain": args.domain, "pred_dir": str(args.pred_dir), "images": len(ids)}
         what |= provenance(args, source, ids, made_by)
         save_json(args.output, summary(source.info, thresholds, curve, best) | what)
@@ -189,6 +190,8 @@ def count(
 ) -> np.ndarray:
     """Counts over all `ids`, int64 [thresholds, C, C+1] (see `tools.metrics`; one "threshold" for masks).
 
+    Processes share the images; each gets the counts of all.
+
     Args:
         suffix: of the prediction files.
         thresholds: None for masks, ascending [T] for CAM files.
@@ -201,8 +204,12 @@ def count(
         work = functools.partial(count_masks, source, pred_dir, suffix)
     else:
         work = functools.partial(count_cams, source, pred_dir, suffix, thresholds)
-    parts = [ids[start : start + IDS_PER_JOB] for start in range(0, len(ids), IDS_PER_JOB)]
-    return sum(parallel.run_jobs(work, parts, workers, "evaluating", f"x{IDS_PER_JOB} images"))
+    mine = parallel.share(ids)
+    parts = [mine[start : start + IDS_PER_JOB] for start in range(0, len(mine), IDS_PER_JOB)]
+    classes = source.info.num_classes
+    none = np.zeros((1 if thresholds is None else len(thresholds), classes, classes + 1), np.int64)
+    counts = sum(parallel.run_jobs(work, parts, workers, "evaluating", f"x{IDS_PER_JOB} images"), start=none)
+    return distributed.sum_of_shares(counts)
 
 
 def count_masks(source: DataSource, pred_dir: Path, suffix: str, ids: Sequence[str]) -> np.ndarray:

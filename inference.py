@@ -61,7 +61,7 @@ from torch import nn
 
 from datasets import DataSource, build_source
 from models import load_model, segmentation_forward
-from tools import identity
+from tools import distributed, identity
 from tools.cam import (
     cam_labels,
     enlarged_argmax,
@@ -277,6 +277,7 @@ def reading(checkpoint: dict) -> str:
 def main(args: argparse.Namespace) -> None:
     """Predict every image of the split that is not there yet."""
     device = select_device(args.device)
+    distributed.start(torch.device("cpu"), options.EXPERIMENTS)
     source = build_source(args.dataset, options.data_dir(args))
     ids = source.ids(args.domain)
     weights = args.weights or options.model_path(args.tag)

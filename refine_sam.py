@@ -100,10 +100,11 @@ if __name__ == "__main__":
     ARGS = make_parser().parse_args()  # before PyTorch is imported: --help and mistakes answer at once
 
 import numpy as np
+import torch
 
 from datasets import DataSource, build_source
 from datasets.base import DatasetInfo, check_shown, read_mask
-from tools import devices, identity
+from tools import devices, distributed, identity
 from tools.files import load_image, save_mask
 from tools.left_out import LeftOut
 from tools.merging import merge_masks
@@ -147,6 +148,8 @@ class Folders:
 def main(args: argparse.Namespace) -> None:
     """Run the steps asked for on this process's share of the images."""
     check_flags(args)
+    if not args.shard:
+        distributed.start(torch.device("cpu"), options.EXPERIMENTS)
     source = build_source(args.dataset, options.data_dir(args))
     listed = source.ids(args.domain)
     ids = parallel.share(listed, shard=args.shard)
@@ -162,6 +165,7 @@ def main(args: argparse.Namespace) -> None:
         made_by = proposals_identity(backend, source, listed)
         identity.claim_folder(folders.proposals, made_by, ".json", overwrite=args.overwrite)
         propose(backend, source, ids, folders.proposals, workers, left_out)
+        distributed.wait_for_shares()
     if args.stage == "propose":
         print("Next: the same command with --stage merge --pseudo_dir FOLDER")
         left_out.finish(listed, args.shard)
@@ -296,7 +300,8 @@ def merge(rule: Rule, info: DatasetInfo, ids: Sequence[str], folders: Folders, w
     print(f"Merging: {len(ids)} images, {done} done already; writing to {folders.refined}")
     work = left_out.guard(functools.partial(merge_file, rule, info, folders))
     changes = left_out.sift(parallel.run_jobs(work, ids, workers, "merging", "image"))
-    print_changes(info, sum(changes, start=np.zeros((info.num_classes + 1,) * 2, np.int64)))
+    changes = sum(changes, start=np.zeros((info.num_classes + 1,) * 2, np.int64))
+    print_changes(info, distributed.sum_of_shares(changes))
     print(f"Refined masks are in {folders.refined}")
     print(f"Next: python train_segmentation.py --tag TAG --masks_dir {folders.refined}   (plus the data flags)")
 

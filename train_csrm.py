@@ -472,7 +472,7 @@ def report_health(health: Health, trainer: Trainer, epoch: int) -> None:
 def main(args: argparse.Namespace) -> None:
     """Train, epoch by epoch, and say what to do next."""
     device = select_device(args.device)
-    distributed.start(device)
+    distributed.start(device, options.EXPERIMENTS)
     source = build_source(args.dataset, options.data_dir(args))
     check_domain(source, args.domain_valid)
     learnt = labelled_source(source, args) if args.c2s_labels else source

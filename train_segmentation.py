@@ -151,7 +151,7 @@ def training_identity(source: DataSource, args: argparse.Namespace) -> dict:
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
     """Train DeepLabV3+ and say what to do next."""
-    distributed.start(device)
+    distributed.start(device, options.EXPERIMENTS)
     source = build_source(args.dataset, options.data_dir(args), args.masks_dir)
     truth = build_source(args.dataset, options.data_dir(args))
     check_domain(truth, args.domain_valid)
@@ -325,6 +325,7 @@ def photographs(args: argparse.Namespace, checkpoint: dict, weights: Path) -> tu
 
 def predict(args: argparse.Namespace, device: torch.device) -> None:
     """Write the files of every photograph that are not there yet."""
+    distributed.start(torch.device("cpu"), options.EXPERIMENTS)
     weights = args.weights or options.model_path(args.tag)
     model, checkpoint = load_model(weights, device, kinds=["segmentation", "csrm"])
     source, domain, name = photographs(args, checkpoint, weights)

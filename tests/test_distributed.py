@@ -73,11 +73,23 @@ def train(name: str, root: Path) -> dict:
     return {"checkpoint": torch.load(MODELS / f"{name}.pth", weights_only=True), "logged": logged}
 
 
-def predict(root: Path) -> None:
-    """Three images for two processes: maps, pseudo masks and segmentation."""
-    for name, script in (("csrm", "inference"), ("segmentation", "train_segmentation")):
-        extra = ["--save_masks"] if script == "inference" else ["--predict"]
-        run(script, *data_flags(root), "--tag", name, "--domain", "train", *VIEWS, *extra)
+def predict(root: Path, begin: Callable[[], None] = lambda: None) -> None:
+    """Three images for two processes: maps, pseudo masks, refined ones, segmentation, and the scores of CAMs and masks.
+
+    Args:
+        begin: called before each script.
+    """
+    folder, data = PREDICTIONS / "csrm@train", [*data_flags(root), "--domain", "train"]
+    refine = ["--tag", "csrm", "--proposals", "regions", "--pseudo_dir", folder / "pseudos-t0.4-c1"]
+    for script, *flags in (
+        ("inference", "--tag", "csrm", *VIEWS, "--save_masks"),
+        ("refine_sam", *refine),
+        ("train_segmentation", "--tag", "segmentation", *VIEWS, "--predict"),
+        ("evaluate", "--pred_dir", folder / "cams", "--mode", "cams", "--output", PREDICTIONS / "cams.json"),
+        ("evaluate", "--pred_dir", folder / "sam-regions-max_iou_imp2", "--output", PREDICTIONS / "sam.json"),
+    ):
+        begin()
+        run(script, *data, *flags)
 
 
 def report(root: Path) -> list[dict]:
@@ -153,7 +165,7 @@ def work(root: Path, ports: list[int]) -> None:
     """Everything, in one of the two processes that torchrun started; at the end the second one dies."""
     torch.set_num_threads(1)
     rank = parallel.rank()
-    distributed.start(torch.device("cpu"))
+    distributed.start(torch.device("cpu"), Path("experiments"))
     part = slice(rank, None, WORLD)
     results = {"losses": pixel_losses(part), "contrast": contrast(part), "report": report(root)}
     distributed.stop()
@@ -164,7 +176,7 @@ def work(root: Path, ports: list[int]) -> None:
     for name in SCRIPTS:
         meet_again()
         results[name] = train(name, root)
-    predict(root)
+    predict(root, meet_again)
     meet_again()
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
         SCRIPTS["resumed"] = SCRIPTS["segmentation"]
@@ -243,7 +255,7 @@ class Two(NamedTuple):
 @pytest.fixture(scope="module")
 def two(folder_root, tmp_path_factory) -> Two:
     folder = tmp_path_factory.mktemp("two")
-    ports = map(str, free_ports(len(SCRIPTS) + 6))
+    ports = map(str, free_ports(len(SCRIPTS) + 11))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(WORLD)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
     process = subprocess.run(
@@ -293,7 +305,8 @@ def test_predictions_have_the_same_bytes(two, folder_root, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     predict(folder_root)
     files = [path.relative_to(tmp_path) for path in (tmp_path / PREDICTIONS).rglob("[!.]*") if path.is_file()]
-    assert len(files) == 4 * 3 + 4  # cams, masks and pseudo masks, segmentation; settings of each
+    # cams, masks, pseudo masks, proposals, refined masks, segmentation, with the settings of each; two tables of scores
+    assert len(files) == 6 * (3 + 1) + 2 * 2
     for path in files:
         assert path.read_bytes() == (two.folder / path).read_bytes(), path
     assert len(files) == len([path for path in (two.folder / PREDICTIONS).rglob("[!.]*") if path.is_file()])
@@ -388,7 +401,7 @@ def test_in_a_single_process_nothing_happens():
     x = torch.rand(3, requires_grad=True)
     assert distributed.all_reduce_sum(x) is x and distributed.gather_batch(x) is x
     assert parallel.share("abc") == "abc" and parallel.is_main()
-    distributed.start(torch.device("cpu"))
+    distributed.start(torch.device("cpu"), Path("experiments"))
     distributed.stop()
     layer = nn.Linear(1, 1)
     distributed.share_model(layer)

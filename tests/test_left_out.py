@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import shutil
 import socket
+import time
 from pathlib import Path
 
 import numpy as np
@@ -138,9 +139,12 @@ def wait_for_the_other(rank: int, port: int, folder: Path) -> None:
         values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
         for name, value in values.items():
             patch.setenv(name, str(value))
+        patch.chdir(folder)
+        distributed.start(torch.device("cpu"), Path("experiments"))
         if rank == 1:
+            time.sleep(1)
             (folder / "late").touch()
-        distributed.meet()
+        distributed.wait_for_shares()
         assert (folder / "late").exists()
 
 

@@ -229,6 +229,7 @@ def test_torchrun_ranks_share_the_images(project, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(refine_sam.distributed, "start", lambda *args: None)
     run("--stage", "propose")
     assert {path.stem for path in proposals_folder().glob("?.json")} == {"b"}
     run("--stage", "propose", "--shard", "2/3")  # the flag counts for more

@@ -108,6 +108,7 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
         return
     except Incomplete as error:
         status, message = 3, str(error)
+        distributed.stop()
     except UserError as error:
         status, message = 2, f"error: {error}"
     except torch.OutOfMemoryError:

@@ -2,8 +2,8 @@
 
     torchrun --standalone --nproc_per_node 4 train_csrm.py --tag csrm ...
 
-    device = select_device(args.device)            # the GPU of this process
-    distributed.start(device)                      # joins the others
+    device = select_device(args.device)             # the GPU of this process
+    distributed.start(device, options.EXPERIMENTS)  # joins the others
     distributed.share_model(model)
     loss.backward()
     distributed.average_gradients(model.parameters())
@@ -20,28 +20,65 @@ In a single process, whatever started it, every function here returns its argume
 from __future__ import annotations
 
 import datetime
+import secrets
 from collections.abc import Iterable
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
-from tools.parallel import world_size
+from tools.errors import UserError
+from tools.files import check_writable
+from tools.parallel import is_main, world_size
 
 TIMEOUT = datetime.timedelta(minutes=10)
 """How long a process waits for the others before it ends with an error. torchrun and gloo notice a process that died at
 once; this is for one that hangs. The longest regular wait is that for the first process, which saves a checkpoint."""
 
+LONGEST_STAGE = datetime.timedelta(days=7)
+"""How long a process that has predicted its images waits for one that has not."""
 
-def start(device: torch.device) -> None:
-    """Join the other processes that torchrun started: over NCCL on GPUs, gloo on CPUs."""
+
+def start(device: torch.device, folder: Path) -> None:
+    """Join the other processes that torchrun started: over NCCL on GPUs, gloo on CPUs.
+
+    Those that only deal out images meet on the CPU, whatever they predict with.
+
+    Args:
+        folder: where they write: `tools.options.EXPERIMENTS`.
+
+    Raises:
+        UserError: they do not share it.
+    """
     if world_size() == 1:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     dist.init_process_group(backend, timeout=TIMEOUT, device_id=own)
+    _check_shared(folder, device)
+
+
+def _check_shared(folder: Path, device: torch.device) -> None:
+    """Raise UserError, in all processes, unless all see a file that the first one makes."""
+    token = torch.tensor(secrets.randbits(60), device=device)
+    broadcast([token])
+    path = folder / f".shared-{int(token):x}"
+    if is_main():
+        check_writable(folder)
+        path.touch()
+    wait()
+    blind = int(all_reduce_sum(torch.tensor(not path.exists(), dtype=torch.long, device=device)))
+    if is_main():
+        path.unlink()
+    if blind:
+        raise UserError(
+            f"{folder}: {blind} of {world_size()} processes do not see what the first one writes there. Start all "
+            "machines in one shared folder."
+        )
 
 
 def stop() -> None:
@@ -51,28 +88,32 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def meet() -> None:
-    """Until all processes are here, of a stage that `start`s nothing: for days, should one have more to do."""
-    if world_size() > 1:
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-        dist.barrier()
-        dist.destroy_process_group()
-
-
 def wait() -> None:
     """Until all processes are here."""
     if dist.is_initialized():
         dist.barrier()
 
 
+def wait_for_shares() -> None:
+    """Until all processes, which met on the CPU, have done their shares of the images."""
+    if dist.is_initialized():
+        dist.monitored_barrier(timeout=LONGEST_STAGE)
+
+
+def sum_of_shares(own: np.ndarray) -> np.ndarray:
+    """The sum of what all processes, which met on the CPU, have counted in their shares of the images."""
+    wait_for_shares()
+    return all_reduce_sum(torch.from_numpy(own)).numpy()
+
+
 def is_lost_peer(error: BaseException) -> bool:
     """Whether this is how PyTorch says that another process is gone or does not answer."""
-    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
+    return world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum over the processes, the same in all; without gradient. The shapes must agree."""
-    if world_size() == 1:
+    if not dist.is_initialized():
         return tensor
     total = tensor.detach().clone()
     dist.all_reduce(total)

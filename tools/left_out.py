@@ -56,7 +56,8 @@ class LeftOut:
                 yield result
 
     def finish(self, ids: Sequence[str], shard: tuple[int, int] | None = None) -> None:
-        """Bring the list up to date, as far as this process's share of the `ids` goes (`parallel.share`).
+        """Bring the list up to date, as far as this process's share of the `ids` goes (`parallel.share`), and wait for
+        the other processes.
 
         Raises:
             Incomplete: images are left out.
@@ -68,8 +69,7 @@ class LeftOut:
                 save_json(self.path, listed)
             else:
                 self.path.unlink(missing_ok=True)
-        if self.skip:
-            distributed.meet()  # torchrun ends all when the first one ends with an error
+        distributed.wait_for_shares()  # torchrun ends all when the first one ends with an error
         if self.reasons:
             raise Incomplete(
                 f"{len(self.reasons)} of {len(mine)} images are left out: {self.path} says which and why. "

@@ -1,5 +1,5 @@
 # Where and how the stages run. Every variable can be set in the environment: DEVICE=cpu ./runners/1-csrm.sh
-# Sourced by the runners; works under bash and under sbatch (submit from the repository's root).
+# Sourced by the runners; works under bash, sbatch and srun (submit from the repository's root).
 
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/../..}"
@@ -8,7 +8,15 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/../..}"
 : "${DEVICE:=auto}"         # auto, cpu, cuda or cuda:N
 if [[ "$DEVICE" == cpu ]] || ! command -v nvidia-smi >/dev/null; then : "${PRESET:=small}"; fi
 : "${PRESET:=standard}"     # of DATASET=folder: small (two CPU cores) or standard (a GPU)
-: "${GPUS:=1}"              # of this machine; above 1, training and prediction are shared by as many processes
+: "${GPUS:=1}"              # of a machine; above 1, all but the report is shared by as many processes
+: "${NODES:=1}" "${NODE:=${SLURM_NODEID:-0}}"  # machines that run this runner together, and which of them this is
+if ((NODES > 1)); then
+  : "${MASTER_ADDR:?set it to the host name of machine 0}" "${MASTER_PORT:=29400}"
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # with PyTorch's shared store, a machine that comes again is not told of it
+else
+  NODE=0
+fi
+: "${RESTARTS:=0}"          # how often processes start again, at the last checkpoint, after one of them has died
 : "${WORKERS:=$(nproc 2>/dev/null || sysctl -n hw.ncpu)}"  # loader and helper processes: one per core (Linux, macOS)
 : "${SEED:=0}"
 : "${PRIOR:=vanilla}"       # CAM prior that CSRM starts from: vanilla, puzzle, poc or pnoc, or a file of weights
@@ -21,21 +29,49 @@ TAG_PRIOR=$NAME-prior TAG_CSRM=$NAME-csrm TAG_SEG=$NAME-deeplab  # checkpoints a
 PYTHON=python3
 if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; fi
 
-# run SCRIPT FLAGS...: show the command, then run it on the dataset; on several GPUs if the script can. The report lists
-# it with its time and exit code.
+# stage NUMBER TITLE: the heading of a runner. In the demo also how long the rest takes, by what is done already.
+stage() {
+  printf '\n== Stage %s of 4: %s ==\n' "$1" "$2"
+  if [[ -n "${DONE_BEFORE[$1]:-}" && -f "$REPORT/commands.tsv" ]]; then
+    awk -F '\t' -v done="${DONE_BEFORE[$1]}" '/datasets.verify/ { spent = 0 } { spent += $2 }
+      END { printf "%d %% done; about %.0f min to go\n", done, spent * (100 / done - 1) / 60 }' "$REPORT/commands.tsv"
+  fi
+}
+
+RUNS=0
+
+# run SCRIPT FLAGS...: show the command, then run it on the dataset; by several processes and machines if the script
+# can, else on machine 0. The report lists it with its time and exit code.
 run() {
   local launcher=("$PYTHON")
-  case "$GPUS $1" in
-  "1 "*) ;;
-  *" train_"*.py | *" inference.py") launcher+=(-m torch.distributed.run --standalone --nproc_per_node "$GPUS") ;;
+  RUNS=$((RUNS + 1))
+  case "$1" in
+  train_*.py | inference.py | refine_sam.py | evaluate.py)
+    if ((NODES * GPUS > 1)); then
+      launcher+=(-m torch.distributed.run --nproc_per_node "$GPUS" --max_restarts "$RESTARTS")
+    fi
+    if ((NODES > 1)); then  # a meeting point for each command: the one before may not be gone yet
+      launcher+=(--nnodes "$NODES" --rdzv_backend c10d --rdzv_id "$NAME-$RUNS" --rdzv_endpoint
+        "$MASTER_ADDR:$((MASTER_PORT + RUNS))" --rdzv_conf "is_host=$((NODE == 0)),read_timeout=600")
+    elif ((GPUS > 1)); then
+      launcher+=(--standalone)
+    fi
+    ;;
+  *) if ((NODE > 0)); then return; fi ;;
   esac
   local command=("${launcher[@]}" "$@" --dataset "$DATASET" --data_dir "$DATA_DIR")
   printf '\n$'; printf ' %q' "${command[@]}"; printf '\n'
   local start began=$SECONDS code=0
   start=$(date -u +%Y-%m-%dT%H:%M:%SZ)
   "${command[@]}" || code=$?
-  mkdir -p "$REPORT"
-  { printf '%s\t%d\t%d\t' "$start" $((SECONDS - began)) "$code"; printf '%q ' "${command[@]}"; echo; } >> "$REPORT/commands.tsv"
+  if ((NODE == 0)); then
+    mkdir -p "$REPORT"
+    { printf '%s\t%d\t%d\t' "$start" $((SECONDS - began)) "$code"; printf '%q ' "${command[@]}"; echo; } >> "$REPORT/commands.tsv"
+  fi
+  if ((code && NODES > 1)); then
+    printf '%s: exit code %d on machine %d of %d. To continue, start the runner again on all of them.\n' \
+      "$1" "$code" "$NODE" "$NODES" >&2
+  fi
   return "$code"
 }
 
