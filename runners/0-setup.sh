@@ -7,6 +7,9 @@
 # What is there already is skipped. SETUP.md: machines without internet, what goes where.
 source "$(dirname "${BASH_SOURCE[0]}")/config/env.sh"
 source runners/config/dataset.sh
+if ((NODE > 0)); then exit; fi  # machine 0 does it for all
+stage 0 "installation and data"
+printf 'All stages: %s\n' "$TAKES"
 
 make --quiet .venv/installed
 PYTHON=.venv/bin/python

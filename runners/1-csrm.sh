@@ -7,6 +7,7 @@
 #   PRIOR=weights/puzzle.pth ./runners/1-csrm.sh               public weights instead of a prior trained here
 source "$(dirname "${BASH_SOURCE[0]}")/config/env.sh"
 source runners/config/dataset.sh
+stage 1 "CAM prior (1), CSRM and its pseudo masks (2)"
 
 RUN_FLAGS="--device $DEVICE --seed $SEED --num_workers $WORKERS"
 

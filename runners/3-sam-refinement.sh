@@ -5,6 +5,7 @@
 #   ./runners/3-sam-refinement.sh                                                  weight-free image regions
 source "$(dirname "${BASH_SOURCE[0]}")/config/env.sh"
 source runners/config/dataset.sh
+stage 3 "pseudo masks refined"
 
 refine "$TAG_REFINED" "$PSEUDOS"
 score refined "$DOMAIN_EVAL" "$REFINED"

@@ -7,6 +7,7 @@
 #   CORRECTED=corrected ./runners/4-segmentation.sh       another model, with masks that somebody has corrected
 source "$(dirname "${BASH_SOURCE[0]}")/config/env.sh"
 source runners/config/dataset.sh
+stage 4 "the final model"
 : "${MASKS:=$REFINED}"
 
 CORRECTIONS=()

@@ -13,7 +13,7 @@ import pytest
 from tools.history import read_commands
 
 ROOT = Path(__file__).parent.parent
-LAUNCHER = "-m torch.distributed.run --standalone --nproc_per_node "
+LAUNCHER = r"-m torch.distributed.run --nproc_per_node (\d) --max_restarts 0 --standalone"
 
 
 def commands(folder: Path, runner: str = "1-csrm", **environment: str) -> tuple[list[str], subprocess.CompletedProcess]:
@@ -35,7 +35,7 @@ def commands(folder: Path, runner: str = "1-csrm", **environment: str) -> tuple[
     )
     calls = (folder / "calls.txt").read_text().splitlines() if (folder / "calls.txt").exists() else []
     flags = "tag", "method", "oc_weights", "restore"
-    calls = [call.replace(LAUNCHER, "torchrun ") for call in calls]
+    calls = [re.sub(LAUNCHER, r"torchrun \1", call) for call in calls]
     scripts = [re.match(r"(torchrun \d )?\S+", call)[0] for call in calls]
     shown = [[m[1] for flag in flags if (m := re.search(rf"--{flag} (\S+)", call))] for call in calls]
     return [" ".join([script, *found]) for script, found in zip(scripts, shown, strict=True)], process
@@ -70,18 +70,60 @@ def test_the_ordinary_classifier_is_the_vanilla_prior_of_the_same_experiment(tmp
     assert called[0] == f"train_classifier.py birds-{prior}-prior {prior} weights/own.pth"
 
 
-def test_several_gpus_share_training_and_prediction_but_not_scoring(tmp_path):
+def test_several_gpus_share_all_but_the_report(tmp_path):
     called, _ = commands(tmp_path, GPUS="4", DOMAIN_EVAL="train")
     assert called == [
         "torchrun 4 train_classifier.py voc12-prior vanilla",
         "torchrun 4 inference.py voc12-prior",
-        "evaluate.py",
+        "torchrun 4 evaluate.py",
         f"torchrun 4 train_csrm.py voc12-csrm {models('voc12-prior')}",
         "torchrun 4 inference.py voc12-csrm",
-        "evaluate.py",
-        "evaluate.py",
+        "torchrun 4 evaluate.py",
+        "torchrun 4 evaluate.py",
         "report.py",
     ]
+    assert commands(tmp_path, "3-sam-refinement", GPUS="2")[0] == ["torchrun 2 refine_sam.py voc12-csrm", "report.py"]
+
+
+@pytest.mark.parametrize("node", ["0", "1"])
+def test_several_machines_meet_anew_for_each_command_and_the_first_reports(tmp_path, node):
+    _, process = commands(tmp_path, NODES="2", SLURM_NODEID=node, MASTER_ADDR="host", RESTARTS="3", PRIOR="runners")
+    assert process.returncode == 2 and "PRIOR=runners: no such file" in process.stderr
+    (tmp_path / "prior.pth").touch()
+    environment = {"NODES": "2", "SLURM_NODEID": node, "MASTER_ADDR": "host", "RESTARTS": "3", "GPUS": "4"}
+    commands(tmp_path, PRIOR="prior.pth", **environment)
+    calls = (tmp_path / "calls.txt").read_text().splitlines()
+    for index, (call, script) in enumerate(zip(calls, ("train_csrm.py", "inference.py"), strict=False), start=1):
+        assert call.startswith(
+            "-m torch.distributed.run --nproc_per_node 4 --max_restarts 3 --nnodes 2 --rdzv_backend c10d "
+            f"--rdzv_id voc12-{index} --rdzv_endpoint host:{29400 + index} "
+            f"--rdzv_conf is_host={1 - int(node)},read_timeout=600 {script} "
+        )
+    assert [call.split()[0] for call in calls[2:]] == ["report.py"] * (node == "0")
+    assert (tmp_path / "experiments/reports/voc12/commands.tsv").exists() == (node == "0")
+    (tmp_path / "bin" / "python3").write_text("#!/bin/sh\nexit 7\n")
+    _, process = commands(tmp_path, PRIOR="prior.pth", **environment)
+    line = f"train_csrm.py: exit code 7 on machine {node} of 2. To continue, start the runner again on all of them.\n"
+    assert process.returncode == 7 and process.stderr == line
+    assert commands(tmp_path, "0-setup", **environment)[1].returncode == 2 * (node == "0"), "there is no Makefile"
+
+
+def test_machines_that_do_not_know_each_other(tmp_path):
+    called, process = commands(tmp_path, NODES="2")
+    assert called == [] and process.returncode and "MASTER_ADDR: set it to the host name of machine 0" in process.stderr
+
+
+def test_the_demo_says_how_far_it_is(tmp_path):
+    """After 65 % of its time, and 72: counted since stage 0."""
+    _, process = commands(tmp_path, DATASET="shapes")
+    assert "== Stage 1 of 4: CAM prior (1), CSRM and its pseudo masks (2) ==" in process.stdout
+    report = tmp_path / "experiments" / "demo"
+    rows = [(500, "an old run"), (13, "datasets.verify"), (300, "train_csrm.py"), (77, "inference.py")]
+    (report / "commands.tsv").write_text("".join(f"2026\t{seconds}\t0\tpython {name}\n" for seconds, name in rows))
+    _, process = commands(tmp_path, "3-sam-refinement", DATASET="shapes")
+    assert "\n65 % done; about 4 min to go\n" in process.stdout  # 390 * 35 / 65 = 210 s
+    assert "72 % done; about 3 min to go" in commands(tmp_path, "4-segmentation", DATASET="shapes")[1].stdout
+    assert " % done" not in commands(tmp_path, "3-sam-refinement")[1].stdout, "of other data nobody knows it"
 
 
 def test_a_file_is_restored_and_a_misspelt_method_is_refused(tmp_path):

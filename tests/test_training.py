@@ -142,6 +142,27 @@ def test_a_loss_that_is_not_finite_changes_no_weight(
     assert weights == [False] * 5 + [True]
 
 
+def test_a_run_says_once_how_long_it_will_take(monkeypatch, capsys):
+    """The first step takes a minute, the others a second; asked after every fifth."""
+    now = 0
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now)
+    clock = training.Clock(steps=3800)
+    for step in range(1, 31):
+        now += 1 if step > 1 else 60
+        clock.tick()
+        if step % 5 == 0:
+            clock.tell()
+    assert capsys.readouterr().out == "3785 steps to go; as fast as the first, in 1:03:05\n"
+
+
+def test_the_progress_bar_is_that_of_all_epochs(folder_root, folder, capsys):
+    folder("bar")
+    run("train_classifier", *data_flags(folder_root), *CLASSIFIER, "--max_steps", 12, "--max_epoch", 2)
+    out, err = capsys.readouterr()
+    assert "24/24" in err and "/12 " not in err and "epoch 2/2: 100%" in err
+    assert out.count("steps to go; as fast as the first, in 00:0") == 1
+
+
 @pytest.mark.parametrize("script, flags", RUNS, ids=[script for script, _ in RUNS])
 def test_a_run_killed_within_an_epoch_ends_with_the_same_bytes(folder_root, folder, monkeypatch, capsys, script, flags):
     """Seven steps an epoch, a checkpoint after four (two updates of two batches) and at its end."""

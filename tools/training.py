@@ -40,6 +40,9 @@ SECONDS_TO_END = 15
 
 NEVER = 2**31 - 1
 
+STEPS_TO_TELL = 10
+"""After so many steps, the first one left out, a run says how long it will take."""
+
 STEPS_PER_SAVE = 500
 """Within an epoch, at most so many steps are lost."""
 
@@ -114,6 +117,11 @@ class Trainer:
                 print(f"{self.path}: already trained; nothing to do. For another training choose another --tag.")
                 return
             self.writer = SummaryWriter(logs, purge_step=first + 1) if parallel.is_main() else None
+            steps = self.run.max_epoch * self.steps_per_epoch
+            self.bar = stack.enter_context(
+                parallel.progress((), desc="training", unit="step", total=steps, initial=done)
+            )
+            self.clock = Clock(steps - done)
             for epoch in range(first, self.run.max_epoch):
                 self._seed(epoch)
                 self.model.train()
@@ -128,7 +136,7 @@ class Trainer:
         seed_everything(self.run.seed, epoch + 1, parallel.rank(), self.batch)
 
     def batches(self, epoch: int, batches: Iterable) -> Iterator:
-        """Yield the batches of an epoch under a progress bar; then log the mean losses and the speed.
+        """Yield the batches of an epoch, move the progress bar; then log the mean losses and the speed.
 
         Within a long epoch, save and seed all generators every `steps_per_save` batches.
 
@@ -137,13 +145,16 @@ class Trainer:
         """
         start, done_before = time.perf_counter(), self.batch
         title = f"epoch {epoch + 1}/{self.run.max_epoch}"
-        bar = parallel.progress(batches, desc=title, unit="step", total=self.steps_per_epoch, initial=self.batch)
+        self.bar.set_description(title, refresh=False)
         every = max(1, self.steps_per_epoch // 20)
-        for batch in bar:
+        for batch in batches:
             self.ids.append(list(batch["id"] if isinstance(batch, dict) else batch.ids))
             yield batch
+            self.clock.tick()
             if self.batch % every == 0:  # reading a loss waits for the device: seldom
-                bar.set_postfix(loss=f"{self.means()['loss']:.3f}", refresh=False)
+                self.bar.set_postfix(loss=f"{self.means()['loss']:.3f}", refresh=False)
+                self.clock.tell()
+            self.bar.update()
             if self.batch % self.steps_per_save == 0 and self.batch < self.steps_per_epoch:
                 self._save_within(epoch)
         distributed.broadcast(self.model.buffers())
@@ -282,6 +293,30 @@ class Trainer:
                 raise
         print(f"Warning: {self.path} is damaged; going on from the one before it, {previous}.")
         return load_checkpoint(previous)
+
+
+class Clock:
+    """Says once, after `STEPS_TO_TELL` steps or soon after, how long the steps of a run will take.
+
+    Args:
+        steps: to do.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.done, self.start = steps, 0, 0.0
+
+    def tick(self) -> None:
+        """A step is done."""
+        self.done += 1
+        if self.done == 1:
+            self.start = time.perf_counter()
+
+    def tell(self) -> None:
+        """Say it, if it is time: where the device has just been waited for, and once."""
+        if self.start and self.done > STEPS_TO_TELL:
+            rest = (self.steps - self.done) * (time.perf_counter() - self.start) / (self.done - 1)
+            tqdm.write(f"{self.steps - self.done} steps to go; as fast as the first, in {tqdm.format_interval(rest)}")
+            self.start = 0.0
 
 
 def seed_everything(seed: int, epochs_begun: int = 0, rank: int = 0, step: int = 0) -> None:
