@@ -22,19 +22,27 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from segment_anything import SamAutomaticMaskGenerator
+from segment_anything.modeling import Sam
+from segment_anything.utils.amg import (
+    MaskData,
+    batched_mask_to_box,
+    build_all_layer_point_grids,
+    calculate_stability_score,
+    coco_encode_rle,
+    generate_crop_boxes,
+    is_box_near_crop_edge,
+    uncrop_boxes_xyxy,
+)
+from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor
 from torchvision.ops import nms
 
 from tools.errors import UserError
-
-if TYPE_CHECKING:
-    from segment_anything.modeling import Sam
-
 
 STABILITY_OFFSET = 1.0  # of the mask threshold, in logits; these three as in SamAutomaticMaskGenerator
 CROP_NMS_THRESH = 0.7  # box IoU above which masks of two crops are duplicates
@@ -43,40 +51,24 @@ CROP_OVERLAP = 512 / 1500  # of neighbouring crops, as a fraction of the image's
 
 @dataclass(frozen=True)
 class MaskOptions:
-    """Which masks are looked for and kept, under the names of `segment_anything.SamAutomaticMaskGenerator`.
+    """Which masks are looked for and kept, under the names of `segment_anything.SamAutomaticMaskGenerator`."""
 
-    Attributes:
-        points_per_side: prompts along each side of the image, or crop.
-        pred_iou_thresh: masks with a lower predicted IoU are dropped, in [0, 1].
-        stability_score_thresh: masks whose area changes more with the threshold are dropped, in [0, 1].
-        box_nms_thresh: box IoU above which masks of a view are duplicates, in [0, 1].
-        crop_n_layers: layer i looks at 4^i crops too; 0: at the whole image only.
-        min_mask_region_area: holes and islands with fewer pixels are removed; 0: none.
-    """
-
-    points_per_side: int = 32
-    pred_iou_thresh: float = 0.88
-    stability_score_thresh: float = 0.95
-    box_nms_thresh: float = 0.7
-    crop_n_layers: int = 0
-    min_mask_region_area: int = 0
+    points_per_side: int = 32  # prompts along each side of the image, or crop
+    pred_iou_thresh: float = 0.88  # masks with a lower predicted IoU are dropped, in [0, 1]
+    stability_score_thresh: float = 0.95  # masks whose area changes more with the threshold are dropped, in [0, 1]
+    box_nms_thresh: float = 0.7  # box IoU above which masks of a view are duplicates, in [0, 1]
+    crop_n_layers: int = 0  # layer i looks at 4^i crops too; 0: at the whole image only
+    min_mask_region_area: int = 0  # holes and islands with fewer pixels are removed; 0: none
 
 
 @dataclass(frozen=True)
 class View:
-    """What the network looks at: a whole image or a crop.
+    """What the network looks at: a whole image or a crop."""
 
-    Attributes:
-        image: its index among the images.
-        size: (H, W) of the image.
-        box: (x0, y0, x1, y1), the part of the image.
-        layer: 0 for the whole image, i for one of the 4^i crops of layer i.
-    """
-
-    image: int
-    size: tuple[int, int]
-    box: tuple[int, int, int, int]
-    layer: int
+    image: int  # its index among the images
+    size: tuple[int, int]  # (H, W) of the image
+    box: tuple[int, int, int, int]  # (x0, y0, x1, y1), the part of the image
+    layer: int  # 0 for the whole image, i for one of the 4^i crops of layer i
 
     @property
     def crop_size(self) -> tuple[int, int]:
@@ -85,31 +77,9 @@ class View:
         return y1 - y0, x1 - x0
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """Masks of one view that were not drawn yet.
-
-    Attributes:
-        view: what they were found in.
-        logits: [N, h, w], at the decoder's resolution.
-        boxes: int64 [N, 4], XYXY in the image.
-        scores: float32 [N], predicted IoU.
-    """
-
-    view: View
-    logits: Tensor
-    boxes: Tensor
-    scores: Tensor
-
-    def select(self, kept: Tensor) -> Candidates:
-        """Those with the indices `kept`, int64 [n]."""
-        return Candidates(self.view, self.logits[kept], self.boxes[kept], self.scores[kept])
-
-    @classmethod
-    def join(cls, parts: list[Candidates]) -> Candidates:
-        """All of one view; there is at least one part."""
-        logits, boxes, scores = zip(*((part.logits, part.boxes, part.scores) for part in parts), strict=True)
-        return cls(parts[0].view, torch.cat(logits), torch.cat(boxes), torch.cat(scores))
+Found = tuple[View, MaskData]
+"""Masks of a view that are not drawn yet: "logits" [N, h, w] at the decoder's resolution, "boxes" int64 [N, 4], XYXY in
+the image, "scores" float32 [N], predicted IoU."""
 
 
 class MaskGenerator:
@@ -140,8 +110,6 @@ class MaskGenerator:
             images_per_batch: images or crops that the encoder sees at a time.
             points_per_batch: prompts that are decoded, and full-size masks that exist, at a time.
         """
-        from segment_anything.utils.amg import build_all_layer_point_grids
-
         self.model = model
         self.dtype = dtype or torch.float32
         self.options = options
@@ -154,9 +122,7 @@ class MaskGenerator:
         self._prepare_networks(compile)
 
     def _prepare_networks(self, compile: bool) -> None:
-        from segment_anything.utils.transforms import ResizeLongestSide
-
-        # Converted as a whole: under autocast, normalisations write float32, which whoever reads them converts back.
+        # Converted as a whole: under autocast, normalisations write float32, and the next layer converts it back.
         networks = (self.model.image_encoder, self.model.mask_decoder)
         if self.dtype != torch.float32:
             networks = tuple(copy.deepcopy(net).to(self.dtype) for net in networks)
@@ -177,16 +143,14 @@ class MaskGenerator:
         """
         views = [view for index, image in enumerate(images) for view in self._views(index, image.shape[:2])]
         inputs = [self._resize(images[view.image], view) for view in views]
-        found: list[list[Candidates]] = [[] for _ in images]
+        found: list[list[Found]] = [[] for _ in images]
         with self._device_lock:
             for view, embedding in zip(views, self._embeddings(inputs), strict=True):
-                found[view.image].append(self._candidates(view, embedding))
-            drawn = [self._draw(self._without_duplicates(candidates)) for candidates in found]
+                found[view.image].append((view, self._candidates(view, embedding)))
+            drawn = [self._draw(self._without_duplicates(each)) for each in found]
         return [self._finish(rles, boxes) for rles, boxes in drawn]
 
     def _views(self, index: int, size: tuple[int, int]) -> list[View]:
-        from segment_anything.utils.amg import generate_crop_boxes
-
         boxes, layers = generate_crop_boxes(size, self.options.crop_n_layers, CROP_OVERLAP)
         return [View(index, size, tuple(box), layer) for box, layer in zip(boxes, layers, strict=True)]
 
@@ -208,22 +172,23 @@ class MaskGenerator:
         """(height, width) of the part of the encoder's input that the view fills; the rest is padding."""
         return self._transform.get_preprocess_shape(*view.crop_size, self.model.image_encoder.img_size)
 
-    def _candidates(self, view: View, embedding: Tensor) -> Candidates:
+    def _candidates(self, view: View, embedding: Tensor) -> MaskData:
         """The masks of a view that pass the filters, without duplicates, by falling score."""
         grid = self.point_grids[view.layer] * self._used(view)[::-1]
-        parts, finite = [], []
+        found, finite = MaskData(), []
         for points in torch.from_numpy(grid).to(self.model.device).split(self.points_per_batch):
             logits, scores = self._decode(embedding, points)
             finite.append(scores.isfinite().all())
             likely = torch.nonzero(scores > self.pred_iou_thresh).flatten()
-            parts += [self._stable(view, logits[part], scores[part]) for part in likely.split(self.points_per_batch)]
+            for part in likely.split(self.points_per_batch):
+                found.cat(self._stable(view, logits[part], scores[part]))
         if not torch.stack(finite).all():
             raise UserError(
                 "--mixed_precision, --compile: SAM's predicted IoUs are not finite numbers. Try --mixed_precision off, "
                 "then --compile false."
             )
-        candidates = Candidates.join(parts)
-        return candidates.select(nms(candidates.boxes.float(), candidates.scores, self.options.box_nms_thresh))
+        found.filter(nms(found["boxes"].float(), found["scores"], self.options.box_nms_thresh))
+        return found
 
     def _decode(self, embedding: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
         """Masks at low resolution, logits [3P, h, w], and their predicted IoU, float32 [3P], for prompts [P, 2]."""
@@ -255,22 +220,17 @@ class MaskGenerator:
         weights = torch.stack([head(tokens[:, index]) for index, head in heads], dim=1)
         return (weights @ pixels.flatten(2)).unflatten(2, pixels.shape[-2:]), tokens[:, 0]
 
-    def _stable(self, view: View, logits: Tensor, scores: Tensor) -> Candidates:
+    def _stable(self, view: View, logits: Tensor, scores: Tensor) -> MaskData:
         """Those of the masks that are stable and do not end where only the crop ends."""
-        from segment_anything.utils.amg import (
-            batched_mask_to_box,
-            calculate_stability_score,
-            is_box_near_crop_edge,
-            uncrop_boxes_xyxy,
-        )
-
         threshold, (height, width) = self.mask_threshold, view.size
         full = self._enlarge(view, logits)
         stability = calculate_stability_score(full, threshold, STABILITY_OFFSET).nan_to_num(0)
         boxes = batched_mask_to_box(full > threshold)
         kept = stability >= self.options.stability_score_thresh
         kept &= ~is_box_near_crop_edge(boxes, view.box, [0, 0, width, height])
-        return Candidates(view, logits, uncrop_boxes_xyxy(boxes, view.box), scores).select(kept.nonzero().flatten())
+        masks = MaskData(logits=logits, boxes=uncrop_boxes_xyxy(boxes, view.box), scores=scores)
+        masks.filter(kept.nonzero().flatten())
+        return masks
 
     def _enlarge(self, view: View, logits: Tensor) -> Tensor:
         """Masks at the size of the view, float32 [N, H, W]: `Sam.postprocess_masks`, a matrix for each side."""
@@ -281,34 +241,32 @@ class MaskGenerator:
         )
         return rows @ logits.float() @ columns.T
 
-    def _without_duplicates(self, found: list[Candidates]) -> list[Candidates]:
+    def _without_duplicates(self, found: list[Found]) -> list[Found]:
         """NMS between the views of an image, in favour of smaller crops."""
         if len(found) == 1:
             return found
-        scores = [1 / (candidates.view.crop_size[0] * candidates.view.crop_size[1]) for candidates in found]
-        sizes = [len(candidates.scores) for candidates in found]
-        boxes = torch.cat([candidates.boxes for candidates in found]).float()
-        weights = torch.tensor(scores).repeat_interleave(torch.tensor(sizes)).to(boxes.device)
+        boxes = torch.cat([masks["boxes"] for _, masks in found]).float()
+        sizes = [len(masks["scores"]) for _, masks in found]
+        weights = torch.tensor([1 / math.prod(view.crop_size) for view, _ in found])
+        weights = weights.repeat_interleave(torch.tensor(sizes)).to(boxes.device)
         kept = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
         kept[nms(boxes, weights, CROP_NMS_THRESH)] = True
-        parts = kept.split(sizes)
-        return [candidates.select(part.nonzero().flatten()) for candidates, part in zip(found, parts, strict=True)]
+        for (_, masks), part in zip(found, kept.split(sizes), strict=True):
+            masks.filter(part.nonzero().flatten())
+        return found
 
-    def _draw(self, found: list[Candidates]) -> tuple[list[dict], Tensor]:
-        """Uncompressed RLEs of the candidates, and their boxes [N, 4]."""
+    def _draw(self, found: list[Found]) -> tuple[list[dict], Tensor]:
+        """Uncompressed RLEs of the masks of an image, and their boxes [N, 4]."""
         rles = []
-        for candidates in found:
-            (height, width), (x0, y0, x1, y1) = candidates.view.size, candidates.view.box
-            for logits in candidates.logits.split(self.points_per_batch):
-                masks = self._enlarge(candidates.view, logits) > self.mask_threshold
-                rles += uncompressed_rle(F.pad(masks, (x0, width - x1, y0, height - y1)))
-        return rles, torch.cat([candidates.boxes for candidates in found])
+        for view, masks in found:
+            (height, width), (x0, y0, x1, y1) = view.size, view.box
+            for logits in masks["logits"].split(self.points_per_batch):
+                drawn = self._enlarge(view, logits) > self.mask_threshold
+                rles += uncompressed_rle(F.pad(drawn, (x0, width - x1, y0, height - y1)))
+        return rles, torch.cat([masks["boxes"] for _, masks in found])
 
     def _finish(self, rles: list[dict], boxes: Tensor) -> list[dict]:
         """Clear small holes and islands, if that is asked for, and compress."""
-        from segment_anything import SamAutomaticMaskGenerator
-        from segment_anything.utils.amg import MaskData, coco_encode_rle
-
         masks = MaskData(rles=rles, boxes=boxes.cpu())
         if self.options.min_mask_region_area > 0:
             threshold = max(self.options.box_nms_thresh, CROP_NMS_THRESH)
