@@ -32,6 +32,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from tools import parallel
 from tools.errors import Incomplete, UserError
@@ -131,8 +132,12 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
         else:
             raise
     # Out here the exception is gone, and with it the frames that kept a progress bar's line open.
-    # Another process does not know whether the first has one open.
-    start = "" if parallel.is_main() else "\n"
+    _end(status, message)
+
+
+def _end(status: int, message: str) -> NoReturn:
+    """Print the message on stderr, with the name of the script, and exit."""
+    start = "" if parallel.is_main() else "\n"  # another process does not know whether the first has a bar open
     script = Path(sys.argv[0]).name
     name = f"{script} (process {parallel.rank()})" if parallel.world_size() > 1 else script
     print(f"{start}{name}: {message}", file=sys.stderr)
