@@ -192,11 +192,15 @@ def _pour(source: IO[bytes], path: Path, mode: str, bar: tqdm | None = None) -> 
         file = path.open(mode)
     with file:
         while block := source.read(BLOCK):
-            with _reporting(path):
-                file.write(block)
-                file.flush()
+            _write_block(file, block, path)
             if bar is not None:
                 bar.update(len(block))
+
+
+def _write_block(file: IO[bytes], block: bytes, path: Path) -> None:
+    with _reporting(path):
+        file.write(block)
+        file.flush()
 
 
 @contextlib.contextmanager
