@@ -195,8 +195,9 @@ class Criterion(nn.Module):
         if epoch >= warmup:
             terms |= {"s2c": self.segmentation_to_cam, "u": self.unsupervised, "contra": self.contrast}
         losses = {name: term(student, teacher, targets, epoch) for name, term in terms.items() if options.weights[name]}
-        ramp = s2c_weight(epoch, options.max_epoch, warmup)
-        weights = {**options.weights, "s2c": options.weights["s2c"] * ramp * self.health.s2c_factor(epoch)}
+        w_s2c = options.weights["s2c"] * s2c_weight(epoch, options.max_epoch, warmup)
+        w_s2c = min(w_s2c, self.health.s2c_limit(epoch, options.weights["c2s"]))
+        weights = {**options.weights, "s2c": w_s2c}
         return {"loss": sum(weights[name] * loss for name, loss in losses.items()), **losses}
 
     def classification(self, student: dict, teacher: dict, targets: Targets, epoch: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -148,12 +149,12 @@ def test_warm_up_lasts_until_self_training_starts_and_comes_back_when_it_stops()
     assert [without.warmup_epochs(epoch) for epoch in range(3)] == [3, 3, 3]
 
 
-def test_auto_weighs_l_s2c_by_the_last_ratio_and_never_up():
+def test_auto_limits_the_weight_of_l_s2c_by_the_last_ratio():
     health = Health("auto", warmup_epochs=0, max_epoch=5)
     health.history = epochs([3, 3, 3], ratios=[None, 4.0, 0.5])
-    assert [health.s2c_factor(epoch) for epoch in (0, 1, 2, 3)] == [1, 1, 0.25, 1]
+    assert [health.s2c_limit(epoch, 0.5) for epoch in (0, 1, 2, 3)] == [math.inf, math.inf, 0.125, 1]
     health.mode = "on"
-    assert health.s2c_factor(2) == 1
+    assert health.s2c_limit(2, 0.5) == math.inf
 
 
 @pytest.mark.parametrize("mode, history, expected", [

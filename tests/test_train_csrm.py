@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import train_csrm
 from models import build_model
-from tools import optim, pseudo_labels, training
+from tools import optim, options, pseudo_labels, training
 from tools.ema import Teacher
 from tools.losses import s2c_weight
 from tools.memory_bank import MemoryBank
@@ -211,7 +211,7 @@ def test_the_teacher_looks_at_the_mixed_images_after_warm_up_only():
     assert len(calls) == 3
 
 
-@pytest.mark.parametrize("reading", ["present", "foreground"])
+@pytest.mark.parametrize("reading", options.READINGS)
 def test_teacher_labels_are_read_as_asked(monkeypatch, reading):
     readings = []
 
@@ -224,14 +224,16 @@ def test_teacher_labels_are_read_as_asked(monkeypatch, reading):
     assert readings == [reading]
 
 
-def test_auto_divides_the_weight_of_l_s2c_by_the_ratio_of_gradients(golden, golden_inputs):
+def test_auto_limits_the_gradient_of_l_s2c_to_that_of_l_c2s(golden, golden_inputs):
+    """Weights 1 and .5: the ramp of epoch 3 is above .5 / 4, and below .5 / .5."""
     totals = []
-    for ratio in (1.0, 4.0):
-        criterion = golden_criterion(golden, "--self_training", "auto", "--w_contra", 0)
+    for ratio in (4.0, 0.5):
+        criterion = golden_criterion(golden, "--self_training", "auto", "--w_contra", 0, "--w_c2s", 0.5)
         criterion.health.history = [{"class_logit": 3.0, "vanished": 0.0, "s2c_to_c2s": ratio}] * 3
         losses = criterion(*golden_inputs, 3)
-        totals.append(losses["loss"].item())
-    assert totals[0] - totals[1] == pytest.approx(0.75 * s2c_weight(3, 15) * losses["s2c"].item(), abs=1e-4)
+        totals.append((losses["loss"] - losses["c"] - losses["u"] - 0.5 * losses["c2s"]).item())
+    expected = torch.tensor([0.5 / 4, s2c_weight(3, 15)]) * losses["s2c"].item()
+    torch.testing.assert_close(torch.tensor(totals), expected, atol=1e-4, rtol=0)
 
 
 def test_l_s2c_teaches_the_cams_alone():

@@ -22,6 +22,7 @@ docs/method.md says how well they follow the masks' true quality.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,10 +66,10 @@ class Health:
         first, last = teaching_epochs(self.history[:epoch], self.mode, self.warmup, self.max_epoch)
         return first if epoch < last else epoch + 1
 
-    def s2c_factor(self, epoch: int) -> float:
-        """What "auto" multiplies the weight of L_s2c by, so that its gradient does not exceed that of L_c2s."""
+    def s2c_limit(self, epoch: int, w_c2s: float) -> float:
+        """The largest weight that "auto" gives L_s2c: with it, its gradient does not exceed that of w_c2s L_c2s."""
         ratio = self.history[epoch - 1]["s2c_to_c2s"] if self.mode == "auto" and epoch else None
-        return 1 / max(1.0, ratio or 1.0)
+        return w_c2s / ratio if ratio else math.inf
 
     def add(self, name: str, part: Tensor, whole: Tensor | int) -> None:
         """Count towards a signal, which is the sum of all parts over the sum of all wholes.
