@@ -29,6 +29,13 @@ def plain_iou(pairs, c):
     return 100 * ((truth == c) & (guess == c)).sum() / union if union else 0.0
 
 
+def plain_false_positives(pairs, c):
+    """Per cent of the union."""
+    wrong = sum(((m != c) & (m != 255) & (p == c)).sum() for m, p in pairs)
+    union = sum((((m == c) | (p == c)) & (m != 255)).sum() for m, p in pairs)
+    return 100 * wrong / union if union else 0.0
+
+
 @pytest.fixture
 def data(tmp_path):
     """Four images of odd sizes with masks of classes 0-2; 'owl' never occurs."""
@@ -93,6 +100,11 @@ def test_masks_table_json_and_csv(data, masks, tmp_path, capsys):
     rows = list(csv.DictReader(output.with_suffix(".csv").open()))
     assert [row["class"] for row in rows] == CLASSES
     assert float(rows[1]["iou"]) == pytest.approx(expected[1], abs=1e-4)
+    wrong = [plain_false_positives(pairs, c) for c in range(4)]
+    missed = [100 - iou - fp if iou + fp else 0 for iou, fp in zip(expected, wrong, strict=True)]
+    for name, values in (("false_positive", wrong), ("false_negative", missed)):
+        np.testing.assert_allclose(list(result[name].values()), values)
+        np.testing.assert_allclose([float(row[name]) for row in rows], values, atol=1e-4)
     text = capsys.readouterr().out
     assert "counted as 0 in the means: owl." in text and f"mIoU {result['miou']:.2f}" in text
 

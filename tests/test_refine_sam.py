@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 import refine_sam
+from datasets import build_source
 from datasets.base import voc_palette
 from tests.test_proposals import disc_image
 from tests.tiny_sam import build_tiny_sam
@@ -76,6 +77,16 @@ def test_refined_masks_follow_the_object(project):
     before, after = load_mask("pseudos/a.png") == 1, load_mask(refined_folder() / "a.png") == 1
     iou = [(mask & disc).sum() / (mask | disc).sum() for mask in (before, after)]
     assert iou[1] > iou[0] + 0.05 and iou[1] > 0.9
+
+
+def test_what_changed_is_counted_from_before_to_after(project):
+    run()
+    info = build_source("folder", "data").info
+    folders = refine_sam.Folders(proposals_folder(), Path("pseudos"), refined_folder())
+    counts = refine_sam.merge_file(refine_sam.Rule("max_iou", "class", 0.5, 0.85, False), info, folders, "a")
+    before, after = load_mask("pseudos/a.png"), load_mask(refined_folder() / "a.png")
+    assert counts.tolist() == [[((before == i) & (after == j)).sum() for j in (0, 1, 255)] for i in (0, 1, 255)]
+    assert counts[0, 1] != counts[1, 0]
 
 
 def test_a_second_run_makes_only_what_is_missing(project, capsys):

@@ -51,3 +51,10 @@ def test_the_report(folder_root, capsys, segments):
     assert ("valid/miou_seg" in report) == segments
     printed = capsys.readouterr().out
     assert all(f"{name} {value:.2f}" in printed for name, value in report.items())
+
+
+def test_longer_images_are_reduced_to_the_size_of_training(folder_root):
+    source, model, sides = build_source("folder", folder_root), Net(True), []
+    model.register_forward_pre_hook(lambda module, inputs: sides.append(max(inputs[0].shape[-2:])))
+    validate(model, source, "train", torch.device("cpu"), 17)
+    assert sides == [17] * 3

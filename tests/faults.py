@@ -1,0 +1,597 @@
+"""One-line faults that a test must notice: each would give a wrong number without a word.
+
+    python tests/faults.py           # all of them, minutes
+    python tests/faults.py 3 7       # these
+
+Each fault is put into a copy of the repository, and its test is run there; it must fail. Exit code 1 if one passes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FAILED = 1
+"""Exit code of pytest where a test fails; others mean that it could not run."""
+
+
+LIBRARIES = (
+    "timm",
+    "torchvision.transforms.v2",
+    "torch.utils.tensorboard",
+    "segment_anything",
+    "skimage.filters",
+    "cv2",
+)
+"""Loaded once, not with each test."""
+
+
+class Fault(NamedTuple):
+    """`old`, which occurs once in `file`, becomes `new`; then `test` (file::name, below tests/) must fail."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+FAULTS = (
+    # -- once found to pass all tests --------------------------------------------------------------------------------
+    Fault(
+        "DeepLabV3+ is trained on photographs that are not normalised",
+        "train_segmentation.py",
+        'images = normalize(batch["image"].to(device, non_blocking=True))',
+        'images = batch["image"].to(device, non_blocking=True).float()',
+        "test_joints.py::test_a_training_step_is_the_smoothed_cross_entropy_on_normalised_photographs",
+    ),
+    Fault(
+        "its predictions are not refined by the dense CRF",
+        "train_segmentation.py",
+        "    if not how.crf.iterations:",
+        "    if how.crf.iterations:",
+        "test_joints.py::test_a_prediction_is_refined_as_the_golden_segmentations",
+    ),
+    Fault(
+        "its predictions are refined with the settings of CAMs",
+        "train_segmentation.py",
+        "from tools.crf import SEGMENTATION_SETTINGS, ",
+        "from tools.crf import CAM_SETTINGS as SEGMENTATION_SETTINGS, ",
+        "test_joints.py::test_a_prediction_is_refined_as_the_golden_segmentations",
+    ),
+    Fault(
+        "images are not scaled at random",
+        "datasets/transforms.py",
+        "scale = _uniform(self.low, self.high) * fit(height, width, self.limit)",
+        "scale = fit(height, width, self.limit)",
+        "test_joints.py::test_geometry_of_the_two_halves",
+    ),
+    Fault(
+        "inference.py ignores --threshold",
+        "inference.py",
+        "return cam_labels(maps, self.outputs.threshold)",
+        "return cam_labels(maps, options.PSEUDO_MASK_THRESHOLD)",
+        "test_joints.py::test_pseudo_masks_are_cut_at_the_threshold",
+    ),
+    Fault(
+        "pseudo masks are not refined by the dense CRF",
+        "inference.py",
+        "if not crf.iterations or len(keys) == 1:",
+        "if True:",
+        "test_joints.py::test_pseudo_masks_are_refined_as_the_golden_labels",
+    ),
+    Fault(
+        "maps of the segmentation branch are sigmoids",
+        "inference.py",
+        "maps = logits[:, keys].softmax(dim=1)",
+        "maps = logits[:, keys].sigmoid()",
+        "test_joints.py::test_maps_of_the_segmentation_branch_pixel_by_pixel",
+    ),
+    Fault(
+        "CSRM's labeled half is neither scaled nor mirrored",
+        "train_csrm.py",
+        "geometries = (train_geometry(*options.image_sizes(args)), ",
+        "geometries = (crop_geometry(args.image_size), ",
+        "test_joints.py::test_geometry_of_the_two_halves",
+    ),
+    Fault(
+        "the losses get the image labels from before mixing",
+        "train_csrm.py",
+        "targets = Targets(image_labels, ",
+        "targets = Targets(batch.image_labels, ",
+        "test_joints.py::test_the_losses_get_the_image_labels_after_mixing",
+    ),
+    Fault(
+        "--augment colorjitter changes nothing",
+        "train_classifier.py",
+        'PhotometricAugmentation(blur_prob=0) if "colorjitter" in names',
+        'nn.Identity() if "colorjitter" in names',
+        "test_joints.py::test_colour_jitter_changes_colours_and_only_on_request",
+    ),
+    Fault(
+        "long photographs of the unlabeled half are not reduced",
+        "datasets/transforms.py",
+        "RandomScale(1, 1, limit=size)",
+        "RandomScale(1, 1)",
+        "test_joints.py::test_geometry_of_the_two_halves",
+    ),
+    Fault(
+        "P-NOC's ordinary classifier starts its schedule again on resume",
+        "tools/optim.py",
+        '"optimizer": self.optimizer, "schedule": self.schedule, ',
+        '"optimizer": self.optimizer, ',
+        "test_joints.py::test_the_ordinary_classifier_of_pnoc_goes_on_at_its_learning_rate",
+    ),
+    Fault(
+        "chunked losses take no account of the channels",
+        "tools/losses.py",
+        "CHUNK_VALUES // (channels * size[0] * size[1])",
+        "CHUNK_VALUES // (size[0] * size[1])",
+        "test_joints.py::test_chunks_are_of_as_many_values_as_allowed",
+    ),
+    Fault(
+        "SAM's boxes are not moved back before the NMS across crops",
+        "tools/proposals/generator.py",
+        "uncrop_boxes_xyxy(boxes, view.box)",
+        "boxes",
+        "test_mask_generator.py::test_every_option_means_the_same",
+    ),
+    Fault(
+        "a byte order mark in labels.csv is read as a part of the header",
+        "tools/files.py",
+        'else "utf-8-sig")',
+        'else "utf-8")',
+        "test_joints.py::test_labels_of_windows",
+    ),
+    Fault(
+        "training images are never mirrored",
+        "datasets/transforms.py",
+        "        v2.RandomHorizontalFlip(0.5),\n",
+        "",
+        "test_joints.py::test_geometry_of_the_two_halves",
+    ),
+    # -- joints of CSRM ----------------------------------------------------------------------------------------------
+    Fault(
+        "the unlabeled half sees the first epoch again and again",
+        "train_csrm.py",
+        "unlabeled.set_epoch(epoch, trainer.batch)",
+        "unlabeled.set_epoch(0, trainer.batch)",
+        "test_joints.py::test_batches_of_csrm",
+    ),
+    Fault(
+        "both halves have one order and one augmentation",
+        "train_csrm.py",
+        '"seed": 2 * args.seed + half',
+        '"seed": args.seed',
+        "test_joints.py::test_batches_of_csrm",
+    ),
+    Fault(
+        "the labeled half keeps its colours",
+        "train_csrm.py",
+        "augment = PhotometricAugmentation()",
+        "augment = nn.Identity()",
+        "test_joints.py::test_batches_of_csrm",
+    ),
+    Fault(
+        "with --c2s_labels the dataset's own masks are learnt",
+        "train_csrm.py",
+        "build_loaders(learnt, args)",
+        "build_loaders(source, args)",
+        "test_joints.py::test_batches_of_csrm",
+    ),
+    Fault(
+        "the two thresholds on CAMs change places",
+        "train_csrm.py",
+        'return thresholds["bg"], thresholds["fg"]',
+        'return thresholds["fg"], thresholds["bg"]',
+        "test_joints.py::test_options_of_csrm_and_its_teacher",
+    ),
+    Fault(
+        "the student is validated, not the teacher",
+        "train_csrm.py",
+        "validate(teacher.module, ",
+        "validate(student, ",
+        "test_joints.py::test_options_of_csrm_and_its_teacher",
+    ),
+    Fault(
+        "the teacher's decay counts the batches of the epoch",
+        "train_csrm.py",
+        "teacher_decay(epoch, trainer.updates, **warmup)",
+        "teacher_decay(epoch, trainer.batch, **warmup)",
+        "test_joints.py::test_options_of_csrm_and_its_teacher",
+    ),
+    Fault(
+        "CAM labels ignore --crf_gt_prob",
+        "train_csrm.py",
+        "        gt_prob=options.crf.gt_prob,\n",
+        "",
+        "test_joints.py::test_cam_labels_follow_the_flags",
+    ),
+    Fault(
+        "the teacher's average begins an epoch early",
+        "train_csrm.py",
+        "if epoch <= warmup_epochs:",
+        "if epoch < warmup_epochs:",
+        "test_train_csrm.py::test_the_teacher_copies_through_the_epoch_after_warm_up_then_averages",
+    ),
+    Fault(
+        "L_u takes the uncertain pixels",
+        "train_csrm.py",
+        "labels.shape[-2:]), 100 - self.alpha(epoch))",
+        "labels.shape[-2:]), self.alpha(epoch))",
+        "test_train_csrm.py::test_losses_golden",
+    ),
+    Fault(
+        "warm-up lasts an epoch longer",
+        "train_csrm.py",
+        "        if epoch >= warmup:",
+        "        if epoch > warmup:",
+        "test_train_csrm.py::test_losses_golden",
+    ),
+    Fault(
+        "the student sees the images from before mixing",
+        "train_csrm.py",
+        "inputs = normalize(images)",
+        "inputs = normalize(batch.images)",
+        "test_joints.py::test_student_and_teacher_see_the_mixed_images",
+    ),
+    Fault(
+        "the teacher's labels are those of the images from before mixing",
+        "train_csrm.py",
+        "teacher_labels(seg_logits, image_labels, ",
+        'teacher_labels(teacher_out["seg_logits"], image_labels, ',
+        "test_joints.py::test_student_and_teacher_see_the_mixed_images",
+    ),
+    Fault(
+        "the teacher's uncertainty is that of the images from before mixing",
+        "train_csrm.py",
+        "teacher_out = teacher(inputs)",
+        "teacher_out = teacher(normalize(batch.images))",
+        "test_joints.py::test_student_and_teacher_see_the_mixed_images",
+    ),
+    Fault(
+        "--restore is not read",
+        "train_csrm.py",
+        "    if args.restore:\n",
+        "    if False:\n",
+        "test_joints.py::test_a_training_starts_from_the_weights_of_restore",
+    ),
+    # -- joints of the classifier ------------------------------------------------------------------------------------
+    Fault(
+        "the schedules of the CAM priors begin again with each epoch",
+        "train_classifier.py",
+        "progress = trainer.updates / trainer.max_updates",
+        "progress = trainer.batch / trainer.max_updates",
+        "test_joints.py::test_progress_and_average_of_a_classifier",
+    ),
+    Fault(
+        "--ema is .99 whatever it says",
+        "train_classifier.py",
+        "ema_decay(trainer.updates, args.ema)",
+        "ema_decay(trainer.updates)",
+        "test_joints.py::test_progress_and_average_of_a_classifier",
+    ),
+    Fault(
+        "each epoch sees the images of the first",
+        "train_classifier.py",
+        "loader.set_epoch(epoch, trainer.batch)",
+        "loader.set_epoch(0, trainer.batch)",
+        "test_joints.py::test_progress_and_average_of_a_classifier",
+    ),
+    Fault(
+        "--sampler balanced draws images evenly",
+        "train_classifier.py",
+        'class_balance(dataset.labels) if args.sampler == "balanced" else None',
+        "None",
+        "test_joints.py::test_the_balanced_sampler_draws_classes_not_images",
+    ),
+    Fault(
+        "mixup instead of cutmix",
+        "train_classifier.py",
+        '"cutmix": v2.CutMix',
+        '"cutmix": v2.MixUp',
+        "test_joints.py::test_cutmix_pastes_a_rectangle_and_mixup_blends",
+    ),
+    # -- joints of pseudo masks and proposals ------------------------------------------------------------------------
+    Fault(
+        "--threshold auto looks at the images of another split",
+        "inference.py",
+        "source.ids(args.domain), views, device)",
+        "source.ids(source.domains()[0]), views, device)",
+        "test_joints.py::test_what_is_kept_of_an_inference_follows_the_flags",
+    ),
+    Fault(
+        "photographs are predicted at their full size, not at that of the training",
+        "inference.py",
+        'options.views(args, checkpoint["args"]["image_size"])',
+        "options.views(args, 10**9)",
+        "test_joints.py::test_what_is_kept_of_an_inference_follows_the_flags",
+    ),
+    Fault(
+        "relabelling does not heed the image labels",
+        "inference.py",
+        "classes = label.nonzero().flatten()",
+        "classes = torch.arange(len(label))",
+        "test_joints.py::test_maps_of_the_segmentation_branch_pixel_by_pixel",
+    ),
+    Fault(
+        "maps are read another way than they were trained",
+        "inference.py",
+        'return checkpoint["args"].get("teacher_labels", "present")',
+        'return "present"',
+        "test_joints.py::test_the_reading_is_that_of_the_training",
+    ),
+    Fault(
+        "refine_sam.py ignores --mode",
+        "refine_sam.py",
+        "rule = Rule(args.mode, ",
+        'rule = Rule("max_iou_imp2", ',
+        "test_joints.py::test_every_flag_of_merging_counts",
+    ),
+    Fault(
+        "refine_sam.py ignores --stability_score_thresh",
+        "refine_sam.py",
+        "        stability_score_thresh=args.stability_score_thresh,\n",
+        "",
+        "test_joints.py::test_every_flag_of_sam_counts",
+    ),
+    Fault(
+        "proposals are merged with recall_threshold for inside_threshold",
+        "refine_sam.py",
+        "args.order, args.inside_threshold, args.recall_threshold,",
+        "args.order, args.recall_threshold, args.inside_threshold,",
+        "test_joints.py::test_every_flag_of_merging_counts",
+    ),
+    Fault(
+        "the table of changes shows before for after",
+        "refine_sam.py",
+        "np.bincount((before * side + after).ravel(), ",
+        "np.bincount((after * side + before).ravel(), ",
+        "test_refine_sam.py::test_what_changed_is_counted_from_before_to_after",
+    ),
+    # -- joints of the last model ------------------------------------------------------------------------------------
+    Fault(
+        "DeepLabV3+ ignores --label_smoothing",
+        "train_segmentation.py",
+        "train_step(model, batch, device, args.label_smoothing)",
+        "train_step(model, batch, device, 0.1)",
+        "test_joints.py::test_epochs_smoothing_and_validation_of_the_last_model",
+    ),
+    Fault(
+        "DeepLabV3+ is predicted on photographs that are not normalised",
+        "train_segmentation.py",
+        "image = normalize(working_photograph(photograph, views).to(next(model.parameters()).device))",
+        "image = working_photograph(photograph, views).to(next(model.parameters()).device).float()",
+        "test_joints.py::test_a_network_sees_normalised_photographs_in_prediction",
+    ),
+    Fault(
+        "--crf_backend and --crf_t of the prediction are the defaults",
+        "train_segmentation.py",
+        "crf = options.CRF(iterations=args.crf_t, backend=args.crf_backend)",
+        "crf = options.CRF()",
+        "test_joints.py::test_views_and_crf_of_a_prediction_are_those_of_the_flags_and_of_the_training",
+    ),
+    Fault(
+        "corrected masks count once",
+        "train_segmentation.py",
+        "] * args.corrected_weight])",
+        "]])",
+        "test_corrected.py::test_corrected_masks_replace_pseudo_masks_and_come_more_often",
+    ),
+    Fault(
+        "--restore is not read",
+        "train_segmentation.py",
+        "    if args.restore:",
+        "    if False:",
+        "test_joints.py::test_a_training_starts_from_the_weights_of_restore",
+    ),
+    Fault(
+        "DeepLabV3+ is validated on the pseudo masks it learns",
+        "train_segmentation.py",
+        "validate(model, truth, ",
+        "validate(model, source, ",
+        "test_joints.py::test_epochs_smoothing_and_validation_of_the_last_model",
+    ),
+    Fault(
+        "DeepLabV3+ sees one scale",
+        "train_segmentation.py",
+        "geometry = segmentation_geometry(*options.image_sizes(args))",
+        "geometry = segmentation_geometry(*[args.image_size] * 3)",
+        "test_joints.py::test_geometry_of_the_last_model",
+    ),
+    # -- scores ------------------------------------------------------------------------------------------------------
+    Fault(
+        "false positives and false negatives change places in FILE.json",
+        "evaluate.py",
+        '"false_positive": per_class(score.false_positive)',
+        '"false_positive": per_class(score.false_negative)',
+        "test_evaluate.py::test_masks_table_json_and_csv",
+    ),
+    Fault(
+        "the best threshold is that of the foreground alone",
+        "evaluate.py",
+        "best = int(np.argmax([score.miou for score in curve]))",
+        "best = int(np.argmax([score.miou_foreground for score in curve]))",
+        "test_evaluate.py::test_cams_sweep_finds_the_best_threshold",
+    ),
+    Fault(
+        "images are scored twice at the borders of jobs",
+        "evaluate.py",
+        "mine[start : start + IDS_PER_JOB]",
+        "mine[start : start + IDS_PER_JOB + 1]",
+        "test_evaluate.py::test_worker_processes_and_chunks_change_nothing",
+    ),
+    Fault(
+        "reports during training see photographs at their full size",
+        "tools/validation.py",
+        "(view,) = scaled_views(image, [1], long_side)",
+        "(view,) = scaled_views(image, [1])",
+        "test_validation.py::test_longer_images_are_reduced_to_the_size_of_training",
+    ),
+    Fault(
+        "a stage is compared with itself in the review queue",
+        "report.py",
+        "for title, mask in found.items() if title != reviewed.title]",
+        "for title, mask in found.items()]",
+        "test_report.py::test_the_queue_is_by_doubt_and_the_page_by_iou",
+    ),
+    # -- the ground --------------------------------------------------------------------------------------------------
+    Fault(
+        "a flag of the schedule is not passed on",
+        "tools/options.py",
+        'prefixed = ("alpha_scratch", "alpha_bias", "poly_power")',
+        'prefixed = ("alpha_scratch", "alpha_bias")',
+        "test_joints.py::test_every_flag_of_the_optimisation_counts",
+    ),
+    Fault(
+        "the schedule ignores its power",
+        "tools/optim.py",
+        "poly_schedule(self.optimizer, updates, options.poly_power)",
+        "poly_schedule(self.optimizer, updates)",
+        "test_joints.py::test_every_flag_of_the_optimisation_counts",
+    ),
+    Fault(
+        "--dilated changes nothing",
+        "tools/options.py",
+        "8 if args.dilated else 16",
+        "16",
+        "test_joints.py::test_every_flag_of_the_network_counts",
+    ),
+    Fault(
+        "gradients are not cut",
+        "tools/optim.py",
+        "        if self.options.grad_max_norm:",
+        "        if not self.options.grad_max_norm:",
+        "test_joints.py::test_a_long_gradient_is_cut_and_batches_are_averaged",
+    ),
+    Fault(
+        "accumulated batches are added, not averaged",
+        "tools/optim.py",
+        "self.scaler.scale(loss / self.options.accumulate_steps)",
+        "self.scaler.scale(loss)",
+        "test_joints.py::test_a_long_gradient_is_cut_and_batches_are_averaged",
+    ),
+    Fault(
+        "biases decay",
+        "tools/optim.py",
+        '"weight_decay": 0.0 if is_bias else options.weight_decay',
+        '"weight_decay": options.weight_decay',
+        "test_optim.py::test_groups_split_the_trainable_parameters_by_origin_and_kind",
+    ),
+    Fault(
+        "the teacher moves by the decay",
+        "tools/ema.py",
+        "list(student.parameters()), 1 - decay)",
+        "list(student.parameters()), decay)",
+        "test_ema.py::test_update_is_the_weighted_mean_of_parameters_and_a_copy_of_buffers",
+    ),
+    Fault(
+        "the teacher has dropout",
+        "tools/ema.py",
+        "return super().train(False)",
+        "return super().train(mode)",
+        "test_ema.py::test_teacher_never_trains",
+    ),
+    Fault(
+        "maps of mirrored views stay mirrored",
+        "tools/cam.py",
+        "maps[1:].flip(-1)]",
+        "maps[1:]]",
+        "test_cam.py::test_a_mirrored_image_has_mirrored_maps",
+    ),
+    Fault(
+        "ignored pixels are scored",
+        "tools/metrics.py",
+        "slots = slots.masked_fill(masks == IGNORE_INDEX, len(self._slots) - 1).flatten()",
+        "slots = slots.clamp(max=len(self._slots) - 1).flatten() - (masks == IGNORE_INDEX).flatten().long()",
+        "test_metrics.py::test_everything_ignored_and_empty_batches_count_nothing",
+    ),
+    Fault(
+        "shares of several processes overlap",
+        "tools/parallel.py",
+        "mine = items[index::number]",
+        "mine = items[index:]",
+        "test_parallel.py::test_shares_are_disjoint_and_whole",
+    ),
+    Fault(
+        "photographs lie as the camera held them",
+        "tools/files.py",
+        "return _turn(pixels, orientation(image))",
+        "return pixels",
+        "test_pictures.py::test_every_orientation_in_every_container",
+    ),
+    Fault(
+        "with --on_error skip a run that left images out ends with exit code 0",
+        "tools/left_out.py",
+        "        if self.reasons:",
+        "        if not ids:",
+        "test_left_out.py::test_each_part_keeps_its_own_lines_of_the_list",
+    ),
+)
+
+
+def run_tests(folder: Path, tests: Iterable[str], *, shown: bool = False) -> int:
+    """pytest's exit code, from a process of its own, which finds the libraries loaded."""
+    process = multiprocessing.get_context("fork").Process(target=_pytest, args=(folder, tests, shown))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def _pytest(folder: Path, tests: Iterable[str], shown: bool) -> None:
+    os.chdir(folder)
+    sys.path = [entry for entry in sys.path if Path(entry).resolve() not in (ROOT, ROOT / "tests")]
+    if not shown:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)])
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def is_caught(folder: Path, fault: Fault) -> bool:
+    """Put the fault into the copy of the repository in `folder`, run its test, and take the fault out again."""
+    file = folder / fault.file
+    sound = file.read_text(encoding="utf-8")
+    file.write_text(sound.replace(fault.old, fault.new), encoding="utf-8")
+    try:
+        return run_tests(folder, [fault.test]) == FAILED
+    finally:
+        file.write_text(sound, encoding="utf-8")
+
+
+def main(numbers: list[int]) -> int:
+    """Try the faults (from 1), print a line for each, and return how many passed their tests."""
+    numbers, passed = numbers or [*range(1, len(FAULTS) + 1)], 0
+    sys.dont_write_bytecode = True  # a file may change twice a second
+    for library in LIBRARIES:
+        importlib.import_module(library)
+    with tempfile.TemporaryDirectory() as temporary:
+        leave = shutil.ignore_patterns(".*", "__pycache__", "data", "experiments", "shared", "assets")
+        folder = shutil.copytree(ROOT, Path(temporary) / "code", ignore=leave)
+        if run_tests(folder, dict.fromkeys(FAULTS[number - 1].test for number in numbers), shown=True):
+            sys.exit("a test fails without any fault")
+        for number in numbers:
+            fault = FAULTS[number - 1]
+            caught = is_caught(folder, fault)
+            passed += not caught
+            print(
+                f"{number:3}  {'caught' if caught else 'PASSES'}  {fault.file}: {fault.what}  ({fault.test})",
+                flush=True,
+            )
+    print(f"{passed} of {len(numbers)} faults pass")
+    return passed
+
+
+if __name__ == "__main__":
+    sys.exit(main([int(text) for text in sys.argv[1:]]) > 0)
