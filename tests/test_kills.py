@@ -221,3 +221,25 @@ def test_two_at_once(whole, again, folder_root, name):
         ended = end(process, answer)
         assert ended.code == 0, ended.errors
     check(name)
+
+
+@pytest.mark.parametrize("before, damaged, removed, reader, maker", [
+    ("refined", f"{MAPS}/cams/b.npz", f"{MAPS}/pseudos-t0.4-c1/b.png", "maps", "maps"),
+    ("refined", f"{MAPS}/pseudos-t0.4-c1/b.png", None, "refined", "maps"),
+    ("deeplab", f"{MAPS}/proposals-regions/b.json", f"{MAPS}/sam-regions-max_iou_imp2/b.png", "refined", "refined"),
+    ("deeplab", f"{MAPS}/sam-regions-max_iou_imp2/b.png", None, "deeplab", "refined"),
+    ("scores", "experiments/predictions/deeplab@val/masks/b.png", None, "scores", "final"),
+], ids=["CAM file", "pseudo mask", "proposals", "refined mask", "prediction"])  # fmt: skip
+def test_what_cannot_be_read_is_named_and_made_again(again, folder_root, before, damaged, removed, reader, maker):
+    enter, check = again
+    folder = enter(before)
+    path = folder / damaged
+    if removed:  # what was made of it, so that it is read
+        (folder / removed).unlink()
+    path.write_bytes(path.read_bytes()[:-30])
+    ended = end(*start(reader, folder_root, folder))
+    line = ended.errors.split("\n")[-2]
+    assert ended.code == 2 and damaged in line and "Traceback" not in ended.errors
+    path.unlink()
+    assert end(*start(maker, folder_root, folder)).code == 0
+    check(before)
