@@ -75,8 +75,9 @@ import torch
 from torch import nn
 from torchvision.transforms import v2
 
-from datasets import DatasetInfo, DataSource, ImageDataset, Loader, build_loader, build_source
-from datasets.loaders import class_balance
+from datasets import DatasetInfo, DataSource, build_source
+from datasets.dataset import ImageDataset
+from datasets.loaders import Loader, build_loader, class_balance
 from datasets.transforms import PhotometricAugmentation, train_geometry
 from models import build_model
 from models.restore import restore

@@ -97,7 +97,9 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from datasets import DataSource, ImageDataset, Loader, build_loader, build_source
+from datasets import DataSource, build_source
+from datasets.dataset import ImageDataset
+from datasets.loaders import Loader, build_loader
 from datasets.mixing import classmix, cutmix
 from datasets.transforms import PhotometricAugmentation, crop_geometry, train_geometry
 from models import build_model

@@ -83,7 +83,9 @@ from torch import nn
 from torch.profiler import record_function
 from torch.utils.data import ConcatDataset, Dataset
 
-from datasets import DataSource, ImageDataset, Photographs, build_loader, build_source
+from datasets import DataSource, Photographs, build_source
+from datasets.dataset import ImageDataset
+from datasets.loaders import build_loader
 from datasets.transforms import segmentation_geometry
 from models import build_model, load_model, segmentation_forward
 from models.restore import restore

@@ -17,7 +17,9 @@ import time
 from pathlib import Path
 
 from benchmarks.photographs import write_photographs
-from datasets import DataSource, ImageDataset, Loader, build_loader, build_source
+from datasets import DataSource, build_source
+from datasets.dataset import ImageDataset
+from datasets.loaders import Loader, build_loader
 from datasets.transforms import segmentation_geometry, train_geometry
 from tools import cli, options
 

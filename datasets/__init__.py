@@ -1,11 +1,16 @@
 """Datasets: what an image, its labels and its mask are; how they are augmented, mixed and batched.
 
+    from datasets import build_source
+    from datasets.dataset import ImageDataset
+    from datasets.loaders import build_loader
+
     source = build_source("folder", "data/animals")
     dataset = ImageDataset(source, source.ids("train"), train_geometry(512, 320, 640))
     loader = build_loader(dataset, 32, shuffle=True, drop_last=True, num_workers=8, seed=0)
 
 `listing` finds files, `base`, `folder` and `voc12` read them, `prepare` makes public datasets from their official
-files, `verify` looks a dataset over, `transforms` and `mixing` augment, `dataset` and `loaders` make batches.
+files, `verify` looks a dataset over, `transforms` and `mixing` augment, `dataset` and `loaders` make batches. Only the
+last four import PyTorch.
 """
 
 from __future__ import annotations
@@ -13,14 +18,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from datasets.base import DatasetInfo, DataSource
-from datasets.dataset import ImageDataset
 from datasets.folder import COCO14Source, FolderSource, Photographs
-from datasets.loaders import Loader, build_loader
 from datasets.voc12 import SHAPES_CLASSES, VOC12Source
 from tools.errors import UserError
 from tools.options import DATASETS
 
-__all__ = ["DataSource", "DatasetInfo", "ImageDataset", "Loader", "Photographs", "build_loader", "build_source"]
+__all__ = ["DataSource", "DatasetInfo", "Photographs", "build_source"]
 
 
 def build_source(dataset: str, data_dir: str | Path, masks_dir: str | Path | None = None) -> DataSource:

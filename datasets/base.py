@@ -16,9 +16,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from datasets.listing import MASK_SUFFIXES, FileIndex, Likeness, clean_id, first_repeated, index_files
 from tools import identity
@@ -26,6 +26,9 @@ from tools.errors import UserError
 from tools.files import file_orientation, load_image, load_mask, read_lines
 from tools.files import upright_size as _upright_size
 from tools.parallel import thread_map
+
+if TYPE_CHECKING:
+    import torch
 
 LABEL_READERS = 16  # threads; annotation files are small, so on a network disk the latency is what costs
 
@@ -176,6 +179,8 @@ class DataSource(ABC):
 
     def photograph(self, image_id: str) -> torch.Tensor:
         """The photograph as a batch of one: uint8 RGB [1,3,H,W]."""
+        import torch  # which takes seconds, and looking at files needs none of it
+
         return torch.tensor(self.image(image_id)).permute(2, 0, 1)[None]
 
     def orientation(self, image_id: str) -> int:

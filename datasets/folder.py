@@ -37,6 +37,7 @@ from datasets.listing import (
     index_splits,
     is_background,
     listed_images,
+    mask_of,
 )
 from tools.errors import UserError
 from tools.files import atomic_write, read_lines, read_text, save_text
@@ -45,6 +46,8 @@ LABELS_HEADER = ["id", "labels"]
 DELIMITERS = ",;\t"  # Excel writes its lists with semicolons where the comma is the decimal sign
 TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".xls", ".xlsx", ".ods")
 SPLIT_FOLDERS = ("train", "training", "val", "valid", "validation", "test", "testing")
+MASK_FOLDERS = ("mask", "masks", "labels", "annotations", "gt", "groundtruth", "segmentationclass")
+OTHER_FOLDERS = {*SPLIT_FOLDERS, *MASK_FOLDERS, "image", "images", "img", "imgs", "photos", "jpegimages"}
 COCO14_PARTS = ("train2014", "val2014")
 
 
@@ -63,7 +66,6 @@ class FolderSource(DataSource):
     def __init__(self, root: Path, masks_dir: Path | None = None, image_folders: Sequence[str] = ("images",)) -> None:
         if not root.is_dir():
             raise UserError(f"{root}: no such folder. Pass the one that holds '{image_folders[0]}/' with --data_dir.")
-        own_masks = root / "masks"
         images = index_images(root / name for name in image_folders)
         self._table_path = _find_label_table(root)
         parts = split_folders(images.files, has_table=self._table_path is not None)
@@ -73,7 +75,7 @@ class FolderSource(DataSource):
             info=DatasetInfo(self._read_classes(root, images)),
             images=images,
             splits=_find_splits(root),
-            masks_dirs=[masks_dir] if masks_dir is not None else [own_masks] if own_masks.is_dir() else [],
+            masks_dirs=_find_masks(root) if masks_dir is None else [masks_dir],
             parts=parts,
         )
         self._class_table: dict[str, list[int]] | None = None
@@ -92,11 +94,11 @@ class FolderSource(DataSource):
 
     def _check_folders(self, root: Path, ids: Iterable[str], classes: set[str]) -> list[str]:
         """The folders that are classes, in order; background is none."""
-        parts = sorted(name for name in classes if name.casefold() in SPLIT_FOLDERS)
+        parts = sorted(name for name in classes if {name.casefold(), mask_of(name.casefold())} & OTHER_FOLDERS)
         if len(parts) > 1:
             raise UserError(
-                f"{root / 'images'}: holds folders called {' and '.join(parts)}, which are no classes. Have all images "
-                "in such folders, each with a folder per class in it; or write lists of ids to splits/."
+                f"{root / 'images'}: holds folders called {' and '.join(parts)}, which are no classes. Have images/ "
+                "hold a folder per class, or train/, val/ with such folders in them; masks belong in masks/."
             )
         inside = {"".join(image_id.split("/")[self._class_depth + 1 : -1][:1]) for image_id in ids} - {""}
         if len(classes) == 1 and len(inside) > 1:
@@ -206,6 +208,16 @@ def _find_label_table(root: Path) -> Path | None:
     return tables[0] if tables else None
 
 
+def _find_masks(root: Path) -> list[Path]:
+    """The folder of masks, or none; a folder of PNG files that is called otherwise must not be passed over."""
+    if (root / "masks").is_dir():
+        return [root / "masks"]
+    for folder in sorted(root.iterdir()):
+        if folder.name.casefold() in MASK_FOLDERS and folder.is_dir() and any(folder.glob("*.[pP][nN][gG]")):
+            raise UserError(f"{folder}: masks are read from masks/. Rename it (or remove it, if it holds no masks).")
+    return []
+
+
 def _find_splits(root: Path) -> dict[str, Path]:
     splits = index_splits(root / "splits")
     beside = [path for path in sorted(root.glob("*.txt")) if path.stem.casefold() in SPLIT_FOLDERS]
@@ -243,7 +255,8 @@ def read_label_table(path: Path, classes: Sequence[str]) -> dict[str, list[int]]
     index_of = {name: index for index, name in enumerate(classes) if index > 0}
     table: dict[str, list[int]] = {}
     for place, text, names in _json_rows(path) if path.suffix == ".json" else _csv_rows(path):
-        image_id, names = clean_id(text), [clean_name(name) for name in names]
+        names = [name for name in map(clean_name, names) if name and not is_background(name)]
+        image_id = clean_id(text)
         unknown = [name for name in names if name not in index_of]
         if unknown:
             raise UserError(f"{path}, {place}: unknown class '{unknown[0]}'. Known: {', '.join(index_of)}.")

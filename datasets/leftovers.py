@@ -9,13 +9,12 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from datasets.base import DataSource
+from datasets.listing import IMAGE_SUFFIXES, mask_of
 
 PARTS = ("train", "val", "test")  # lists with one of these in both names may overlap: train, trainval, train_aug
-_MASK_NAME = re.compile(r"(.+?)(\.\w{3,4})?[ _-]+(masks?|labels?|labelids|seg|segmentation|gt|fuse|pixel|save)", re.I)
 
 
 def leftovers(source: DataSource, lists: dict[str, Sequence[str]]) -> Iterator[tuple[str, str]]:
@@ -36,7 +35,8 @@ def leftovers(source: DataSource, lists: dict[str, Sequence[str]]) -> Iterator[t
         yield "unread", f"{path}: a kind that is not read ({path.suffix or 'no suffix'}). Convert photographs to JPEG"
     strays = list(source.stray_masks())
     for mask_id, path in strays:
-        yield "stray", f"{path}: no ID.png of a photograph{source.advice(mask_id)}"
+        advice = source.advice(mask_id) if mask_id else ": masks are PNG" * (path.suffix.lower() in IMAGE_SUFFIXES)
+        yield "stray", f"{path}: no ID.png of a photograph{advice}"
     if strays and not any(map(source.has_mask, images)):
         folder, name = strays[0][1].parent, strays[0][1].name
         yield (
@@ -44,10 +44,9 @@ def leftovers(source: DataSource, lists: dict[str, Sequence[str]]) -> Iterator[t
             f"{folder}: holds {len(strays)} files, none is ID.png of a photograph, such as {name}. Rename them",
         )
     for image_id in sorted(images):
-        named = _MASK_NAME.fullmatch(image_id)
-        if named and named[1] in images:
+        if (named := mask_of(image_id)) in images:
             where = source.image_path(image_id)
-            yield "disguised", f"{where}: looks like the mask of {named[1]}. Move it to masks/ (ID.png) or rename it"
+            yield "disguised", f"{where}: looks like the mask of {named}. Move it to masks/ (ID.png) or rename it"
     for text in overlaps(lists):
         yield "overlap", text
 

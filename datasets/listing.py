@@ -12,6 +12,7 @@ two characters). Hidden files and those that file managers leave behind are pass
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from tools.files import read_lines
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
 MASK_SUFFIXES = (".png",)
 BACKGROUND = "background"
+_MASK_NAME = re.compile(r"(.+?)(\.\w{3,4})?[ _-]+(masks?|labels?|labelids|seg|segmentation|gt|fuse|pixel|save)", re.I)
+INVISIBLE = dict.fromkeys(map(ord, "\ufeff\u200b\u200e\u200f\u2060\u00ad"))  # left by copying and joining texts
 SYSTEM_NAMES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "lost+found"}
 
 
@@ -112,13 +115,23 @@ def index_splits(folder: Path) -> dict[str, Path]:
 
 
 def clean_id(text: str) -> str:
-    """An id as it is compared: Unicode's NFC, no blanks around the names of file and folders."""
-    return "/".join(part.strip() for part in unicodedata.normalize("NFC", text).split("/"))
+    """An id as it is compared: Unicode's NFC, nothing invisible, no blanks around the names of file and folders."""
+    return "/".join(part.strip() for part in _visible(text).split("/"))
 
 
 def clean_name(name: str) -> str:
-    """A class name as it is compared: Unicode's NFC, single blanks."""
-    return " ".join(unicodedata.normalize("NFC", name).split())
+    """A class name as it is compared: Unicode's NFC, nothing invisible, single blanks."""
+    return " ".join(_visible(name).split())
+
+
+def _visible(text: str) -> str:
+    return unicodedata.normalize("NFC", text).translate(INVISIBLE)
+
+
+def mask_of(name: str) -> str | None:
+    """What a file or folder that is called like masks holds the masks of: `a` of `a_mask`, `a.jpg___fuse`."""
+    named = _MASK_NAME.fullmatch(name)
+    return named and named[1]
 
 
 def is_background(name: str) -> bool:
@@ -131,7 +144,7 @@ def check_classes(path: Path, names: Sequence[str]) -> tuple[str, ...]:
 
     Raises:
         UserError: another first name than background, no foreground class, too many, two names that differ by case
-            at most, a name for ignored pixels, or one with ';' in it.
+            at most, a name for ignored pixels, one with ';' in it, or a remark.
     """
     classes = [clean_name(name) for name in names]
     ignored = [name for name in classes if name.startswith("_") and name.strip("_").casefold() == "ignore"]
@@ -150,6 +163,8 @@ def check_classes(path: Path, names: Sequence[str]) -> tuple[str, ...]:
             told = "is listed twice" if seen[key] == name else f"is too much like '{seen[key]}'"
             raise UserError(f"{path}: class '{name}' {told}. Remove or rename one.")
         seen[key] = name
+        if name.startswith("#"):
+            raise UserError(f"{path}: class '{name}' looks like a remark. Remove it: every line is a class.")
         if ";" in name:
             raise UserError(f"{path}: class '{name}' holds ';', which separates the classes of an image. Rename it.")
     if not 2 <= len(classes) <= 255:
@@ -206,9 +221,9 @@ def _difference(plain: str, stem: str, meant: str) -> str:
 
 
 def _folded(image_id: str) -> str:
-    """What ids that look alike have in common."""
+    """What ids that look alike have in common. Quotes and '=' keep a spreadsheet from taking an id for a number."""
     folders, slash, name = unicodedata.normalize("NFKC", image_id).casefold().rpartition("/")
-    return folders + slash + name.strip().lstrip("0")
+    return folders + slash + re.sub("^0+(?=.)", "", name.strip("'\"= "))
 
 
 def _without_suffix(name: str) -> str:

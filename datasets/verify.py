@@ -15,8 +15,9 @@ each class occurs to OUTPUT_DIR/classes.png. Columns of the table:
     copies      photographs that are, byte for byte, those of another id, of whatever split
 
 Exit code 2 if a photograph, label or mask is missing, unreadable or bad, if a list is empty, repeats an id or is not as
-long as the published one, or if there are files of masks but none is a photograph's. The last two columns are warnings,
-and so is what belongs to nothing: label rows without a photograph, photographs in no list, files that are not read,
+long as the published one, if there are files of masks but none is a photograph's, or if a third of the masks contradict
+their labels (`masks.py`) or of the photographs are nearly black. The last two columns are warnings, and so is what
+belongs to nothing: label rows without a photograph, photographs in no list, files that are not read,
 classes without an image; and ids in two lists of which neither is named after the other, such as train and val.
 
     python -m datasets.verify train val --scored val ...     errors too: images of val without a mask
@@ -39,7 +40,7 @@ from datasets import build_source
 from datasets.base import DatasetInfo, DataSource
 from datasets.leftovers import leftovers, unlisted
 from datasets.listing import first_repeated
-from datasets.masks import MaskLook, Masks, look_at_mask
+from datasets.masks import SEVERAL, MaskLook, Masks, look_at_mask
 from tools import cli, options
 from tools.errors import UserError
 from tools.files import atomic_write, check_writable, save_json
@@ -80,6 +81,7 @@ WARNINGS = {
     "unlabelled": "masks against labels",
     "turned": "masks that may lie on their head",
     "copies": "the same photograph under several ids",
+    "dark": "photographs that are nearly black",
     "partial": "splits with masks of some images",
     "overlap": "lists that share photographs",
     "rows": "labels that belong to no photograph",
@@ -88,6 +90,7 @@ WARNINGS = {
     "stray": "files among the masks that are no photograph's mask",
     "unused": "classes",
 }
+DARKEST = 16  # of 255: what 12 bits in 16, or nothing at all, look like
 SHOWN, WIDEST = 5, 400  # findings printed of each kind, characters of each
 
 
@@ -216,7 +219,7 @@ def verify(
             domains_of[image_id].append(domain)
     for kind, text in leftovers(source, lists):  # before the workers start: what it lists and reads, they inherit
         findings[kind].append(text)
-    copies: dict[bytes, list[str]] = defaultdict(list)
+    copies: dict[bytes, list[tuple[str, bytes]]] = defaultdict(list)
     masks = Masks(source.info)
     looks = run_jobs(functools.partial(look_at, source), list(domains_of), workers, "verifying", "image")
     for (image_id, domains), look in zip(domains_of.items(), looks, strict=True):
@@ -227,9 +230,11 @@ def verify(
         if look.mask is not None:
             masks.add(look.mask, look.label)
         if look.digest:
-            copies[look.digest].append(image_id)
+            copies[look.digest].append((image_id, b"" if look.label is None else look.label.tobytes()))
     for kind, text in masks.findings():
         findings[kind].append(text)
+    if len(findings["dark"]) >= SEVERAL and 3 * len(findings["dark"]) >= len(domains_of):
+        findings["unreadable"].append(f"{findings['dark'][0]} (one of {len(findings['dark'])} photographs)")
     add_copies(copies.values(), domains_of, splits, findings["copies"])
     for domain in (domain for domain in splits if domain not in published or domain in scored):
         add_incomplete(domain, splits[domain], findings, scored=domain in scored)
@@ -238,6 +243,8 @@ def verify(
         findings["unused"] += unlearnable(source.info, splits)
     if not any(split.counts["labels"] for split in splits.values()):
         findings["label"].append("no image has a label, so nothing can be learnt")
+    elif not any(split.label_counts.any() for split in splits.values()):
+        findings["label"].append("no image label names a class, so nothing can be learnt")
     return splits, findings
 
 
@@ -266,11 +273,15 @@ def unlearnable(info: DatasetInfo, splits: dict[str, Split]) -> Iterable[str]:
 
 
 def add_copies(
-    groups: Iterable[list[str]], domains_of: dict[str, list[str]], splits: dict[str, Split], findings: list[str]
+    groups: Iterable[list[tuple[str, bytes]]],
+    domains_of: dict[str, list[str]],
+    splits: dict[str, Split],
+    findings: list[str],
 ) -> None:
-    """Report the groups of ids that share a photograph, and count them in their splits."""
-    for ids in (ids for ids in groups if len(ids) > 1):
-        findings.append(" = ".join(f"{image_id} ({', '.join(domains_of[image_id])})" for image_id in ids))
+    """Report the groups of (id, label) that share a photograph, and count them in their splits."""
+    for ids, labels in (zip(*group, strict=True) for group in groups if len(group) > 1):
+        told = ": with different labels" if len({*labels} - {b""}) > 1 else ""
+        findings.append(" = ".join(f"{image_id} ({', '.join(domains_of[image_id])})" for image_id in ids) + told)
         for image_id in ids:
             for domain in domains_of[image_id]:
                 splits[domain].counts["copies"] += 1
@@ -294,14 +305,18 @@ def look_at(source: DataSource, image_id: str) -> Look:
         look.findings.append(("missing", f"{image_id}: no photograph{source.advice(image_id)}"))
         return look
     path = source.image_path(image_id)
-    if _try(look, "unreadable", lambda: source.image(image_id)) is not None:
+    image = _try(look, "unreadable", lambda: source.image(image_id))
+    if image is not None:
         look.digest = hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
+        if image.max() <= DARKEST:
+            text = "Stretch numbers of 12 bits to 16; replace what is black"
+            look.findings.append(("dark", f"{path}: no value above {image.max()} of 255. {text}"))
     look.has_label = source.has_label(image_id)
     if look.has_label:
         look.label = _try(look, "label", lambda: source.image_label(image_id))
     look.has_mask = source.has_mask(image_id)
     if look.has_mask and look.digest:  # a mask is compared with its image
-        look.mask = _try(look, "mask", lambda: look_at_mask(source, image_id))
+        look.mask = _try(look, "mask", lambda: look_at_mask(source, image_id, look.label))
     if look.label is not None and look.mask is not None:
         look.findings += [("unlabelled", f"{look.mask.path}: {text}") for text in contradictions(source.info, look)]
     return look

@@ -14,8 +14,9 @@ import torch
 from conftest import OBJECTS
 from PIL import Image
 
-from datasets import ImageDataset, build_source
+from datasets import build_source
 from datasets.base import DatasetInfo, DataSource, voc_palette
+from datasets.dataset import ImageDataset
 from tools.errors import UserError
 
 
@@ -273,7 +274,6 @@ MISTAKES = {
         append("labels.csv", "\ne,cat;cow\n"),
         r"labels\.csv, line 7: unknown class 'cow'.*cat, dog",
     ),
-    "background label": (append("labels.csv", "e,background\n"), r"unknown class 'background'"),
     "id labelled twice": (append("labels.csv", "a,dog\n"), r"labels\.csv, line 6: id 'a'"),
     "fields in a row": (append("labels.csv", "e,cat,dog\n"), r"labels\.csv, line 6: .*3 fields"),
     "header": (write("labels.csv", b"a,cat\n"), r"labels\.csv, line 1: .*id,labels"),

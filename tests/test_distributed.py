@@ -28,7 +28,8 @@ from torch import nn
 
 import train_classifier
 import train_csrm
-from datasets import build_loader, build_source
+from datasets import build_source
+from datasets.loaders import build_loader
 from models import build_model
 from tools import cli, devices, distributed, parallel, training
 from tools.ema import Teacher

@@ -242,6 +242,20 @@ def test_what_nobody_has_looked_at_or_cancelled_is_left_out(folder_root, masks, 
     assert "0 of 1 masks differ" in capsys.readouterr().out
 
 
+def test_what_other_tools_add_to_coco_json_does_no_harm(folder_root, masks, tmp_path):
+    """A category of no object (Roboflow), two points (a box to pycocotools), folders of Windows, a mark of UTF-8."""
+    call(folder_root, "export", "coco", masks, tmp_path / "out")
+    path = tmp_path / "out" / "instances.json"
+    content = json.loads(path.read_text())
+    content["categories"].append({"id": 0, "name": "animals"})
+    content["annotations"].append({"id": 99, "image_id": 2, "category_id": 1, "segmentation": [[0.0, 0.0, 9.0, 9.0]]})
+    for image in content["images"]:
+        image["file_name"] = "C:\\birds\\" + image["file_name"]
+    path.write_text(json.dumps(content), encoding="utf-8-sig")
+    call(folder_root, "import", "coco", masks, tmp_path / "back", "--input", path)
+    assert list((tmp_path / "back").iterdir()) == []
+
+
 def test_pycocotools_reads_our_coco_json(folder_root, masks, tmp_path):
     from pycocotools.coco import COCO
 

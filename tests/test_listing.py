@@ -66,6 +66,8 @@ def labels(root: Path) -> dict[str, list[str]]:
         (["background", "cat", "Cat"], "class 'Cat' is too much like 'cat'"),
         (["background", "wild dog", "wild \N{NO-BREAK SPACE}dog"], "class 'wild dog' is listed twice"),
         (["background", "caf\N{LATIN SMALL LETTER E WITH ACUTE}", "cafe\N{COMBINING ACUTE ACCENT}"], "listed twice"),
+        (["background", "cat", "cat\N{ZERO WIDTH SPACE}"], "class 'cat' is listed twice"),
+        (["background", "# animals", "cat"], "class '# animals' looks like a remark"),
         (["background", "a;b"], "holds ';'"),
         (["background"], "1 classes"),
         ([], "0 classes"),
@@ -141,6 +143,27 @@ def test_folders_of_splits_with_a_table_are_the_splits_too(tmp_path):
 def test_one_folder_of_a_split_with_a_table_is_that_split(tmp_path):
     root = dataset(tmp_path, "val/a.jpg", labels="id,labels\nval/a,cat\n")
     assert build_source("folder", root).domains() == ["val"]
+
+
+@pytest.mark.parametrize("names", [("images", "masks"), ("JPEGImages", "SegmentationClass"), ("train", "train_masks")])
+def test_folders_of_photographs_and_masks_are_no_classes(tmp_path, names):
+    root = photographs(tmp_path, *(f"{name}/a.jpg" for name in names))
+    with pytest.raises(
+        UserError, match=f"images: holds folders called {names[0]} and {names[1]}, which are no classes"
+    ):
+        build_source("folder", root)
+    assert labels(photographs(tmp_path / "faces", "mask/a.jpg", "no_mask/b.jpg"))["mask/a"] == ["mask"]
+
+
+@pytest.mark.parametrize("name", ["Masks", "mask", "labels", "SegmentationClass"])
+def test_masks_in_another_folder_are_not_passed_over(folder_copy, name):
+    (folder_copy / "masks").rename(folder_copy / name)
+    with pytest.raises(UserError, match=rf"{name}: masks are read from masks/\. Rename it"):
+        build_source("folder", folder_copy)
+    assert build_source("folder", folder_copy, folder_copy / name).has_mask("a")
+    for path in (folder_copy / name).iterdir():
+        path.rename(path.with_suffix(".txt"))  # boxes of YOLO, or the like
+    assert not build_source("folder", folder_copy).has_mask("a")
 
 
 def test_a_class_may_be_called_train(tmp_path):
@@ -319,13 +342,15 @@ def test_lists_beside_the_folder_of_lists_are_refused(tmp_path):
         ("ROBIN.PNG", ": write ids as the files are called (2024/Robin)"),
         ("wren", ""),
         ("0003", ""),
+        ('="0001"', ": write ids as the files are called (0001)"),
+        ("'0001", ": write ids as the files are called (0001)"),
         ("1.0", ": write leading zeros (have a spreadsheet take the column for text) (0001)"),
         ("twin", ""),  # a/twin or b/twin
         ("", ""),
     ],
 )
 def test_advice_on_an_id_that_is_none(text, advice):
-    assert Likeness(["0001", "2024/Robin", "a/twin", "b/twin"]).advice(text) == advice
+    assert Likeness(["0000", "0001", "2024/Robin", "a/twin", "b/twin"]).advice(text) == advice
 
 
 def test_ids_in_lists_and_tables_that_fit_no_photograph(tmp_path):
@@ -356,6 +381,8 @@ TABLES = {
     "quotes and blanks": 'ID , Labels\n "a" , cat \n"b","cat ; dog"\nc,\n'.replace(' "a" ', '"a"'),
     "empty columns": "id,labels,,\na,cat,,\nb,cat;dog,,\nc,,,\n",
     "line ends of old Macs": "id,labels\ra,cat\rb,cat;dog\rc,\r",
+    "background is no class": "id,labels\na,background;cat\nb,cat;dog;Background\nc,_background_\n",
+    "invisible marks": "id,labels\n\ufeffa,cat\u200b\n\u200eb,\ufeffcat;dog\nc,\u200b\n",
     "a cell of two lines": 'id,labels\na,cat\nb,"cat;\ndog"\nc,\n',
 }
 
@@ -457,7 +484,10 @@ def test_files_and_classes_that_belong_to_nothing_are_warned_of(tmp_path):
         "rows": ["row 'b' belongs to no photograph"],
         "unread": [f"{root / 'images' / 'b.heic'}: a kind that is not read (.heic). Convert photographs to JPEG"],
         "stray": [f"{root / 'masks' / name}: no ID.png of a photograph" for name in ("b.png", "notes.txt")],
-        "unused": ["class 'dog' is in no label"],
+        "unused": [
+            "class 'cat' is in every label, so labels cannot tell where it is. Add images without it",
+            "class 'dog' is in no label",
+        ],
     }
 
 
@@ -473,10 +503,10 @@ def test_masks_among_the_photographs_are_errors(tmp_path, name):
     ("name", "advice"),
     [
         ("{}_mask.png", ""),
-        ("{}.jpg", ""),
+        ("{}.jpg", ": masks are PNG"),
         ("{}.jpg.png", ": write ids without suffix (a)"),
         ("{}.jpg___fuse.png", ""),
-        ("{}.tif", ""),
+        ("{}.tif", ": masks are PNG"),
         ("sub/{}.png", ": write ids without the folders above (a)"),
         ("{}_gt.PNG", ""),
     ],

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from datasets import ImageDataset, build_loader, build_source
-from datasets.loaders import EpochSampler
+from datasets import build_source
+from datasets.dataset import ImageDataset
+from datasets.loaders import EpochSampler, build_loader
 from datasets.transforms import train_geometry
 from tools.errors import UserError
 

@@ -75,10 +75,45 @@ def test_one_mask_with_a_class_among_empty_ones_will_do(tmp_path):
 
 
 def test_a_class_that_labels_name_and_no_mask_shows_is_warned_of(tmp_path):
-    root = dataset(tmp_path / "data", [square(1)] * 3 + [square(255)] * 3, ["cat;dog"] * 3 + ["dog"] * 3)
+    root = dataset(tmp_path / "data", [square(1)] * 7 + [square(255)] * 3, ["cat;dog"] * 7 + ["dog"] * 3)
     found = findings(root)
-    assert found["unlabelled"][-1] == "no mask shows 'dog', but 6 image labels name it" and "mask" not in found
-    assert found["unlabelled"][0].endswith("3.png: holds only 0 and 255, unlike the image label")
+    assert found["unlabelled"][-1] == "no mask shows 'dog', but 10 image labels name it" and "mask" not in found
+    assert found["unlabelled"][0].endswith("7.png: holds only 0 and 255, unlike the image label")
+
+
+@pytest.mark.parametrize(("wrong", "right", "refused"), [(2, 0, False), (3, 6, True), (3, 7, False), (6, 0, True)])
+def test_a_third_of_masks_without_any_class_of_their_labels_is_an_error(tmp_path, wrong, right, refused):
+    """The classes in another order, indices from 0 without background, or the numbers of objects."""
+    masks = [square(2)] * wrong + [square(1)] * right
+    root = dataset(tmp_path / "data", [*masks, square(0)], ["cat"] * len(masks) + [""])
+    text = (
+        f"{root}/masks/0.png: one of {wrong} masks (of {wrong + right}) that show none of the classes that their image "
+        "labels name. A pixel's value is the place of its class in the list of classes, background 0: change the "
+        "list's order or the masks"
+    )
+    found = findings(root)
+    assert found.get("mask", []) == [text] * refused and len(found["unlabelled"]) == wrong + (wrong >= 3) * (right == 0)
+
+
+@pytest.mark.parametrize(("factor", "blended"), [(1, False), (2, True), (4, True)])
+def test_masks_that_were_resized_with_blending_are_an_error(tmp_path, factor, blended):
+    """Between 0 and 2 there is 1 along the edges, which is another class."""
+    small = Image.fromarray(np.ascontiguousarray(square(2)[::factor, ::factor]))
+    mask = np.asarray(small.resize((60, 40), Image.Resampling.BILINEAR if factor > 1 else Image.Resampling.NEAREST))
+    assert (1 in mask) == blended
+    found = findings(dataset(tmp_path / "data", [mask] * 3, ["dog"] * 3))
+    assert [text.split("data/masks/")[1] for text in found.get("mask", [])] == [
+        "0.png: one of 3 masks (of 3) that show classes that their image labels lack along edges only. They were "
+        "resized with blending, or saved as JPEG: make them anew, by nearest neighbour"
+    ] * blended
+
+
+def test_an_object_that_the_labels_lack_is_no_edge(tmp_path):
+    masks = [square(2)] * 3
+    for mask in masks:
+        mask[13:18, 20:25] = 1
+    found = findings(dataset(tmp_path / "data", masks, ["dog"] * 3))
+    assert "mask" not in found and len(found["unlabelled"]) == 3
 
 
 def test_predictions_in_which_255_is_the_object_are_warned_of(tmp_path, capsys):
@@ -108,6 +143,7 @@ def test_masks_of_photographs_that_exif_turns(tmp_path, orientation, size, mask_
     root = dataset(tmp_path / "data", [square(1, size)], ["cat"], classes=("cat",), exif=exif)
     Image.fromarray(square(1, mask_size)).save(root / "masks" / "0.png")
     found = findings(root)
+    assert "is in every label" in found.pop("unused")[0]
     texts = found.pop("mask", []) + found.pop("turned", [])
     assert (finding in texts[0] and len(texts) == 1) if finding else texts == []
     assert found == {} and load_image(root / "images" / "0.png").shape[:2] in (size, size[::-1])

@@ -246,9 +246,35 @@ def test_damaged_pictures_of_every_kind_end_in_one_line(tmp_path, suffix):
     assert unreadable > 20
 
 
-def test_an_empty_file_is_called_so(tmp_path):
-    (tmp_path / "a.jpg").touch()
-    assert "not a readable image (an empty file). Replace or remove it." in refused(tmp_path / "a.jpg")
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "an empty file"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC: convert it to JPEG"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "a pointer of Git LFS: run git lfs pull"),
+        (b"\n <!DOCTYPE html>", "a web page: download it again"),
+        (b"nothing", "of no known format"),
+    ],
+)
+def test_what_is_no_picture_is_called_what_it_is(tmp_path, data, reason):
+    (tmp_path / "a.jpg").write_bytes(data)
+    assert f"not a readable image ({reason}). Replace or remove it." in refused(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("kind", ["f4 colour", "four channels"])
+def test_tiffs_that_pillow_does_not_know_are_named(tmp_path, kind):
+    if kind == "f4 colour":
+        tifffile.imwrite(tmp_path / "a.tif", NOISE.astype("f4") / 255, photometric="rgb")
+    else:
+        tifffile.imwrite(tmp_path / "a.tif", np.dstack([NOISE, NOISE]), photometric="minisblack", planarconfig="contig")
+    assert "(a TIFF of floating-point numbers or unusual channels: save RGB" in refused(tmp_path / "a.tif")
+
+
+def test_a_photograph_of_200_megapixels_is_not_taken_for_an_attack(tmp_path):
+    data = jpeg(smooth())
+    size = data.index(b"\xff\xc0") + 5
+    (tmp_path / "a.jpg").write_bytes(data[:size] + struct.pack(">HH", 12240, 16320) + data[size + 4 :])
+    assert upright_size(tmp_path / "a.jpg") == (12240, 16320)
 
 
 # -- masks -------------------------------------------------------------------------------------------------------------

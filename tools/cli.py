@@ -91,10 +91,6 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
     Of several processes (`tools.parallel`) only the first prints to stdout. Characters that the terminal's encoding
     lacks, in names of files and classes, are printed as \\ and their numbers.
     """
-    import torch  # after the flags are parsed
-
-    from tools import distributed
-
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -105,15 +101,13 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
                 print(line)
             main(args)
             sys.stdout.flush()
-        distributed.stop()
+        _leave_together()
         return
     except Incomplete as error:
         status, message = 3, str(error)
-        distributed.stop()
+        _leave_together()
     except UserError as error:
         status, message = 2, f"error: {error}"
-    except torch.OutOfMemoryError:
-        status, message = 2, f"error: the GPU's memory is full. {_less_memory(args)}"
     except MemoryError:
         status, message = 2, f"error: the memory is full. {_less_memory(args)}"
     except Stopped as stop:
@@ -125,7 +119,7 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
     except KeyboardInterrupt:
         status, message = 130, "interrupted. Run the same command again to continue."
     except (RuntimeError, OSError) as error:
-        if distributed.is_lost_peer(error):
+        if parallel.world_size() > 1 and _distributed().is_lost_peer(error):
             status, message = 1, "error: another process has ended or hangs. Its error says why; run again to continue."
         elif words := _in_words(error, args):
             status, message = 2, f"error: {words}"
@@ -142,6 +136,17 @@ def _end(status: int, message: str) -> NoReturn:
     name = f"{script} (process {parallel.rank()})" if parallel.world_size() > 1 else script
     print(f"{start}{name}: {message}", file=sys.stderr)
     sys.exit(status)
+
+
+def _distributed() -> types.ModuleType:
+    from tools import distributed  # PyTorch, which takes seconds, and which not every command needs
+
+    return distributed
+
+
+def _leave_together() -> None:
+    if parallel.world_size() > 1:
+        _distributed().stop()
 
 
 @contextlib.contextmanager
@@ -182,6 +187,8 @@ def _less_memory(args: argparse.Namespace) -> str:
 def _in_words(error: BaseException, args: argparse.Namespace) -> str:
     """What PyTorch's errors about memory and helper processes mean; "" for any other."""
     text, workers = str(error), f"--num_workers {getattr(args, 'num_workers', 0)}"
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"the GPU's memory is full. {_less_memory(args)}"
     if "DefaultCPUAllocator" in text or "can't allocate memory" in text:
         return f"the memory is full. {_less_memory(args)}"
     if re.search(r"allocate shared memory|shared memory \(shm\)|bus error", text, re.IGNORECASE):

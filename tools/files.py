@@ -27,6 +27,7 @@ from PIL import Image, UnidentifiedImageError
 from tools.errors import FileError, UserError
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # remarks on metadata that nobody here reads
+Image.MAX_IMAGE_PIXELS = 2**28  # an error from twice as many; some phones' photographs have 200 million
 
 EXIF_ORIENTATION = 0x0112
 
@@ -38,6 +39,14 @@ _LOST = r"remature end|bad Huffman|bad arithmetic|instead of RST"
 
 _NO_RANGE = "signed or 32-bit numbers have no known range of grey. Save it with 8 or 16 bits."
 _SAVE_PNG = "Save masks as PNG."
+_UNKNOWN = {
+    rb"\Z": "an empty file",
+    b"....ftyp(hei|hev|mif1|msf1)": "HEIC: convert it to JPEG",
+    b"II[*+]|MM.[*+]": "a TIFF of floating-point numbers or unusual channels: save RGB or grey of 8 bits",
+    b"version https://git-lfs": "a pointer of Git LFS: run git lfs pull",
+    rb"\s*<": "a web page: download it again",
+}
+"""How files begin that Pillow does not know: regular expressions, and what to tell of them."""
 _NOT_PNG = {"JPEG": "JPEG changes class indices: save masks as PNG, from what this one was made of."}
 
 
@@ -149,7 +158,8 @@ def read_text(path: str | os.PathLike) -> str:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Check what it is and its permissions.") from error
     except UnicodeError as error:
-        raise UserError(f"{path}: not UTF-8 text. Save it as UTF-8.") from error
+        remedy = "It is a spreadsheet: save it as CSV." if data.startswith(b"PK") else "Save it as UTF-8."
+        raise UserError(f"{path}: not UTF-8 text. {remedy}") from error
     return text
 
 
@@ -255,7 +265,10 @@ def _reading(path: str | os.PathLike, what: str) -> Iterator[None]:
     except Exception as error:  # decoders of damaged files raise what they run into: struct.error, KeyError, zlib.error
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
-            reason = "of no known format" if Path(path).stat().st_size else "an empty file"
+            with open(path, "rb") as file:
+                start = file.read(64)
+            known = (text for form, text in _UNKNOWN.items() if re.match(form, start, re.DOTALL))
+            reason = next(known, "of no known format")
         raise FileError(f"{path}: not a readable {what} ({reason}). Replace or remove it.") from error
 
 
@@ -353,7 +366,7 @@ def load_mask(path: str | os.PathLike, palette: np.ndarray | None = None, num_cl
         _check_single(path, image)
         _open(io.BytesIO(data)).verify()  # its check sums: decoding looks at none of the pixels'
         depth, kind = data[24], data[25]  # of the header: bits per sample; 0 grey, 3 palette, others in colour
-        mask, colours, turn = np.asarray(image), _palette_of(image), orientation(image)
+        colours, mask, turn = _palette_of(image), np.asarray(image), orientation(image)
     if turn != 1:
         raise FileError(f"{path}: carries the EXIF orientation {turn}. Turn it upright and save it without.")
     if kind not in (0, 3):
@@ -378,10 +391,16 @@ def mask_colours(path: str | os.PathLike) -> np.ndarray | None:
 
 
 def _palette_of(image: Image.Image) -> np.ndarray | None:
+    """The palette of a PNG that is open and not yet decoded, which is what `Image.getpalette` would have done."""
     if image.mode != "P":
         return None
-    colours = np.array(image.getpalette("RGB"), dtype=np.uint8)
-    return np.pad(colours, (0, 768 - len(colours))).reshape(256, 3)
+    colours = np.frombuffer(image.palette.palette, np.uint8)
+    return np.concatenate([colours, np.zeros(768 - len(colours), np.uint8)]).reshape(256, 3)
+
+
+def count_values(mask: np.ndarray) -> np.ndarray:
+    """How many pixels of a mask (uint8 HxW) have each value: int64 [256]. Faster than `np.bincount`."""
+    return np.array(Image.fromarray(mask).histogram())
 
 
 def _save_indices(pixels: np.ndarray) -> str:
@@ -399,7 +418,7 @@ def _check_palette(
     Two colour maps are known: the dataset's, and grey i for class i (white may be any index: it is how masks of one
     class are shown).
     """
-    used = np.flatnonzero(np.bincount(mask.ravel(), minlength=256)).tolist()
+    used = np.flatnonzero(count_values(mask)).tolist()
     shown = {index: tuple(colours[index].tolist()) for index in used}
     classes = {tuple(palette[i].tolist()): i for i in (*range(min(num_classes, 255)), 255)}
     greys = {(i, i, i): i for i in range(min(num_classes, 255))}

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
 from datasets.exchange.labels import Item, Labels
-from datasets.prepare.coco14 import paint
+from datasets.prepare.coco14 import outline, paint
 from tools.errors import UserError
-from tools.files import save_json
+from tools.files import read_text, save_json
 
 
 def write(folder: Path, items: Sequence[Item], labels: Labels) -> list[Path]:
@@ -46,17 +46,15 @@ def _objects(indices: np.ndarray) -> Iterator[dict]:
 def read(path: Path, labels: Labels) -> Iterator[tuple[str, np.ndarray]]:
     """(name, mask uint8 [H, W]) of each image of a COCO json (UserError: no such json)."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        index_of = {category["id"]: labels.index(category["name"], path) for category in content["categories"]}
+        content = json.loads(read_text(path))
+        name_of = {category["id"]: category["name"] for category in content["categories"]}  # some are of no object
         objects: dict[int, list] = {image["id"]: [] for image in content["images"]}
         for one in content["annotations"]:
-            if one.get("segmentation"):
-                entry = index_of[one["category_id"]], bool(one.get("iscrowd")), one["segmentation"]
-                objects[one["image_id"]].append(entry)
+            if (shape := outline(one.get("segmentation"))) is not None:
+                index = labels.index(name_of[one["category_id"]], path)
+                objects[one["image_id"]].append((index, bool(one.get("iscrowd")), shape))
         for image in content["images"]:
             indices = paint(objects[image["id"]], image["height"], image["width"])
-            yield PurePosixPath(image["file_name"]).with_suffix("").as_posix(), labels.values(indices)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file.") from error
-    except (OSError, ValueError, LookupError, TypeError) as error:
+            yield PureWindowsPath(image["file_name"]).with_suffix("").as_posix(), labels.values(indices)
+    except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path}: not a COCO json of objects ({error!r}). Export it again.") from error

@@ -109,7 +109,7 @@ def read_annotations(path: Path) -> COCO:
                 lacking = sorted(fields - element.keys())
                 raise UserError(f"{path}: element {number} of '{key}' lacks {lacking}. Use COCO's instances_*.json.")
     _check_references(path, coco)
-    empty = sum(_outline(item["segmentation"]) is None for item in coco.dataset["annotations"])
+    empty = sum(outline(item["segmentation"]) is None for item in coco.dataset["annotations"])
     if empty:
         print(f"{path}: {empty} annotations have an empty segmentation: they count for the label, and paint nothing")
     return coco
@@ -127,7 +127,7 @@ def _check_references(path: Path, coco: COCO) -> None:
                 )
 
 
-def _outline(shape: Any) -> Any:
+def outline(shape: Any) -> Any:
     """A `segmentation` without its empty parts; None if nothing is left, as of boxes from Label Studio or CVAT."""
     if isinstance(shape, list):  # two points would be a box to pycocotools
         return [part for part in shape if not isinstance(part, list) or len(part) >= 6] or None
@@ -185,7 +185,7 @@ def _convert_image(
     file = image["file_name"]
     path = masks / f"{_image_id(file)}.png"
     if not path.exists():
-        shapes = [(item, _outline(item["segmentation"])) for item in annotations]
+        shapes = [(item, outline(item["segmentation"])) for item in annotations]
         objects = [
             (index_of[item["category_id"]], bool(item["iscrowd"]), shape) for item, shape in shapes if shape is not None
         ]
