@@ -186,10 +186,12 @@ def complete(folder: Path, expected: dict[str, bytes]) -> bool:
     pytest.param(*case, marks=[] if case in ALWAYS else pytest.mark.slow) for case in KILLED
 ])  # fmt: skip
 def test_killed_anywhere(whole, again, folder_root, name, number, where):
-    """By a signal at a random use of a file, or at a random time."""
+    """By a signal at a random use of a file, or at a random time; behind the first third, which is mostly start-up."""
     (enter, check), chance = again, random.Random(f"{name} {number} {where}")
     folder, number, (_, _, seconds, uses) = enter(name), signal.Signals[number], whole.ended[name]
-    when = {"use": chance.randint(1, uses)} if where == "file" else {"seconds": chance.uniform(0.01, 0.8) * seconds}
+    when = {"use": chance.randint(uses // 3, uses)}
+    if where == "time":
+        when = {"seconds": chance.uniform(0.3, 0.7) * seconds}
     ended = end(*start(name, folder_root, folder, Fault(number, **when)))
     assert ended.code in ((-number,) if number == signal.SIGKILL else (143, -number)), ended.errors
     assert complete(folder, whole.after[name])
