@@ -84,9 +84,8 @@ def _underscored(token: str) -> str:
 def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """Call `main(args)`; a `UserError` becomes one line on stderr and exit code 2, and so does full memory.
 
-    Where images were left out, the line says so, and the exit code is 3.
-
-    Asked to stop by SIGTERM or SIGUSR1, it ends with exit code 143 and the command that continues.
+    Where images were left out, the line says so, and the exit code is 3. Asked to stop by SIGTERM or SIGUSR1, it ends
+    with exit code 143 and the command that continues.
 
     Of several processes (`tools.parallel`) only the first prints to stdout. Characters that the terminal's encoding
     lacks, in names of files and classes, are printed as \\ and their numbers.
