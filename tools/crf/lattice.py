@@ -137,12 +137,12 @@ def _scales(dimensions: int) -> list[float]:
 def _descending_rank(values: Tensor) -> Tensor:
     """For each column of float32 [d+1,N], how many entries are larger (of equal ones, the first counts as larger)."""
     rank = torch.arange(len(values), dtype=values.dtype, device=values.device)[:, None].repeat(1, values.shape[1])
-    rows = rank.unbind()
+    rows, smaller = rank.unbind(), torch.empty_like(values[0])
     for i in range(len(values)):
         for j in range(i + 1, len(values)):
-            smaller = values[i] < values[j]
+            torch.lt(values[i], values[j], out=smaller)  # 0 or 1, as float: sums with bool are slow on a CPU
             rows[i].add_(smaller)
-            rows[j].add_(smaller, alpha=-1)
+            rows[j].sub_(smaller)
     return rank
 
 
