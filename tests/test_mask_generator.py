@@ -11,7 +11,7 @@ from segment_anything.utils.amg import mask_to_rle_pytorch
 
 from tests.tiny_sam import SHARPENED_THRESHOLDS, build_tiny_sam, sharpen, synthetic_image
 from tools.errors import UserError
-from tools.proposals.generator import MaskGenerator, MaskOptions, interpolation_matrix, uncompressed_rle
+from tools.proposals.generator import MaskGenerator, MaskOptions, View, interpolation_matrix, uncompressed_rle
 
 SHAPES = [(120, 160), (130, 100), (97, 97)]
 
@@ -95,6 +95,18 @@ def test_scores_that_are_no_numbers_are_refused(model, images, monkeypatch):
 def test_no_image_and_no_mask(model):
     generator = MaskGenerator(model, MaskOptions(points_per_side=3, pred_iou_thresh=99.0))
     assert generator([]) == [] and generator([np.zeros((20, 30, 3), np.uint8)]) == [[]]
+
+
+def test_boxes_of_a_crop_lie_in_the_image(model):
+    generator, view = (
+        MaskGenerator(model, MaskOptions(stability_score_thresh=0.0)),
+        View(0, (300, 320), (100, 90, 300, 290), 1),
+    )
+    logits = torch.full((1, 32, 32), -9.0)
+    logits[:, 12:18, 13:20] = 9
+    rows, columns = np.nonzero(generator._enlarge(view, logits)[0].numpy() > generator.mask_threshold)
+    expected = [100 + columns.min(), 90 + rows.min(), 100 + columns.max(), 90 + rows.max()]
+    assert generator._stable(view, logits, torch.ones(1))["boxes"].tolist() == [expected]
 
 
 def test_the_matrices_enlarge_as_the_model_does(model):
