@@ -196,7 +196,7 @@ class Predictor:
         """Index into the image's classes of each pixel of the maps [n,H,W], int64 [H,W]; 0 is the background."""
         if self.outputs.pseudos_from == "cams":
             return cam_labels(maps, self.outputs.threshold)
-        return segmentation_labels(maps, self.outputs.reading)
+        return segmentation_labels(maps, self.outputs.reading, self.model.config["kind"])
 
 
 def cam_forward(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -224,21 +224,24 @@ def segmentation_maps(
     return keys.numpy(), low, high
 
 
-def segmentation_labels(maps: np.ndarray, reading: str) -> np.ndarray:
+def segmentation_labels(maps: np.ndarray, reading: str, kind: str = "csrm") -> np.ndarray:
     """Index into the image's classes of each pixel, from the maps [n,H,W] of `segmentation_maps`; 0 is the background.
 
     "present": argmax of the background and the maps. "foreground": the best map where they sum to more than 1/2.
-    "relative": like CAMs, each map is divided by its maximum in the image and competes with a threshold: Otsu's (1979),
-    but not more than `RELATIVE_FOREGROUND`, since an image that is all object has no two groups of pixels.
+    "relative": like CAMs, each map is divided by its maximum in the image and competes with a threshold.
+
+    That is `RELATIVE_FOREGROUND` for a final model (`kind` "segmentation"), whose borders are as sure as the masks it
+    learnt. For CSRM it is Otsu's (1979) where that is lower: an image that is all object has no two groups of pixels.
     """
     maps = maps.astype(np.float32)
     if reading != "relative":
         background = 1 - maps.sum(axis=0)
         return cam_labels(maps, background if reading == "present" else (background >= 0.5).astype(np.float32))
-    if len(maps) == 0:
-        return cam_labels(maps, 0.0)
-    maps = maps / (maps.max(axis=(1, 2), keepdims=True) + 1e-5)
-    return cam_labels(maps, min(threshold_otsu(maps.max(axis=0)), RELATIVE_FOREGROUND))
+    threshold = RELATIVE_FOREGROUND
+    maps = maps / (maps.max(axis=(1, 2), keepdims=True, initial=0) + 1e-5)
+    if kind == "csrm" and len(maps):
+        threshold = min(threshold, threshold_otsu(maps.max(axis=0)))
+    return cam_labels(maps, threshold)
 
 
 def check_flags(args: argparse.Namespace, model: nn.Module) -> None:

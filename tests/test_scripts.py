@@ -238,6 +238,9 @@ def test_the_maps_of_a_segmentation_branch_pixel_by_pixel():
     np.testing.assert_array_equal(labels(maps, "relative"), [[1, 1, 0, 2]])
     all_object = np.array([[[0.70, 0.71, 0.79, 0.80]]], np.float32)  # Otsu's threshold lies between .71 and .79
     np.testing.assert_array_equal(labels(all_object, "relative"), [[1, 1, 1, 1]])
+    soft = np.array([[[0.8, 0.7, 0.5, 0.1]]], np.float32)  # Otsu's lies between .5 and .1; .65 of .8 is .52
+    np.testing.assert_array_equal(labels(soft, "relative"), [[1, 1, 1, 0]])
+    np.testing.assert_array_equal(labels(soft, "relative", "segmentation"), [[1, 1, 0, 0]])
     np.testing.assert_array_equal(labels(np.zeros((1, 2, 2), np.float32), "relative"), np.zeros((2, 2)))
     for reading in ("present", "foreground", "relative"):
         assert not labels(np.zeros((0, 3, 2), np.float16), reading).any()
