@@ -140,6 +140,11 @@ def test_folders_of_splits_with_a_table_are_the_splits_too(tmp_path):
     assert build_source("folder", root).domains() == ["all"]
 
 
+def test_folders_of_splits_may_hold_photographs_without_labels(tmp_path):
+    source = build_source("folder", dataset(tmp_path, "train/a.jpg", "val/b.jpg"))
+    assert source.domains() == ["train", "val"] and not source.has_label("train/a")
+
+
 def test_one_folder_of_a_split_with_a_table_is_that_split(tmp_path):
     root = dataset(tmp_path, "val/a.jpg", labels="id,labels\nval/a,cat\n")
     assert build_source("folder", root).domains() == ["val"]
