@@ -16,6 +16,7 @@ from tools.crf import (
     CAM_SETTINGS,
     SEGMENTATION_SETTINGS,
     CRFSettings,
+    field,
     mean_field,
     unary_from_labels,
     unary_from_probabilities,
@@ -255,3 +256,25 @@ def test_missing_backend_is_explained(monkeypatch):
     images, unary = random_problem(4, 4, labels=2)
     with pytest.raises(UserError, match="pip install pydensecrf2"):
         mean_field(images, unary, backend="pydensecrf")
+
+
+@pytest.mark.parametrize("labels", [1, 2, 3, 15, 16, 40])
+def test_the_quick_softmax_of_a_cpu(labels):
+    """Of two groups of columns, with impossible labels; the largest of each group is between 0 and 20."""
+    generator = torch.Generator().manual_seed(labels)
+    groups = torch.randn(2 * 500, labels, generator=generator).mul(30)
+    groups[:, 1:][groups[:, 1:] < -60] = -torch.inf
+    groups += 20 * torch.rand(1000, 1, generator=generator) - groups.amax(dim=1, keepdim=True)
+    actual = field._bounded_softmax(groups.view(500, -1), labels)
+    torch.testing.assert_close(actual, groups.softmax(dim=1).view(500, -1), atol=1e-6, rtol=1e-5)
+
+
+def test_energies_and_weights_of_any_size():
+    """Where a quick softmax would overflow: energies far from 0, and kernels of great weight."""
+    images, labels = torch.zeros(1, 3, 12, 15, dtype=torch.uint8), torch.zeros(1, 12, 15, dtype=torch.long)
+    labels[:, 3:8, 4:9] = 1
+    unary = unary_from_labels(labels, 3)
+    expected = mean_field(images, unary)
+    torch.testing.assert_close(mean_field(images, unary - 500), expected, atol=1e-3, rtol=0)
+    q = mean_field(images, unary, CRFSettings(3, 300, 50, 5, 1000))
+    torch.testing.assert_close(q.sum(dim=1), torch.ones(1, 12, 15))
