@@ -96,6 +96,7 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
+from tqdm import tqdm
 
 from datasets import DataSource, build_source
 from datasets.dataset import ImageDataset
@@ -465,9 +466,9 @@ def report_health(health: Health, trainer: Trainer, epoch: int) -> None:
     """End an epoch of `health`: a line on the console, TensorBoard, and TAG.health.json beside the checkpoint."""
     record = {name: value for name, value in health.close().items() if value is not None}
     trainer.log(epoch, {f"health/{name}": value for name, value in record.items()})
-    print("  ".join(["health", *(f"{name} {value:.4g}" for name, value in record.items())]))
+    tqdm.write("  ".join(["health", *(f"{name} {value:.4g}" for name, value in record.items())]))
     if news := health.news():
-        print(news)
+        tqdm.write(news)
     if parallel.is_main():
         save_json(trainer.path.with_suffix(".health.json"), health.report())
 

@@ -152,7 +152,7 @@ def test_a_run_says_once_how_long_it_will_take(monkeypatch, capsys):
         clock.tick()
         if step % 5 == 0:
             clock.tell()
-    assert capsys.readouterr().out == "3785 steps to go; as fast as the first, in 1:03:05\n"
+    assert capsys.readouterr().out == "3785 steps to go, at this speed in 1:03:05\n"
 
 
 def test_the_progress_bar_is_that_of_all_epochs(folder_root, folder, capsys):
@@ -160,7 +160,7 @@ def test_the_progress_bar_is_that_of_all_epochs(folder_root, folder, capsys):
     run("train_classifier", *data_flags(folder_root), *CLASSIFIER, "--max_steps", 12, "--max_epoch", 2)
     out, err = capsys.readouterr()
     assert "24/24" in err and "/12 " not in err and "epoch 2/2: 100%" in err
-    assert out.count("steps to go; as fast as the first, in 00:0") == 1
+    assert out.count("steps to go, at this speed in 00:0") == 1
 
 
 @pytest.mark.parametrize("script, flags", RUNS, ids=[script for script, _ in RUNS])

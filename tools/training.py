@@ -315,7 +315,7 @@ class Clock:
         """Say it, if it is time: where the device has just been waited for, and once."""
         if self.start and self.done > STEPS_TO_TELL:
             rest = (self.steps - self.done) * (time.perf_counter() - self.start) / (self.done - 1)
-            tqdm.write(f"{self.steps - self.done} steps to go; as fast as the first, in {tqdm.format_interval(rest)}")
+            tqdm.write(f"{self.steps - self.done} steps to go, at this speed in {tqdm.format_interval(rest)}")
             self.start = 0.0
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from tools import distributed, parallel
 from tools.cam import multi_scale_cams, scaled_views
@@ -70,7 +71,7 @@ def validate(model: nn.Module, source: Any, domain: str, device: torch.device, l
     report = _cam_report(sweep, logits, source.image_labels(ids)) if seen[0] else {}
     if seen[1]:
         report["valid/miou_seg"] = scores(counts).miou
-    print("  ".join(f"{name} {value:.2f}" for name, value in report.items()))
+    tqdm.write("  ".join(f"{name} {value:.2f}" for name, value in report.items()))  # above the training's bar
     return report
 
 
