@@ -106,15 +106,15 @@ def test_masks_are_taken_as_they_are_and_none_may_be_missing(folder_root, tmp_pa
 def test_photograph_and_label_take_the_same_crop_flip_and_mixing(folder_root, tmp_path):
     """Photographs that are white just where their label is 1."""
     rng, root = np.random.default_rng(0), tmp_path / "data"
-    for folder in ("images", "labels"):
+    for folder in ("images", "seeds"):
         (root / folder).mkdir(parents=True)
     for name in "abcd":
         mask = np.kron(rng.integers(0, 2, (3, 4)), np.ones((16, 16), int)).astype(np.uint8)
         Image.fromarray(np.repeat(mask[..., None] * 255, 3, axis=2)).save(root / "images" / f"{name}.png")
-        save_mask(root / "labels" / f"{name}.png", mask, voc_palette())
+        save_mask(root / "seeds" / f"{name}.png", mask, voc_palette())
     (root / "classes.txt").write_text("background\ncat\n")
     (root / "labels.csv").write_text("id,labels\na,cat\nb,cat\nc,cat\nd,cat\n")
-    flags = ["--c2s_labels", root / "labels", "--augment", "classmix", "--cutmix_prob", 1, "--max_steps", 4]
+    flags = ["--c2s_labels", root / "seeds", "--augment", "classmix", "--cutmix_prob", 1, "--max_steps", 4]
     args = parse("train_csrm", "--tag", "t", *data_flags(root), *TRAINING, *flags)
     source = train_csrm.labelled_source(build_source("folder", root), args)
     labeled, unlabeled = train_csrm.build_loaders(source, args)
