@@ -92,6 +92,35 @@ def test_a_signal_counts_though_what_it_interrupts_raises_another_error(monkeypa
     assert code == 143 and text.startswith("x.py: stopped by SIGTERM.") and text.count("\n") == 1
 
 
+class InDestructor:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.getpid()  # the handler runs between two instructions at the latest
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_python_drops_is_raised_anew_and_cleaning_up_is_left_in_peace(monkeypatch, capsys):
+    start, cleaned = signal.setitimer, []
+    monkeypatch.setattr(signal, "setitimer", lambda clock, seconds: start(clock, seconds / 50))
+
+    def main(args):
+        try:
+            InDestructor()
+            dropped.append(True)
+            time.sleep(5)
+        finally:
+            for _ in range(5):
+                time.sleep(0.03)
+                cleaned.append(True)
+
+    dropped = []
+    began = time.monotonic()
+    code, text = stopped(monkeypatch, capsys, main)
+    assert dropped and len(cleaned) == 5 and time.monotonic() - began < 2
+    assert code == 143 and text.splitlines()[-1].startswith("x.py: stopped by SIGTERM.")
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+
+
 def test_other_errors_keep_their_traceback(monkeypatch):
     for error in (RuntimeError("a bug"), OSError(errno.ENOSPC, "No space left on device", "a.txt")):
         with pytest.raises(type(error)):

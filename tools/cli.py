@@ -152,7 +152,8 @@ def _leave_together() -> None:
 def _stopping_on_signals() -> Iterator[None]:
     """Raise `Stopped` where the signal finds this process; not for signals that it was started to ignore.
 
-    Helper processes, forked from it, just end.
+    Python drops an exception that arises in a destructor or a callback of its own. So `Stopped` is raised anew every
+    second for as long as none is on its way. Helper processes, forked from this one, just end.
     """
     owner, received = os.getpid(), []
 
@@ -162,10 +163,12 @@ def _stopping_on_signals() -> Iterator[None]:
         for each in STOPPING:  # one is enough
             signal.signal(each, signal.SIG_IGN)
         received.append(signal.Signals(number).name)
-        raise Stopped(received[0])
+        signal.setitimer(signal.ITIMER_REAL, 1)
+        if len(received) == 1 or sys.exc_info()[0] is None:
+            raise Stopped(received[0])
 
     heeded = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in heeded}
+    before = {number: signal.signal(number, stop) for number in (*heeded, signal.SIGALRM)}
     try:
         yield
     except Exception as error:  # PyTorch's writer of files, interrupted, raises an error of its own
@@ -173,6 +176,7 @@ def _stopping_on_signals() -> Iterator[None]:
             raise Stopped(received[0]) from error
         raise
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
 
