@@ -77,7 +77,7 @@ from tools.crf import CAM_SETTINGS, mean_field, unary_from_labels
 from tools.devices import select_device
 from tools.files import save_mask
 from tools.left_out import LeftOut
-from tools.maps import normalize, resize_maps
+from tools.maps import normalize, resize_maps, unit_maximum
 from tools.pseudo_labels import RELATIVE_FOREGROUND, foreground_maps
 from tools.seeds import auto_threshold
 
@@ -238,7 +238,7 @@ def segmentation_labels(maps: np.ndarray, reading: str, kind: str = "csrm") -> n
         background = 1 - maps.sum(axis=0)
         return cam_labels(maps, background if reading == "present" else (background >= 0.5).astype(np.float32))
     threshold = RELATIVE_FOREGROUND
-    maps = maps / (maps.max(axis=(1, 2), keepdims=True, initial=0) + 1e-5)
+    maps = unit_maximum(torch.from_numpy(maps)).numpy()
     if kind == "csrm" and len(maps):
         threshold = min(threshold, threshold_otsu(maps.max(axis=0)))
     return cam_labels(maps, threshold)

@@ -107,6 +107,15 @@ def test_teacher_labels_are_the_renormalised_softmax_over_present_classes():
     assert labels[1].eq(0).all() and confidence[1].eq(1).all()
 
 
+def random_reading(reading, seed, batch, num_classes):
+    """Logits float64 [B,K+1,3,4] and image labels [B,K] at random; and the labels and confidence read from them."""
+    rng = np.random.default_rng(seed)
+    logits = 2 * rng.normal(size=(batch, num_classes + 1, 3, 4)) + np.arange(num_classes, -1, -1)[:, None, None] / 2
+    image_labels = (rng.random((batch, num_classes)) < 0.5) * rng.choice([0.3, 1.0], (batch, num_classes))
+    read = teacher_labels(torch.from_numpy(logits), torch.from_numpy(image_labels), (3, 4), reading=reading)
+    return logits, image_labels, *read
+
+
 def plain_foreground_reading(logits, image_label):
     """(label, confidence) of one pixel: float64 logits [K+1] and the image's label [K]."""
     exponentials = np.exp(logits - logits.max())
@@ -122,12 +131,7 @@ def plain_foreground_reading(logits, image_label):
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 1000), st.integers(1, 3), st.integers(1, 4))
 def test_foreground_reading_pixel_by_pixel(seed, batch, num_classes):
-    rng = np.random.default_rng(seed)
-    logits = 2 * rng.normal(size=(batch, num_classes + 1, 3, 4)) + np.arange(num_classes, -1, -1)[:, None, None] / 2
-    image_labels = (rng.random((batch, num_classes)) < 0.5) * rng.choice([0.3, 1.0], (batch, num_classes))
-    labels, confidence = teacher_labels(
-        torch.from_numpy(logits), torch.from_numpy(image_labels), (3, 4), reading="foreground"
-    )
+    logits, image_labels, labels, confidence = random_reading("foreground", seed, batch, num_classes)
     for i, y, x in np.ndindex(batch, 3, 4):
         expected, probability = plain_foreground_reading(logits[i, :, y, x], image_labels[i])
         assert labels[i, y, x] == expected
@@ -137,12 +141,7 @@ def test_foreground_reading_pixel_by_pixel(seed, batch, num_classes):
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 1000), st.integers(1, 3), st.integers(1, 4))
 def test_relative_reading_pixel_by_pixel(seed, batch, num_classes):
-    rng = np.random.default_rng(seed)
-    logits = 2 * rng.normal(size=(batch, num_classes + 1, 3, 4)) + np.arange(num_classes, -1, -1)[:, None, None] / 2
-    image_labels = (rng.random((batch, num_classes)) < 0.5) * rng.choice([0.3, 1.0], (batch, num_classes))
-    labels, confidence = teacher_labels(
-        torch.from_numpy(logits), torch.from_numpy(image_labels), (3, 4), reading="relative"
-    )
+    logits, image_labels, labels, confidence = random_reading("relative", seed, batch, num_classes)
     for i in range(batch):
         present = np.flatnonzero(image_labels[i])
         p = np.exp(logits[i]) / np.exp(logits[i]).sum(axis=0)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from tools.errors import FileError
 from tools.files import atomic_write
-from tools.maps import fit, resize_maps
+from tools.maps import fit, resize_maps, unit_maximum
 from tools.options import Views
 
 WORKING_SIDE = 1024
@@ -109,11 +109,7 @@ def multi_scale_cams(
         activation = sum(F.relu(maps[:, present].float()) for maps in pair)
         cam = cam + resize_maps(activation, stride4_size(*size))
         hr_cam = hr_cam + resize_maps(activation, size)
-    return keys, _unit_maximum(cam[0]).cpu().numpy(), _unit_maximum(hr_cam[0]).cpu().numpy()
-
-
-def _unit_maximum(cams: torch.Tensor) -> torch.Tensor:
-    return cams / (cams.amax(dim=(-2, -1), keepdim=True) + 1e-5)
+    return keys, unit_maximum(cam[0]).cpu().numpy(), unit_maximum(hr_cam[0]).cpu().numpy()
 
 
 def multi_scale_logits(

@@ -41,6 +41,11 @@ def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=True)
 
 
+def unit_maximum(maps: Tensor) -> Tensor:
+    """Maps [..., h, w] of values >= 0, each divided by its maximum (+1e-5)."""
+    return maps / (maps.amax(dim=(-2, -1), keepdim=True) + 1e-5)
+
+
 def fit(height: int, width: int, limit: float) -> float:
     """The factor, at most 1, that makes an image's long side no longer than `limit` pixels."""
     return min(1.0, limit / max(height, width))

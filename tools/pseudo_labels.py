@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tools.crf import CAM_SETTINGS, mean_field, unary_from_labels
 from tools.losses import chunks
-from tools.maps import IGNORE_INDEX, resize_maps
+from tools.maps import IGNORE_INDEX, resize_maps, unit_maximum
 
 RELATIVE_FOREGROUND = 0.65
 """Part of a class's highest foreground probability in the image above which a pixel is the class (docs/log.md)."""
@@ -137,7 +137,7 @@ def _read_foreground(logits: Tensor, absent: Tensor) -> tuple[Tensor, Tensor]:
 
 def _read_relative(logits: Tensor, absent: Tensor) -> tuple[Tensor, Tensor]:
     maps = foreground_maps(logits, absent[:, 1:])
-    score, best = (maps / (maps.amax(dim=(2, 3), keepdim=True) + 1e-5)).max(dim=1)
+    score, best = unit_maximum(maps).max(dim=1)
     is_object = score > RELATIVE_FOREGROUND
     return (1 + best) * is_object, score.where(is_object, 1 - score)
 
@@ -169,7 +169,7 @@ def _present_maps(cams: Tensor, image_labels: Tensor, max_classes: int | None = 
     order = present.int().argsort(dim=1, descending=True, stable=True)[:, :most]
     maps = (cams.float() * present[:, :, None, None]).relu()
     maps = maps.gather(1, order[:, :, None, None].expand(-1, -1, *cams.shape[-2:]))
-    maps = maps / (maps.amax(dim=(2, 3), keepdim=True) + 1e-5)
+    maps = unit_maximum(maps)
     return maps, F.pad(order + 1, (1, 0), value=0)
 
 
