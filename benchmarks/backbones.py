@@ -4,9 +4,8 @@
     python -m benchmarks.backbones --architectures convnextv2_nano,pvt_v2_b0
 
 Every network is built as a CAM classifier of 20 classes with random weights, and sees one batch of an awkward size,
-forwards and backwards: the CAM must have ceil(side / output stride) cells, and every weight a finite gradient.
-Floating-point operations are those of one forward pass, two per multiplication and addition; PyTorch counts them
-without computing anything.
+forwards and backwards: the CAM must have ceil(side / output stride) cells, and every weight a finite gradient. FLOPs
+are those of one forward pass, two per multiplication and addition, counted without computing anything.
 """
 
 from __future__ import annotations
@@ -34,23 +33,20 @@ HEIGHT, WIDTH = 97, 131
 def make_parser() -> cli.Parser:
     """The command line of this benchmark."""
     parser = cli.Parser(__doc__)
-    add = parser.add_argument
-    add("--architectures", default=ARCHITECTURES, metavar="LIST", help="timm's names, comma-separated")
-    add("--image_size", type=cli.positive_int, default=512, help="side of the image the FLOPs are for")
+    parser.add_argument("--architectures", default=ARCHITECTURES, metavar="LIST", help="timm's names, comma-separated")
+    parser.add_argument("--image_size", type=cli.positive_int, default=512, help="side of the image the FLOPs are for")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     """Print the table."""
-    side = args.image_size
-    print(
-        f"| network | parameters, M | GFLOPs, {side}x{side} | output stride (`--dilated`) | CAM of {HEIGHT}x{WIDTH} |"
-    )
+    title = f"| network | parameters, M | GFLOPs, {args.image_size}x{args.image_size} | output stride (`--dilated`) |"
+    print(f"{title} CAM of {HEIGHT}x{WIDTH} |")
     print("|---|---|---|---|---|")
     for architecture in args.architectures.split(","):
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # the note on networks that cannot be dilated
-                line = row(architecture, side)
+                line = row(architecture, args.image_size)
         except UserError as error:
             line = f"| `{architecture}` | refused: {str(error).partition(': ')[2]} | | | |"
         print(line, flush=True)

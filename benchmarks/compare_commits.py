@@ -19,10 +19,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks.measuring import HERE, checkout, run
 from tools import cli
+from tools.history import read_curves
 
 PYTHON, ONE_THREAD = sys.executable, {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 STEPS = "--max_epoch 20 --max_steps 1 --batch_size 4 --image_size 65 --min_image_size 49 --max_image_size 97"
@@ -77,9 +77,8 @@ def products(revision: str | None, folder: Path, data: Path) -> dict[str, object
         scores = json.loads(path.read_text())
         found |= {f"scores of {path.stem}/{name}": scores[name] for name in ("miou", "miou_foreground", "iou")}
     for path in work.glob("experiments/logs/*"):
-        log = EventAccumulator(str(path)).Reload()
-        for tag in log.Tags()["scalars"]:
-            found |= {f"losses of {path.name}/step {e.step:2} {tag}": e.value for e in log.Scalars(tag)}
+        for name, points in read_curves(path)[0].items():
+            found |= {f"losses of {path.name}/step {step:2} {name}": value for step, value in points}
     return found
 
 

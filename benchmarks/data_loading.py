@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.photographs import write_photographs
+from benchmarks.measuring import print_row, write_photographs
 from datasets import DataSource, build_source
 from datasets.dataset import ImageDataset
 from datasets.loaders import Loader, build_loader
@@ -27,10 +27,9 @@ from tools import cli, options
 def make_parser() -> cli.Parser:
     """The command line of this benchmark."""
     parser = cli.Parser(__doc__)
-    add, scripts = parser.add_argument, ["classifier", "csrm", "segmentation"]
-    workers = ",".join(map(str, sorted({0, 1, os.cpu_count() or 1})))
-    add("--script", choices=scripts, default="csrm", help="train_SCRIPT.py")
-    add("--workers", type=counts, default=workers, metavar="LIST", help="numbers of workers to try")
+    add, workers = parser.add_argument, ",".join(map(str, sorted({0, 1, os.cpu_count() or 1})))
+    add("--script", choices=["classifier", "csrm", "segmentation"], default="csrm", help="train_SCRIPT.py")
+    add("--workers", default=workers, metavar="LIST", help="numbers of workers to try, comma-separated")
     add("--batch_size", type=cli.positive_int, default=16, help="images per batch")
     add("--num_images", type=cli.positive_int, default=128, help="images to time, after as many to warm up")
     add("--dataset", choices=options.DATASETS, help="kind of dataset (default: random photographs)")
@@ -40,17 +39,22 @@ def make_parser() -> cli.Parser:
     return parser
 
 
-def counts(text: str) -> list[int]:
-    """A comma-separated list of whole numbers."""
-    return [cli.count(part) for part in text.split(",")]
+def main(args: argparse.Namespace) -> None:
+    """Print the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = options.data_dir(args) if args.dataset else write_photographs(Path(folder) / "data", args.num_images)
+        source = build_source(args.dataset or "folder", data)
+        print(f"{args.script}, {args.image_size} pixels, batches of {args.batch_size}, {os.cpu_count()} cores")
+        print_row("workers", "images/s")
+        for workers in args.workers.split(","):
+            print_row(workers, images_per_second(loader_of(source, args, cli.count(workers)), args.batch_size))
 
 
 def loader_of(source: DataSource, args: argparse.Namespace, num_workers: int) -> Loader:
     """The loader of `--script`."""
     sizes, masks = options.image_sizes(args), args.script == "segmentation"
-    geometry = (
-        segmentation_geometry(*sizes) if masks else train_geometry(*sizes, randaugment=args.script == "classifier")
-    )
+    plain = train_geometry(*sizes, randaugment=args.script == "classifier")
+    geometry = segmentation_geometry(*sizes) if masks else plain
     dataset = ImageDataset(source, source.ids(args.domain), geometry, with_masks=masks)
     settings = {"shuffle": True, "drop_last": True, "num_workers": num_workers, "seed": 0}
     return build_loader(dataset, args.batch_size, **settings, steps_per_epoch=-(-args.num_images // args.batch_size))
@@ -63,19 +67,6 @@ def images_per_second(loader: Loader, batch_size: int) -> float:
         start = time.perf_counter()
         batches = sum(1 for _ in loader)
     return batches * batch_size / (time.perf_counter() - start)
-
-
-def main(args: argparse.Namespace) -> None:
-    """Print the table."""
-    with tempfile.TemporaryDirectory() as folder:
-        kind = args.dataset or "folder"
-        data = options.data_dir(args) if args.dataset else write_photographs(Path(folder) / "data", args.num_images)
-        source = build_source(kind, data)
-        print(f"{args.script}, {args.image_size} pixels, batches of {args.batch_size}, {os.cpu_count()} cores")
-        print("workers  images/s")
-        for number in args.workers:
-            loader = loader_of(source, args, number)
-            print(f"{number:7} {images_per_second(loader, args.batch_size):9.1f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the benchmarks measure with: time by phase, bytes of operations, a processor's best, memory, revisions."""
+"""What the benchmarks measure with and on: clocks, counters, memory, revisions; random photographs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
+import cv2
+import numpy as np
 import torch
+from PIL import Image
 from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from datasets.base import voc_palette
+from datasets.folder import write_lists
 from tools.errors import UserError
+from tools.files import save_mask
 
 HERE = Path(__file__).resolve().parent.parent
+PHOTOGRAPH = (375, 500)  # height and width of most photographs in VOC
 
 PHASES = ("loading", "augmentation", "teacher", "CAM labels", "student", "losses", "backward", "optimiser", "EMA")
 """What the training code marks with `record_function`; PyTorch itself marks the loader."""
@@ -65,10 +72,8 @@ class ByteCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        if not is_view:
-            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
-            self.total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        if not any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):  # no view
+            self.total += sum(t.nbytes for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor))
         return result
 
 
@@ -100,6 +105,12 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def print_row(title: str, *cells: object) -> None:
+    """Print a line of a table; numbers with four digits."""
+    shown = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells]
+    print(f"{title:<16}", *(f"{cell:>12}" for cell in shown), flush=True)
+
+
 def checkout(revision: str, folder: Path) -> Path:
     """Put the code of a revision, as git names it, into `folder`."""
     archive = ["git", "archive", "--output", f"{folder}.tar", revision]
@@ -114,3 +125,31 @@ def run(folder: Path, words: list[str], **environment: str) -> None:
     done = subprocess.run(words, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"{' '.join(words)}: {done.stderr.strip()[-400:]}. Correct it, then measure.")
+
+
+def random_photograph(generator: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
+    """uint8 [H,W,3]: smooth noise of several grains."""
+    layers = [smooth_noise(generator, size, 3, cell) * cell**0.5 for cell in (3, 12, 60, 200)]
+    return (128 + 9 * sum(layers)).clip(0, 255).astype(np.uint8)
+
+
+def smooth_noise(generator: np.random.Generator, size: tuple[int, int], channels: int, cell: int) -> np.ndarray:
+    """Normal noise on a grid of `cell` pixels, interpolated to float [H,W,channels]."""
+    coarse = generator.standard_normal((size[0] // cell + 2, size[1] // cell + 2, channels)).astype(np.float32)
+    planes = [cv2.resize(plane, size[::-1], interpolation=cv2.INTER_CUBIC) for plane in np.moveaxis(coarse, -1, 0)]
+    return np.stack(planes, axis=-1)
+
+
+def write_photographs(root: Path, count: int) -> Path:
+    """Write `count` JPEG files of random photographs, each with two of 20 classes and a mask."""
+    (root / "images").mkdir(parents=True)
+    names, labels = ["background", *map(str, range(1, 21))], {}
+    for index in range(count):
+        generator = np.random.default_rng(index)
+        Image.fromarray(random_photograph(generator, PHOTOGRAPH)).save(root / "images" / f"{index:04}.jpg", quality=90)
+        classes = np.append(0, 1 + generator.choice(20, 2, replace=False))
+        blobs = smooth_noise(generator, PHOTOGRAPH, 3, 90).argmax(axis=-1)
+        save_mask(root / "masks" / f"{index:04}.png", classes[blobs], voc_palette())
+        labels[f"{index:04}"] = [names[c] for c in classes[1:]]
+    write_lists(root, names, labels, {})
+    return root

@@ -4,9 +4,8 @@
     for image_id in source.ids("train"):
         image, label = source.image(image_id), source.image_label(image_id)
 
-A reader (`folder.py`, `voc12.py`) says where the files lie and which class names an image has; everything else,
-including the checks on what it finds, is shared here (`listing.py` lists the files). Sources are read-only and
-picklable, so workers can hold them.
+A reader (`folder.py`, `voc12.py`) says where the files are and which class names an image has. All the rest, with the
+checks of what it finds, is here (`listing.py` lists the files). Sources are read-only and can be pickled for workers.
 """
 
 from __future__ import annotations
@@ -30,22 +29,18 @@ from tools.parallel import thread_map
 if TYPE_CHECKING:
     import torch
 
-LABEL_READERS = 16  # threads; annotation files are small, so on a network disk the latency is what costs
+LABEL_READERS = 16  # threads: on a network disk, small files cost latency
 
 
 def voc_palette() -> np.ndarray:
-    """The PASCAL VOC colour map: uint8 [256, 3], RGB. The bits of an index are spread over the three channels."""
-    index = np.arange(256)
-    palette = np.zeros((256, 3), dtype=np.uint8)
-    for bit in range(8):
-        for channel in range(3):
-            palette[:, channel] |= ((index >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
-    return palette
+    """The PASCAL VOC colour map: uint8 [256, 3], RGB. Bit 3 b + c of an index is bit 7 - b of channel c."""
+    index, channel = np.arange(256)[:, None], np.arange(3)
+    return sum((index >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8)).astype(np.uint8)
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What the numbers in labels and masks mean. It travels with the data, into checkpoints too."""
+    """What the numbers in labels and masks mean. It goes with the data, into checkpoints too."""
 
     classes: tuple[str, ...]  # class names by mask index, background first
     # uint8 [256, 3], the colours masks are saved with
@@ -68,19 +63,13 @@ class DataSource(ABC):
 
     Args:
         root: the dataset's folder; errors name it.
-        info: classes, palette, ignore index.
-        images: photograph of every id that has one.
-        splits: file of every domain, one id per line. Empty: the folders `parts` of images, or else the only domain is
-            `train` and holds every image.
-        masks_dirs: folders of ID.png masks, the first that has one counts; none: the dataset has no masks.
-        parts: names of domains; each holds the images in the folder of that name.
-
-    Attributes:
-        unread: files of other kinds among the photographs.
-        label_noun: what one image's labels are called in reports.
+        images: photographs by id. Files of other kinds among them become `unread`.
+        splits: the list of each domain, a file with one id per line. None: the domains are `parts`, or else `train`.
+        masks_dirs: folders of ID.png masks; of an image with masks in several, the first counts. None: no masks.
+        parts: names of domains; each has the images in the folder of that name.
     """
 
-    label_noun = "row"
+    label_noun = "row"  # what the labels of an image are called in reports
 
     def __init__(
         self,
@@ -120,7 +109,7 @@ class DataSource(ABC):
         return ids
 
     def listed_ids(self, domain: str) -> list[str]:
-        """What the file of a domain lists, looked at no further: for reports on what is wrong with it.
+        """The ids of a domain, unchecked: for reports on what is wrong with them.
 
         Raises:
             UserError: unknown domain, or an unreadable file.
@@ -137,7 +126,7 @@ class DataSource(ABC):
         return self._images.keys()
 
     def advice(self, text: str) -> str:
-        """What to write instead of an id that has no photograph: ": ...", or nothing if none looks like it."""
+        """What to write instead of an id without photograph: ": ..."; "" if no id is like it."""
         return self._likeness.advice(text)
 
     @functools.cached_property
@@ -155,16 +144,16 @@ class DataSource(ABC):
         return self._images[image_id]
 
     def mask_path(self, image_id: str) -> Path | None:
-        """The mask of an id, or where it is expected; None if the dataset has no masks."""
-        found = [index.files[image_id] for index in self._masks if image_id in index.files]
-        return next(iter([*found, *(folder / f"{image_id}.png" for folder in self._masks_dirs)]), None)
+        """The mask of an id, or where one is expected; None if the dataset has no masks."""
+        found = (index.files[image_id] for index in self._masks if image_id in index.files)
+        return next(found, self._masks_dirs[0] / f"{image_id}.png" if self._masks_dirs else None)
 
     def has_mask(self, image_id: str) -> bool:
         """Whether there is a mask of that id."""
         return any(image_id in index.files for index in self._masks)
 
     def stray_masks(self) -> Iterator[tuple[str, Path]]:
-        """Files in the folders of masks that are no photograph's mask, with the id they have (of other kinds: "")."""
+        """(id, file) of each file in the folders of masks without a photograph; files of other kinds have the id ""."""
         for index in self._masks:
             yield from ((mask_id, path) for mask_id, path in index.files.items() if mask_id not in self._images)
             yield from (("", path) for path in index.others)
@@ -179,16 +168,12 @@ class DataSource(ABC):
 
     def photograph(self, image_id: str) -> torch.Tensor:
         """The photograph as a batch of one: uint8 RGB [1,3,H,W]."""
-        import torch  # which takes seconds, and looking at files needs none of it
+        import torch  # takes seconds, and most readers do without
 
         return torch.tensor(self.image(image_id)).permute(2, 0, 1)[None]
 
     def orientation(self, image_id: str) -> int:
-        """How the file of a photograph says it must be turned: its EXIF orientation, 1 (as it is) to 8.
-
-        Raises:
-            UserError: missing or unreadable.
-        """
+        """The EXIF orientation of a photograph's file, 1 (upright) to 8 (UserError: missing or unreadable)."""
         return file_orientation(self.image_path(image_id))
 
     def mask(self, image_id: str) -> np.ndarray:
@@ -207,7 +192,7 @@ class DataSource(ABC):
         return mask
 
     def check_masks(self, ids: Sequence[str]) -> None:
-        """Prove that every id has a mask file, and that they show something, before work starts that needs it.
+        """Check, before work that needs masks, that every id has one and that one of them shows a class.
 
         Raises:
             UserError: the dataset has no masks, some are missing, or none shows a class.
@@ -223,7 +208,7 @@ class DataSource(ABC):
             raise UserError(f"{self.mask_path(missing[0])}: no such mask ({len(missing)} of {len(ids)} are missing).")
 
     def image_label(self, image_id: str) -> np.ndarray:
-        """Multi-hot float32 [K]: 1 where the foreground class occurs in the image. Read once, then kept.
+        """Multi-hot float32 [K]: 1 for the foreground classes in the image. Read once, then kept.
 
         Raises:
             UserError: the id has no annotation, or it names an unknown class.
@@ -240,10 +225,9 @@ class DataSource(ABC):
         return np.stack(labels) if labels else np.zeros((0, self.info.num_foreground), np.float32)
 
     def fingerprints(self, ids: Sequence[str], *, labels: bool = False, masks: bool = False) -> dict[str, dict]:
-        """What can be read of these images, by kind and id, as `tools.identity` compares it.
+        """What is read of these images, by kind and id, as `tools.identity` compares it.
 
-        Photographs are told apart by the size of their files, labels by the names of the classes, masks by their
-        content ("" for an image without one).
+        Of a photograph the size of its file, of a label the class names, of a mask a hash of the file ("" without one).
 
         Raises:
             UserError: an image without a photograph, or without the label asked for.
@@ -259,14 +243,10 @@ class DataSource(ABC):
 
     @abstractmethod
     def has_label(self, image_id: str) -> bool:
-        """Whether an image label is there for that id (perhaps not a valid one). Test images have none.
-
-        Raises:
-            UserError: the table of labels cannot be read.
-        """
+        """Whether an id has an image label, valid or not; test images have none (UserError: no readable table)."""
 
     def labelled_ids(self) -> Iterable[str]:
-        """The ids that the labels name, with or without a photograph, as far as they are listed."""
+        """The ids that have a label, with or without a photograph; none if classes are folders."""
         return ()
 
     @abstractmethod
@@ -294,7 +274,7 @@ def read_mask(path: Path, info: DatasetInfo) -> np.ndarray:
     """A mask of these classes, ground truth or not: uint8 HxW, 0 background, 1..K classes, `ignore_index` ignored.
 
     Raises:
-        UserError: a file that is missing or unreadable, whose palette was sorted, or with an index that is no class.
+        UserError: the file is missing or unreadable, its palette was sorted, or an index is no class.
     """
     mask = load_mask(path, info.palette, info.num_classes)
     wrong = (mask >= info.num_classes) & (mask != info.ignore_index)
@@ -307,41 +287,36 @@ def read_mask(path: Path, info: DatasetInfo) -> np.ndarray:
 
 
 def check_shown(paths: Iterable[Path], info: DatasetInfo) -> None:
-    """Prove that masks show something, before they are learnt: reads until one does, usually the first.
+    """Check that masks show a class, before they are learnt. Reads until one does, usually the first only.
 
     Raises:
         UserError: none of them shows a class; or one cannot be read.
     """
-    count, ignored, path = 0, False, None
+    count, ignored = 0, False
     for path in paths:
         mask = read_mask(path, info)
         if ((mask > 0) & (mask != info.ignore_index)).any():
             return
         count, ignored = count + 1, ignored or bool(mask.any())
-    if path is not None:
+    if count:
         raise UserError(nothing_shown(path.parent, count, ignored=ignored))
 
 
 def nothing_shown(folder: Path, count: int, *, ignored: bool) -> str:
     """The sentence on masks without any class."""
+    fault = f"{folder}: none of {count} masks shows a class, they hold"
     if ignored:
-        return (
-            f"{folder}: none of {count} masks shows a class, they hold 0 and 255. 255 is ignored: if it is the object, "
-            "save it as the index of its class (1)."
-        )
-    return f"{folder}: none of {count} masks shows a class, they hold only 0. Save the index of each pixel's class."
+        return f"{fault} 0 and 255. 255 is ignored: if it is the object, save it as the index of its class (1)."
+    return f"{fault} only 0. Save the index of each pixel's class."
 
 
 def _misfit(mask: tuple[int, ...], size: tuple[int, int], orientation: int) -> str:
-    """What to do with a mask, (height, width), that has not the size of its photograph."""
+    """What to do with a mask, (height, width), whose size is not that of its photograph."""
     if tuple(mask) != size[::-1]:
         return "Save both at one size."
     if orientation < 5:
         return "It lies on its side: turn it."
-    return (
-        f"EXIF orientation {orientation} turns the photograph, and the mask was drawn on the unturned one: "
-        "turn the mask likewise."
-    )
+    return f"EXIF orientation {orientation} turns the photograph, but not the mask: turn the mask, too."
 
 
 def _pixels(shape: tuple[int, ...]) -> str:

@@ -7,13 +7,13 @@
     ROOT/masks/ID.png        optional, for evaluation: class indices, 255 ignored
     ROOT/splits/DOMAIN.txt   optional lists of ids; without them the domain `train` is every image
 
-Without a table of labels, each image is of one class: the folder it lies in, `images/CLASS/...`. Then `classes.txt` may
-be left out too; the classes are the folders in alphabetical order. `images/background/` is for images that show none.
+Without a table of labels, an image shows one class, that of its folder: `images/CLASS/...`. Then `classes.txt` is
+optional too: the classes are the folders in alphabetical order. `images/background/` is for images without a class.
 
-If the folders in `images/` are called train, val and the like (`SPLIT_FOLDERS`), as torchvision's ImageFolder has them,
-they are the domains, unless there are lists, and the folders below them the classes.
+If the folders in `images/` are called train, val and the like (`SPLIT_FOLDERS`), as in torchvision's ImageFolder, they
+are the domains (unless there are lists), and the folders below them the classes.
 
-Labels and masks are looked at only when asked for, so a test set needs neither.
+Labels and masks are read only when they are needed, so a test set needs neither.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ class FolderSource(DataSource):
 
     Args:
         root: folder that holds `images/`, `classes.txt` and the rest.
-        masks_dir: folder of ID.png masks read instead of `masks/`, such as pseudo masks.
+        masks_dir: folder of ID.png masks to read instead of `masks/`, such as pseudo masks.
         image_folders: folders of photographs inside `root`.
 
     Raises:
-        UserError: a folder or `classes.txt` is missing or holds nothing usable.
+        UserError: a folder or `classes.txt` is missing, or cannot be used.
     """
 
     def __init__(self, root: Path, masks_dir: Path | None = None, image_folders: Sequence[str] = ("images",)) -> None:
@@ -87,8 +87,8 @@ class FolderSource(DataSource):
             return check_classes(path, read_lines(path))
         if self._table_path is not None or None in folders:
             raise UserError(
-                f"{path}: no such file. Write '{BACKGROUND}' and your classes, one per line; or without a table "
-                "of labels, sort all images into folders, images/CLASS/..."
+                f"{path}: no such file. Write '{BACKGROUND}' and your classes, one per line; or delete the table of "
+                "labels, and sort all images into folders, images/CLASS/..."
             )
         return check_classes(root / "images", [BACKGROUND, *self._check_folders(root, images.files, folders)])
 
@@ -97,19 +97,19 @@ class FolderSource(DataSource):
         parts = sorted(name for name in classes if {name.casefold(), mask_of(name.casefold())} & OTHER_FOLDERS)
         if len(parts) > 1:
             raise UserError(
-                f"{root / 'images'}: holds folders called {' and '.join(parts)}, which are no classes. Have images/ "
-                "hold a folder per class, or train/, val/ with such folders in them; masks belong in masks/."
+                f"{root / 'images'}: holds folders called {' and '.join(parts)}, which are no classes. Make one folder "
+                "per class in images/, or in images/train/ and images/val/; move masks to masks/."
             )
         inside = {"".join(image_id.split("/")[self._class_depth + 1 : -1][:1]) for image_id in ids} - {""}
         if len(classes) == 1 and len(inside) > 1:
             raise UserError(
-                f"{root / 'images'}: its only folder, {min(classes)}, holds others, such as {min(inside)}. Move "
-                "them up, for the folders directly below images/ are the classes; or write a classes.txt."
+                f"{root / 'images'}: its only folder, {min(classes)}, holds others, such as {min(inside)}. The folders "
+                "directly in images/ are the classes: move these up, or write a classes.txt."
             )
         return sorted(name for name in classes if not is_background(name))
 
     def has_label(self, image_id: str) -> bool:
-        """Whether the table, or the folder the image lies in, gives its label."""
+        """Whether there is a row of the table, or without a table a folder, that gives the label of an image."""
         if self._table_path is None:
             return self._class_folder(image_id) is not None
         return image_id in self._read_table(self._table_path)
@@ -133,7 +133,7 @@ class FolderSource(DataSource):
         return self._class_table
 
     def _class_folder(self, image_id: str) -> str | None:
-        """The folder that names the class of an image, None if it lies in none."""
+        """The name of the folder of an image, which is its class; None if it is in no folder."""
         folders = image_id.split("/")[self._class_depth : -1]
         return clean_name(folders[0]) if folders else None
 
@@ -156,11 +156,11 @@ class COCO14Source(FolderSource):
 
 
 class Photographs(DataSource):
-    """Photographs and nothing else, to be segmented: the only domain is `train`, all of them.
+    """Photographs without labels, to be segmented: all are in the only domain, `train`.
 
     Args:
-        place: a folder, with those inside; or one photograph; or a text file (.txt) with the path of one per line, from
-            the folder of the list.
+        place: a folder of photographs, with the folders inside; one photograph; or a text file (.txt) that lists one
+            path per line, relative to its own folder.
         classes: of the model that segments them.
 
     Raises:
@@ -185,10 +185,9 @@ class Photographs(DataSource):
 
 
 def split_folders(ids: Iterable[str], *, has_table: bool) -> list[str]:
-    """The folders directly below `images/`, if all of them are called like splits; none if they are not.
+    """The folders directly below `images/`, if all have names of splits; else none.
 
-    Without a table of labels, a single one, such as `train` with photographs of railways, is a class unless it has
-    folders in it.
+    Without a table of labels, a single one that has no folders in it is a class, such as `train` with trains.
     """
     ids = list(ids)
     tops = {image_id.partition("/")[0] if "/" in image_id else "" for image_id in ids}
@@ -209,7 +208,7 @@ def _find_label_table(root: Path) -> Path | None:
 
 
 def _find_masks(root: Path) -> list[Path]:
-    """The folder of masks, or none; a folder of PNG files that is called otherwise must not be passed over."""
+    """The folder of masks, or none (UserError: a folder of PNG files with another name that means masks)."""
     if (root / "masks").is_dir():
         return [root / "masks"]
     for folder in sorted(root.iterdir()):
@@ -229,10 +228,9 @@ def _find_splits(root: Path) -> dict[str, Path]:
 def write_lists(
     root: Path, classes: Sequence[str], labels: dict[str, Sequence[str]], splits: dict[str, Sequence[str]]
 ) -> None:
-    """Write `classes.txt`, `labels.csv` and, last because they say that all is done, the lists of ids.
+    """Write `classes.txt`, `labels.csv`, and last the lists of ids, which mean that the dataset is complete.
 
     Args:
-        root: the dataset's folder.
         classes: names, background first.
         labels: class names by id.
         splits: ids by domain.
@@ -267,20 +265,18 @@ def read_label_table(path: Path, classes: Sequence[str]) -> dict[str, list[int]]
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, str, list[str]]]:
-    """(place in the file, id, class names) of every row below the header that holds anything."""
+    """(place in the file, id, class names) of every row below the header that is not empty."""
     with _open_table(path) as file:
         delimiter = _delimiter(path, file.readline())
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         for row in reader:
             place = f"line {reader.line_num + 1}"
             fields = [field.strip() for field in row]
-            while (
-                fields and not fields[-1]
-            ):  # spreadsheets fill rows up, leave the ends of others out, and add empty ones
+            while fields and not fields[-1]:  # spreadsheets add empty fields and rows
                 fields.pop()
             if not fields:
                 continue
-            image_id, labels = fields[0], fields[1:]
+            image_id, *labels = fields
             if not image_id:
                 raise UserError(f"{path}, {place}: no id before '{labels[-1]}'. Write one, or remove the row.")
             if len(labels) > 1 and delimiter != ";":  # which separates the classes of an image too
@@ -298,7 +294,7 @@ def _delimiter(path: Path, header: str) -> str:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, str, list[str]]]:
-    """(place in the file, id, class names) of every entry, an id given twice included."""
+    """(place in the file, id, class names) of every entry, also of an id that occurs twice."""
     with _open_table(path) as file:
         rows = json.load(file, object_pairs_hook=list)
     if not isinstance(rows, list) or not all(isinstance(row, tuple) for row in rows):
@@ -312,7 +308,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, str, list[str]]]:
 
 @contextlib.contextmanager
 def _open_table(path: Path) -> Iterator[TextIO]:
-    """The text of a table (UserError: no such file, not UTF-8, or the block finds out that it is no table)."""
+    """The text of a table (UserError: no such file, not UTF-8, or the block cannot read it as a table)."""
     if not path.exists():
         raise UserError(f"{path}: no such file. Write one row per image: 'id,labels'.")
     try:

@@ -1,4 +1,4 @@
-"""Which files a dataset has: photographs, masks and lists by id; and what a name that fits none was meant to be.
+"""Which files a dataset has: photographs, masks and lists, by id. And which id the user meant, if there is none such.
 
     index = index_images([root / "images"])
     index.files["2024/a"]                       root/images/2024/a.jpg
@@ -6,7 +6,7 @@
     Likeness(index.files).advice("2024/a.JPG")  ": write ids without suffix (2024/a)"
 
 Names come from people, zip files and three systems. They are compared in one form (Unicode's NFC; a Mac writes é as
-two characters). Hidden files and those that file managers leave behind are passed over.
+two characters). Hidden files and files of file managers are ignored.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ SYSTEM_NAMES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir",
 
 @dataclass(frozen=True)
 class FileIndex:
-    """Files by id, and those of other kinds that lie among them."""
+    """What is in some folders."""
 
-    files: dict[str, Path]
-    others: list[Path]
+    files: dict[str, Path]  # by id
+    others: list[Path]  # files of other kinds
 
 
 def index_images(folders: Iterable[Path]) -> FileIndex:
@@ -52,9 +52,9 @@ def index_images(folders: Iterable[Path]) -> FileIndex:
 
 
 def listed_images(path: Path) -> FileIndex:
-    """The photographs that a text file names, one per line, by their paths from its folder.
+    """The photographs that a text file lists: one path per line, relative to the folder of the text file.
 
-    Their ids are these paths without suffix; of files outside the folder, their names.
+    The id is that path without suffix; of a file outside the folder, its name.
 
     Raises:
         UserError: an unreadable or empty list, a line that names no file, two files that share an id.
@@ -77,7 +77,7 @@ def listed_images(path: Path) -> FileIndex:
 def index_files(folders: Iterable[Path], suffixes: Sequence[str]) -> FileIndex:
     """The files with one of `suffixes` (in small or capital letters) in `folders` and the folders inside.
 
-    Listing a folder once is far cheaper than asking for 100,000 files one by one.
+    Listing a folder once is much faster than asking for 100,000 files one by one.
 
     Raises:
         UserError: a folder is missing or unreadable, two files share an id, a name is not UTF-8.
@@ -97,10 +97,10 @@ def index_files(folders: Iterable[Path], suffixes: Sequence[str]) -> FileIndex:
 
 
 def index_splits(folder: Path) -> dict[str, Path]:
-    """The lists of ids (*.txt) in `folder` by domain name; empty if there is no such folder, or nothing in it.
+    """The lists of ids (*.txt) in `folder`, by domain; {} if the folder is empty or missing.
 
     Raises:
-        UserError: the folder cannot be read, or holds files of other kinds only.
+        UserError: the folder cannot be read, or holds only files of other kinds.
     """
     if not folder.is_dir():
         return {}
@@ -115,12 +115,12 @@ def index_splits(folder: Path) -> dict[str, Path]:
 
 
 def clean_id(text: str) -> str:
-    """An id as it is compared: Unicode's NFC, nothing invisible, no blanks around the names of file and folders."""
+    """An id as it is compared: Unicode's NFC, without invisible characters and blanks around names."""
     return "/".join(part.strip() for part in _visible(text).split("/"))
 
 
 def clean_name(name: str) -> str:
-    """A class name as it is compared: Unicode's NFC, nothing invisible, single blanks."""
+    """A class name as it is compared: Unicode's NFC, without invisible characters, single blanks."""
     return " ".join(_visible(name).split())
 
 
@@ -129,22 +129,22 @@ def _visible(text: str) -> str:
 
 
 def mask_of(name: str) -> str | None:
-    """What a file or folder that is called like masks holds the masks of: `a` of `a_mask`, `a.jpg___fuse`."""
+    """The photograph that a mask is of, by the mask's name: `a` of `a_mask`, `a.jpg___fuse`; None for other names."""
     named = _MASK_NAME.fullmatch(name)
     return named and named[1]
 
 
 def is_background(name: str) -> bool:
-    """Whether a class name says that no class is there: background, Background, _background_ (labelme's)."""
+    """Whether a class name means the background: background, Background, _background_ (labelme's)."""
     return name.strip("_ ").casefold() == BACKGROUND
 
 
 def check_classes(path: Path, names: Sequence[str]) -> tuple[str, ...]:
-    """The class names of `path`, if they can be the classes of uint8 masks: background first, then the others.
+    """The class names in `path`, checked: background first, then at most 254 others, as masks are uint8.
 
     Raises:
-        UserError: another first name than background, no foreground class, too many, two names that differ by case
-            at most, a name for ignored pixels, one with ';' in it, or a remark.
+        UserError: the first name is not background; there is no foreground class, or too many; two names differ by case
+            at most; or a name stands for ignored pixels, holds ';', or is a comment.
     """
     classes = [clean_name(name) for name in names]
     ignored = [name for name in classes if name.startswith("_") and name.strip("_").casefold() == "ignore"]
@@ -164,7 +164,7 @@ def check_classes(path: Path, names: Sequence[str]) -> tuple[str, ...]:
             raise UserError(f"{path}: class '{name}' {told}. Remove or rename one.")
         seen[key] = name
         if name.startswith("#"):
-            raise UserError(f"{path}: class '{name}' looks like a remark. Remove it: every line is a class.")
+            raise UserError(f"{path}: class '{name}' looks like a comment. Remove it: every line is a class.")
         if ";" in name:
             raise UserError(f"{path}: class '{name}' holds ';', which separates the classes of an image. Rename it.")
     if not 2 <= len(classes) <= 255:
@@ -183,10 +183,10 @@ def first_repeated(names: Iterable[str]) -> str | None:
 
 
 class Likeness:
-    """Finds the id that a wrong one was meant to be: with a suffix, without leading zeros, in other case ...
+    """Finds the id that a wrong one stands for: one with a suffix, without leading zeros, in other case ...
 
     Args:
-        ids: those there are.
+        ids: the ids that exist.
     """
 
     def __init__(self, ids: Iterable[str]) -> None:
@@ -196,7 +196,7 @@ class Likeness:
                 self._ids[key] = None if key in self._ids else image_id
 
     def advice(self, text: str) -> str:
-        """ "What to write instead of `text`, as ": ... (the id)"; nothing if no id looks like it."""
+        """What to write instead of `text`, as `: ... (the id)`; "" if no id is like it."""
         plain = text.replace("\\", "/")
         stem = _without_suffix(plain)
         tails = [stem] + [stem.split("/", n)[n] for n in range(1, stem.count("/") + 1)]
@@ -221,7 +221,7 @@ def _difference(plain: str, stem: str, meant: str) -> str:
 
 
 def _folded(image_id: str) -> str:
-    """What ids that look alike have in common. Quotes and '=' keep a spreadsheet from taking an id for a number."""
+    """The same text for ids that look alike. (Users write quotes or '=' so that a spreadsheet shows an id as text.)"""
     folders, slash, name = unicodedata.normalize("NFKC", image_id).casefold().rpartition("/")
     return folders + slash + re.sub("^0+(?=.)", "", name.strip("'\"= "))
 
@@ -244,12 +244,12 @@ def _files_in(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _is_system(name: str) -> bool:
-    """Hidden, or a file manager's: copies from other systems are full of `._name.jpg` and `Thumbs.db`."""
+    """Whether it is hidden or a file manager's. Copies from other systems have many `._name.jpg` and `Thumbs.db`."""
     return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
 def _leads_back(top: Path, folder: Path) -> bool:
-    """Whether `folder` below `top` is a link to what is found anyway (inside `top`), or to a folder it lies in."""
+    """Whether `folder` below `top` is a link into `top`, where all files are found anyway, or to a folder above it."""
     if not folder.is_symlink():
         return False
     target = folder.resolve()

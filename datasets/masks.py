@@ -1,12 +1,10 @@
-"""What the masks of a dataset show, all of them together: faults that no single one tells.
+"""Faults of masks that a single mask does not tell, but all masks of a dataset together do. `verify` reports them.
 
-    masks = Masks(source.info)
-    for image_id in ids:
-        masks.add(look_at_mask(source, image_id), source.image_label(image_id))
-    for kind, text in masks.findings():
-        ...                              "mask", "data/masks: none of 12 masks shows a class, they hold 0 and 255 ..."
-
-`verify` reports it.
+masks = Masks(source.info)
+for image_id in ids:
+    masks.add(look_at_mask(source, image_id), source.image_label(image_id))
+for kind, text in masks.findings():
+    ...                              "mask", "data/masks: none of 12 masks shows a class, they hold 0 and 255 ..."
 """
 
 from __future__ import annotations
@@ -23,30 +21,23 @@ import numpy as np
 from datasets.base import DatasetInfo, DataSource, nothing_shown
 from tools.files import count_values, mask_colours
 
-SEVERAL = 3  # of fewer than that, nothing is said of all: the objects may just be too small to be drawn
-THIN = 5  # pixels; what fills no square of that side is an edge
+SEVERAL = 3  # with fewer masks there is no finding: their objects may be too small to be drawn
+THIN = 5  # pixels; a region in which no square of this side fits is an edge
 Colour = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class MaskLook:
-    """What one mask turned out to be.
+    """What one mask is like."""
 
-    Attributes:
-        path, image: of the mask and of its photograph.
-        pixels: int64 [256], how many have each value.
-        colours: index by the colour it is shown in, of those in use; empty for grey masks, those in the dataset's own
-            colours, and where two indices share a colour.
-        turned: EXIF orientation of the photograph, if the mask would have the same size without it; else 1.
-        blended: it shows classes that the image label lacks, but along edges only.
-    """
-
-    path: Path
-    image: Path
-    pixels: np.ndarray
+    path: Path  # of the mask
+    image: Path  # of its photograph
+    pixels: np.ndarray  # int64 [256], how many have each value
+    # colour -> index, for the indices in use; empty for grey masks, for masks in the dataset's own colours, and where
+    # two indices share a colour
     colours: dict[Colour, int]
-    turned: int
-    blended: bool = False
+    turned: int  # EXIF orientation of the photograph, if the size of the mask does not tell whether it follows; else 1
+    blended: bool = False  # shows classes that the image label lacks, but along edges only
 
 
 def look_at_mask(source: DataSource, image_id: str, label: np.ndarray | None = None) -> MaskLook:
@@ -81,32 +72,20 @@ def _only_edges(mask: np.ndarray, shown: np.ndarray, label: np.ndarray) -> bool:
 
 @dataclass
 class Masks:
-    """Adds up masks, and says what is wrong with all of them.
-
-    Attributes:
-        info: classes.
-        count: masks added; `ignored` of them have ignored pixels.
-        named, shown: int64 [C], masks whose image label names a class, and masks that show it.
-        labelled: masks whose image label names any class; `strange` ones show none of these classes, `blended` ones
-            others along edges.
-        turned: photographs that EXIF turns, without the size of the mask telling whether it follows.
-        places: of each colour, the indices it is shown for, and a mask for each.
-    """
+    """Collects what masks are like, and says what is wrong with all of them."""
 
     info: DatasetInfo
-    count: int = 0
-    ignored: int = 0
-    labelled: int = 0
-    strange: list[Path] = field(default_factory=list)
-    blended: list[Path] = field(default_factory=list)
-    named: np.ndarray = field(init=False)
-    shown: np.ndarray = field(init=False)
-    turned: list[Path] = field(default_factory=list)
+    count: int = 0  # masks added
+    ignored: int = 0  # masks with ignored pixels
+    labelled: int = 0  # masks whose image label names a class
+    strange: list[Path] = field(default_factory=list)  # of the labelled masks, those that show none of these classes
+    blended: list[Path] = field(default_factory=list)  # of the labelled masks, those that show others along edges
+    turned: list[Path] = field(default_factory=list)  # photographs of masks that are `MaskLook.turned`
+    # colour -> the indices that it stands for, and a mask for each
     places: dict[Colour, dict[int, Path]] = field(default_factory=lambda: defaultdict(dict))
 
     def __post_init__(self) -> None:
-        self.named = np.zeros(self.info.num_classes, np.int64)
-        self.shown = np.zeros(self.info.num_classes, np.int64)
+        self.named, self.shown = np.zeros((2, self.info.num_classes), np.int64)  # masks whose label names, that show c
 
     def add(self, look: MaskLook, label: np.ndarray | None) -> None:
         """Count a mask, and its image label (f32 [K]; None if there is none)."""
@@ -142,24 +121,17 @@ class Masks:
         if self.turned:
             yield (
                 "turned",
-                f"{self.turned[0]}: one of {len(self.turned)} photographs with masks that EXIF turns. They are read "
-                "upright: look whether their masks are, as many tools draw on the unturned photograph",
+                f"{self.turned[0]}: one of {len(self.turned)} photographs that EXIF turns. Photographs are read "
+                "upright. Check that their masks are upright: many tools draw on the unturned photograph",
             )
 
     def _contradictions(self) -> Iterator[str]:
-        """Sentences on what a third of the masks cannot be by chance."""
-        for masks, fault in (
-            (
-                self.strange,
-                "show none of the classes that their image labels name. A pixel's value is the place of its class in "
-                "the list of classes, background 0: change the list's order or the masks",
-            ),
-            (
-                self.blended,
-                "show classes that their image labels lack along edges only. They were resized with blending, or saved "
-                "as JPEG: make them anew, by nearest neighbour",
-            ),
-        ):
+        """Sentences on faults that a third of the masks does not have by chance."""
+        strange = "show none of the classes that their image labels name. A pixel's value is the place of its class in "
+        strange += "the list of classes, background 0: change the order of the list, or the masks"
+        blended = "show, along edges only, classes that their image labels lack. They were resized with blending, or "
+        blended += "saved as JPEG: make them again, with nearest neighbour"
+        for masks, fault in ((self.strange, strange), (self.blended, blended)):
             if len(masks) >= SEVERAL and 3 * len(masks) >= self.labelled:
                 yield f"{masks[0]}: one of {len(masks)} masks (of {self.labelled}) that {fault}"
 
@@ -167,5 +139,5 @@ class Masks:
 def _sorted_palettes(path: Path, index: int, other: Path, other_index: int) -> str:
     return (
         f"{path}: index {index} has the colour that index {other_index} has in {other.name}. An optimiser or editor "
-        "sorted the palettes: save the masks anew from their colours, or without palettes if the indices are right."
+        "sorted the palettes: save the masks again from their colours, or without palettes if the indices are right."
     )

@@ -1,26 +1,25 @@
-"""Is a dataset complete, readable and free of contradictions? Every photograph and every mask is read to find out.
+"""Is a dataset complete, readable and free of contradictions? Reads every photograph and every mask.
 
     python -m datasets.verify --dataset voc12 --data_dir data/voc12
     python -m datasets.verify train val --dataset folder --data_dir data/birds
+    python -m datasets.verify train val --scored val ...     images of val without a mask are errors, too
 
-Prints a row per split, then what is wrong with which image. All of it goes to OUTPUT_DIR/verify.json, and how often
-each class occurs to OUTPUT_DIR/classes.png. Columns of the table:
+Prints a row per split, then what is wrong with which image. All of it goes to OUTPUT_DIR/verify.json; a chart of how
+often each class occurs to OUTPUT_DIR/classes.png. Columns of the table:
 
     images      ids in the list                    known       how many the published list has
     missing     ids without a photograph           unreadable  photographs that cannot be decoded to their end
     labels      images with an image label         masks       images with a mask
-    bad         unreadable labels, and masks that are unreadable, of another size than the image or with a value that is
-                no class
-    unlabelled  masks that show a class which is not in the image label, or none although it names some
-    copies      photographs that are, byte for byte, those of another id, of whatever split
+    bad         unreadable labels; masks that are unreadable, of another size than the image, or with a value that is no
+                class
+    unlabelled  masks that show a class which the image label lacks, or no class although the label names some
+    copies      photographs with the same bytes as the photograph of another id, in any split
 
-Exit code 2 if a photograph, label or mask is missing, unreadable or bad, if a list is empty, repeats an id or is not as
-long as the published one, if there are files of masks but none is a photograph's, or if a third of the masks contradict
-their labels (`masks.py`) or of the photographs are nearly black. The last two columns are warnings, and so is what
-belongs to nothing: label rows without a photograph, photographs in no list, files that are not read,
-classes without an image; and ids in two lists of which neither is named after the other, such as train and val.
-
-    python -m datasets.verify train val --scored val ...     errors too: images of val without a mask
+Exit code 2 if there is an error: a photograph, label or mask is missing, unreadable or bad; a list is empty, repeats an
+id, or is not as long as the published one; no file of masks belongs to a photograph; a third of the masks contradict
+their labels (`masks.py`), or a third of the photographs are nearly black. The last two columns are warnings. Warnings,
+too: label rows without a photograph, photographs in no list, files that are not read, classes without an image, and
+lists that share ids (not train and trainval, whose names say so).
 """
 
 from __future__ import annotations
@@ -96,20 +95,13 @@ SHOWN, WIDEST = 5, 400  # findings printed of each kind, characters of each
 
 @dataclass
 class Split:
-    """What was found in one list of ids.
+    """What was found in one list of ids."""
 
-    Attributes:
-        images: ids in the list.
-        label_counts: int64 [C], images by class in their label (index 0: 0).
-        pixel_counts: int64 [C], mask pixels by class, ignored ones left out.
-        counts: how many images have "labels", "masks", and each kind of finding.
-        without: the ids of photographs without "labels", without "masks".
-    """
-
-    images: int
-    label_counts: np.ndarray
-    pixel_counts: np.ndarray
-    counts: Counter = field(default_factory=Counter)
+    images: int  # ids in the list
+    label_counts: np.ndarray  # int64 [C], images by class in their label (index 0: 0)
+    pixel_counts: np.ndarray  # int64 [C], mask pixels by class, without the ignored ones
+    counts: Counter = field(default_factory=Counter)  # images with "labels", with "masks", with each kind of finding
+    # ids of photographs without "labels", without "masks"
     without: dict[str, list[str]] = field(default_factory=lambda: {"labels": [], "masks": []})
 
     @classmethod
@@ -130,37 +122,26 @@ class Split:
             self.pixel_counts += look.mask.pixels[: len(self.pixel_counts)]
 
     def incomplete(self, domain: str, what: str, use: str) -> str:
-        """The sentence on a split of which some images have no labels (or masks)."""
-        without = self.without[what]
-        found = self.images - self.counts["missing"]
-        return (
-            f"split '{domain}': {found - len(without)} of {found} images have {what}, so it cannot be {use}; "
-            f"the first without is '{without[0]}'"
-        )
+        """The sentence on a split in which some images have no labels (or masks)."""
+        without, found = self.without[what], self.images - self.counts["missing"]
+        have = f"{found - len(without)} of {found} images have {what}"
+        return f"split '{domain}': {have}, so it cannot be {use}; the first without is '{without[0]}'"
 
     def partly(self) -> dict[str, list[str]]:
-        """`without`, if some images have labels (masks) and others have not: usually a mistake."""
+        """The ids without labels (masks), if others have them: usually a mistake."""
         return {what: ids for what, ids in self.without.items() if ids and self.counts[what]}
 
 
 @dataclass
 class Look:
-    """What one image turned out to be; see `look_at`.
+    """What `look_at` found out about one image."""
 
-    Attributes:
-        found: there is a photograph.
-        findings: kind and text of what is wrong.
-        digest: hash of the photograph's file; empty if it is unreadable.
-        label, mask: image label, f32 [K], and what the mask is; None if absent or bad.
-        has_label, has_mask: whether they are there, good or bad.
-    """
-
-    found: bool
-    findings: list[tuple[str, str]] = field(default_factory=list)
-    digest: bytes = b""
-    label: np.ndarray | None = None
-    mask: MaskLook | None = None
-    has_label: bool = False
+    found: bool  # there is a photograph
+    findings: list[tuple[str, str]] = field(default_factory=list)  # kind and text of what is wrong
+    digest: bytes = b""  # hash of the photograph's file; empty if it is unreadable
+    label: np.ndarray | None = None  # image label, f32 [K]; None if absent or bad
+    mask: MaskLook | None = None  # None if absent or bad
+    has_label: bool = False  # there is one, good or bad
     has_mask: bool = False
 
 
@@ -189,7 +170,7 @@ def main(args: argparse.Namespace) -> None:
     print(f"\nReport: {output_dir / 'verify.json'}, {output_dir / 'classes.png'}")
     errors = sum(len(findings[kind]) for kind in ERRORS)
     if errors:
-        raise UserError(f"{source.root}: {errors} errors, listed in {output_dir / 'verify.json'}. Mend these files.")
+        raise UserError(f"{source.root}: {errors} errors, listed in {output_dir / 'verify.json'}. Correct these files.")
 
 
 def verify(
@@ -198,10 +179,9 @@ def verify(
     """Look at every image of every split once.
 
     Args:
-        source: the dataset.
         published: what its splits must have, as far as that is known.
         workers: processes; 0: this one only.
-        scored: domains of which every image must have a mask.
+        scored: domains in which every image must have a mask.
 
     Returns:
         What was found in each split; and what is wrong, by kind (keys of `ERRORS` and `WARNINGS`).
@@ -236,20 +216,25 @@ def verify(
     if len(findings["dark"]) >= SEVERAL and 3 * len(findings["dark"]) >= len(domains_of):
         findings["unreadable"].append(f"{findings['dark'][0]} (one of {len(findings['dark'])} photographs)")
     add_copies(copies.values(), domains_of, splits, findings["copies"])
-    for domain in (domain for domain in splits if domain not in published or domain in scored):
-        add_incomplete(domain, splits[domain], findings, scored=domain in scored)
     if not published:
         findings["unlisted"] += unlisted(source, lists)
         findings["unused"] += unlearnable(source.info, splits)
-    if not any(split.counts["labels"] for split in splits.values()):
-        findings["label"].append("no image has a label, so nothing can be learnt")
-    elif not any(split.label_counts.any() for split in splits.values()):
-        findings["label"].append("no image label names a class, so nothing can be learnt")
+    for domain in (domain for domain in splits if domain not in published or domain in scored):
+        add_incomplete(domain, splits[domain], findings, scored=domain in scored)
+    findings["label"] += no_label(splits)
     return splits, findings
 
 
+def no_label(splits: dict[str, Split]) -> Iterable[str]:
+    """The sentence on a dataset without any label."""
+    if not any(split.counts["labels"] for split in splits.values()):
+        yield "no image has a label, so nothing can be learnt"
+    elif not any(split.label_counts.any() for split in splits.values()):
+        yield "no image label names a class, so nothing can be learnt"
+
+
 def add_incomplete(domain: str, split: Split, findings: dict[str, list[str]], *, scored: bool) -> None:
-    """Report that only some images of a split have labels, or masks; or that a split to be scored lacks masks."""
+    """Report a split in which only some images have labels, or masks; or a split to be scored that lacks masks."""
     if "labels" in split.partly():
         findings["label"].append(split.incomplete(domain, "labels", "learnt from"))
     if scored and split.without["masks"]:
@@ -259,17 +244,14 @@ def add_incomplete(domain: str, split: Split, findings: dict[str, list[str]], *,
 
 
 def unlearnable(info: DatasetInfo, splits: dict[str, Split]) -> Iterable[str]:
-    """A sentence on every class that no labelled image shows, or that all show; none if there are no labels."""
-    counts, labelled = (
-        sum(n) for n in zip(*((s.label_counts, s.counts["labels"]) for s in splits.values()), strict=True)
-    )
-    for i in range(1, info.num_classes) if counts.any() else ():
-        if counts[i] == 0:
-            yield f"class '{info.classes[i]}' is in no label"
-        elif counts[i] == labelled:
-            yield (
-                f"class '{info.classes[i]}' is in every label, so labels cannot tell where it is. Add images without it"
-            )
+    """A sentence on every class that no image label names, or that all name; none if there are no labels."""
+    counts = sum(split.label_counts for split in splits.values())
+    labelled = sum(split.counts["labels"] for split in splits.values())
+    for name, count in zip(info.classes[1:], counts[1:], strict=True) if counts.any() else ():
+        if count == 0:
+            yield f"class '{name}' is in no label"
+        elif count == labelled:
+            yield f"class '{name}' is in every label, so labels cannot tell where it is. Add images without it"
 
 
 def add_copies(
@@ -278,7 +260,7 @@ def add_copies(
     splits: dict[str, Split],
     findings: list[str],
 ) -> None:
-    """Report the groups of (id, label) that share a photograph, and count them in their splits."""
+    """Report each group of (id, label) with the same photograph, and count it in its splits."""
     for ids, labels in (zip(*group, strict=True) for group in groups if len(group) > 1):
         told = ": with different labels" if len({*labels} - {b""}) > 1 else ""
         findings.append(" = ".join(f"{image_id} ({', '.join(domains_of[image_id])})" for image_id in ids) + told)
@@ -309,8 +291,8 @@ def look_at(source: DataSource, image_id: str) -> Look:
     if image is not None:
         look.digest = hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
         if image.max() <= DARKEST:
-            text = "Stretch numbers of 12 bits to 16; replace what is black"
-            look.findings.append(("dark", f"{path}: no value above {image.max()} of 255. {text}"))
+            remedy = "If it holds 12 bits in 16, stretch them; if it is black, replace it"
+            look.findings.append(("dark", f"{path}: no value above {image.max()} of 255. {remedy}"))
     look.has_label = source.has_label(image_id)
     if look.has_label:
         look.label = _try(look, "label", lambda: source.image_label(image_id))
@@ -323,7 +305,7 @@ def look_at(source: DataSource, image_id: str) -> Look:
 
 
 def contradictions(info: DatasetInfo, look: Look) -> Iterable[str]:
-    """How the mask of an image differs from its label. That it lacks some of the classes is usual: they may be tiny."""
+    """How a mask contradicts its image label. A mask may lack some of the label's classes: they may be tiny."""
     named, shown = look.label > 0, look.mask.pixels[1 : info.num_classes] > 0
     extra = [info.classes[i + 1] for i in np.flatnonzero(shown & ~named)]
     if extra:
@@ -342,7 +324,7 @@ def _try(look: Look, kind: str, read: Callable[[], np.ndarray]) -> np.ndarray | 
 
 
 def absences(image_id: str, look: Look, published: Sequence[Published | None]) -> Iterable[tuple[str, str]]:
-    """Findings on what the published splits of an image promise and it lacks."""
+    """What an image lacks although its published splits have it."""
     if not look.found:
         return
     if any(split and split.labels for split in published) and not look.has_label:
@@ -352,20 +334,16 @@ def absences(image_id: str, look: Look, published: Sequence[Published | None]) -
 
 
 def table(splits: dict[str, Split], published: dict[str, Published]) -> str:
-    """The rows of the module docstring, one per split."""
-    header = ["split", "images", "known", "missing", "unreadable", "labels", "masks", "bad", "unlabelled", "copies"]
-    rows = [header]
+    """The table that the module docstring explains, a row per split."""
+    counted = ("missing", "unreadable", "labels", "masks", "bad", "unlabelled", "copies")
+    rows = [("split", "images", "known", *counted)]
     for domain, split in splits.items():
         known = published[domain].images if domain in published else "-"
-        n = split.counts
-        numbers = (split.images, known, n["missing"], n["unreadable"], n["labels"], n["masks"], n["label"] + n["mask"])
-        rows.append([domain, *map(str, numbers), str(n["unlabelled"]), str(n["copies"])])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  ".join(cells))
-    return "\n".join(lines)
+        n = {**split.counts, "bad": split.counts["label"] + split.counts["mask"]}
+        rows.append((domain, split.images, known, *(n.get(name, 0) for name in counted)))
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
+    sides = "<" + ">" * (len(widths) - 1)  # names to the left, numbers to the right
+    return "\n".join("  ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths, strict=True)) for row in rows)
 
 
 def print_findings(findings: dict[str, list[str]]) -> None:
@@ -398,9 +376,9 @@ def write_report(folder: Path, info: DatasetInfo, splits: dict[str, Split], find
 
 
 def histogram(info: DatasetInfo, splits: dict[str, Split]) -> Figure:
-    """How often each class occurs: for every split a bar of its images (left) and of its mask pixels (right), per cent.
+    """How often each class occurs, per cent of a split's images (left) and of its mask pixels (right): a bar per split.
 
-    The first split's bars have their numbers.
+    The bars of the first split show their numbers.
     """
     from matplotlib.figure import Figure
 

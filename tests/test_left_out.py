@@ -78,8 +78,8 @@ def test_the_others_are_as_ever_and_the_mended_one_is_added(project, capsys, nam
     assert f"{b}: not a readable image" in refusal(capsys, *command)
     report = OUTPUT / f"left-out-{script}.json"
     assert incomplete(capsys, *command, "--on_error", "skip") == (
-        f"{script}.py: 1 of 3 images are left out: {report} says which and why. Mend their files, and run the same "
-        "command again."
+        f"{script}.py: 1 of 3 images are left out: {report} says which and why. Correct or replace their files, and "
+        "run the same command again."
     )
     assert len(whole) == 6 and products() == {path: data for path, data in whole.items() if path.stem != "b"}
     reasons = json.loads(report.read_text())

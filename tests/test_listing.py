@@ -67,7 +67,7 @@ def labels(root: Path) -> dict[str, list[str]]:
         (["background", "wild dog", "wild \N{NO-BREAK SPACE}dog"], "class 'wild dog' is listed twice"),
         (["background", "caf\N{LATIN SMALL LETTER E WITH ACUTE}", "cafe\N{COMBINING ACUTE ACCENT}"], "listed twice"),
         (["background", "cat", "cat\N{ZERO WIDTH SPACE}"], "class 'cat' is listed twice"),
-        (["background", "# animals", "cat"], "class '# animals' looks like a remark"),
+        (["background", "# animals", "cat"], "class '# animals' looks like a comment"),
         (["background", "a;b"], "holds ';'"),
         (["background"], "1 classes"),
         ([], "0 classes"),
@@ -187,7 +187,8 @@ def test_folders_half_of_splits_are_refused(tmp_path, names):
 
 def test_a_folder_around_the_classes_is_no_class(tmp_path):
     root = photographs(tmp_path, "animals/cat/a.jpg", "animals/dog/b.jpg")
-    with pytest.raises(UserError, match=r"images: its only folder, animals, holds others, such as cat\. Move them up"):
+    message = r"images: its only folder, animals, holds others, such as cat\. The folders directly in"
+    with pytest.raises(UserError, match=message):
         build_source("folder", root)
     assert labels(photographs(tmp_path / "one", "cat/a.jpg", "cat/2024/b.jpg")) == {
         "cat/a": ["cat"],

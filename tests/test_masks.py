@@ -89,7 +89,7 @@ def test_a_third_of_masks_without_any_class_of_their_labels_is_an_error(tmp_path
     text = (
         f"{root}/masks/0.png: one of {wrong} masks (of {wrong + right}) that show none of the classes that their image "
         "labels name. A pixel's value is the place of its class in the list of classes, background 0: change the "
-        "list's order or the masks"
+        "order of the list, or the masks"
     )
     found = findings(root)
     assert found.get("mask", []) == [text] * refused and len(found["unlabelled"]) == wrong + (wrong >= 3) * (right == 0)
@@ -103,8 +103,8 @@ def test_masks_that_were_resized_with_blending_are_an_error(tmp_path, factor, bl
     assert (1 in mask) == blended
     found = findings(dataset(tmp_path / "data", [mask] * 3, ["dog"] * 3))
     assert [text.split("data/masks/")[1] for text in found.get("mask", [])] == [
-        "0.png: one of 3 masks (of 3) that show classes that their image labels lack along edges only. They were "
-        "resized with blending, or saved as JPEG: make them anew, by nearest neighbour"
+        "0.png: one of 3 masks (of 3) that show, along edges only, classes that their image labels lack. They were "
+        "resized with blending, or saved as JPEG: make them again, with nearest neighbour"
     ] * blended
 
 
@@ -127,11 +127,11 @@ def test_predictions_in_which_255_is_the_object_are_warned_of(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("orientation", "size", "mask_size", "finding"),
     [
-        (6, (20, 30), (20, 30), "EXIF orientation 6 turns the photograph, and the mask was drawn on the unturned one"),
+        (6, (20, 30), (20, 30), "EXIF orientation 6 turns the photograph, but not the mask: turn the mask, too"),
         (6, (20, 30), (30, 20), None),
-        (6, (20, 20), (20, 20), "one of 1 photographs with masks that EXIF turns"),
-        (3, (20, 30), (20, 30), "one of 1 photographs with masks that EXIF turns"),
-        (4, (20, 30), (20, 30), "one of 1 photographs with masks that EXIF turns"),
+        (6, (20, 20), (20, 20), "one of 1 photographs that EXIF turns"),
+        (3, (20, 30), (20, 30), "one of 1 photographs that EXIF turns"),
+        (4, (20, 30), (20, 30), "one of 1 photographs that EXIF turns"),
         (1, (20, 30), (20, 30), None),
         (1, (20, 30), (30, 20), "It lies on its side: turn it."),
         (8, (20, 30), (10, 15), "Save both at one size."),

@@ -100,7 +100,8 @@ def test_photographs_that_are_nearly_black_are_warned_of(folder_copy, brightest)
     """As numbers of 12 bits in a file of 16 are."""
     path = folder_copy / "images" / "b.png"
     Image.new("RGB", (31, 31), (0, brightest, 0)).save(path)
-    text = f"{path}: no value above {brightest} of 255. Stretch numbers of 12 bits to 16; replace what is black"
+    remedy = "If it holds 12 bits in 16, stretch them; if it is black, replace it"
+    text = f"{path}: no value above {brightest} of 255. {remedy}"
     findings = look(folder_copy)[1]
     assert findings["dark"] == [text] * (brightest <= 16) and findings["unreadable"] == []
     for name, size in (("a.jpg", (40, 24)), ("d.webp", (20, 20))):

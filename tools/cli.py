@@ -103,29 +103,36 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
         _leave_together()
         return
     except Incomplete as error:
-        status, message = 3, str(error)
+        ending = 3, str(error)
         _leave_together()
-    except UserError as error:
-        status, message = 2, f"error: {error}"
-    except MemoryError:
-        status, message = 2, f"error: the memory is full. {_less_memory(args)}"
-    except Stopped as stop:
-        command = shlex.join(["python", *sys.argv])
-        status, message = 143, f"stopped by {stop}. To continue where it was, run the same command again: {command}"
     except BrokenPipeError:  # `| head` has read enough; what is still in the buffer has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except KeyboardInterrupt:
-        status, message = 130, "interrupted. Run the same command again to continue."
-    except (RuntimeError, OSError) as error:
-        if parallel.world_size() > 1 and _distributed().is_lost_peer(error):
-            status, message = 1, "error: another process has ended or hangs. Its error says why; run again to continue."
-        elif words := _in_words(error, args):
-            status, message = 2, f"error: {words}"
-        else:
+    except BaseException as error:
+        ending = _ending(error, args)
+        if ending is None:
             raise
     # Out here the exception is gone, and with it the frames that kept a progress bar's line open.
-    _end(status, message)
+    _end(*ending)
+
+
+def _ending(error: BaseException, args: argparse.Namespace) -> tuple[int, str] | None:
+    """Exit code and message of what a user can understand; None for any other error."""
+    if isinstance(error, UserError):
+        return 2, f"error: {error}"
+    if isinstance(error, MemoryError):
+        return 2, f"error: the memory is full. {_less_memory(args)}"
+    if isinstance(error, Stopped):
+        command = shlex.join(["python", *sys.argv])
+        return 143, f"stopped by {error}. To continue where it was, run the same command again: {command}"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted. Run the same command again to continue."
+    if not isinstance(error, (RuntimeError, OSError)):
+        return None
+    if parallel.world_size() > 1 and _distributed().is_lost_peer(error):
+        return 1, "error: another process has ended or hangs. Its error says why; run again to continue."
+    words = _in_words(error, args)
+    return (2, f"error: {words}") if words else None
 
 
 def _end(status: int, message: str) -> NoReturn:

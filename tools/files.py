@@ -1,7 +1,7 @@
-"""Reading and writing the files the stages hand to each other.
+"""Reading and writing the files that stages exchange: photographs, masks, texts.
 
-Every writer goes through `atomic_write`, so a killed run leaves either the old file, the new file or nothing:
-that is what lets each stage trust whatever it finds and continue where it stopped.
+Every file is written by `atomic_write`. So a killed run leaves the old file, the new file or none, and a stage that is
+started again can trust the files that it finds.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from PIL import Image, UnidentifiedImageError
 
 from tools.errors import FileError, UserError
 
-warnings.filterwarnings("ignore", module=r"PIL\.")  # remarks on metadata that nobody here reads
-Image.MAX_IMAGE_PIXELS = 2**28  # an error from twice as many; some phones' photographs have 200 million
+warnings.filterwarnings("ignore", module=r"PIL\.")  # about metadata, which is not read here
+Image.MAX_IMAGE_PIXELS = 2**28  # Pillow refuses twice as many; photographs of some phones have 200 million
 
 EXIF_ORIENTATION = 0x0112
 
@@ -35,10 +35,9 @@ STRAY_BYTES = 16
 """A sound JPEG may have up to this many stray bytes before a marker; some cameras write them."""
 
 _LOST = r"remature end|bad Huffman|bad arithmetic|instead of RST"
-"""Warnings of libjpeg about a lost part of the picture; its other warnings are harmless."""
+"""libjpeg's warnings that a part of the picture is lost; its other warnings are harmless."""
 
 _NO_RANGE = "signed or 32-bit numbers have no known range of grey. Save it with 8 or 16 bits."
-_SAVE_PNG = "Save masks as PNG."
 _UNKNOWN = {
     rb"\Z": "an empty file",
     b"....ftyp(hei|hev|mif1|msf1)": "HEIC: convert it to JPEG",
@@ -46,8 +45,7 @@ _UNKNOWN = {
     b"version https://git-lfs": "a pointer of Git LFS: run git lfs pull",
     rb"\s*<": "a web page: download it again",
 }
-"""How files begin that Pillow does not know: regular expressions, and what to tell of them."""
-_NOT_PNG = {"JPEG": "JPEG changes class indices: save masks as PNG, from what this one was made of."}
+"""How files begin that Pillow does not know (regular expressions), and what to tell the user."""
 
 
 @contextlib.contextmanager
@@ -55,8 +53,8 @@ def atomic_write(path: str | os.PathLike, *, durable: bool = True) -> Iterator[P
     """Yield a temporary path beside `path`; rename it to `path` if the block succeeds, delete it if not.
 
     Args:
-        durable: wait some milliseconds until the disk has the content and the new name; a power cut then leaves the old
-            file or the new one. Without it, files written just before may be empty; those of single images are then
+        durable: wait some milliseconds until the disk has the content and the new name, so that a power cut leaves the
+            old file or the new one. Without it, a power cut may leave an empty file; empty files of single images are
             made again (`tools.identity.claim_folder`).
 
     Raises:
@@ -95,11 +93,7 @@ def _sync(path: Path) -> None:
 
 
 def check_writable(folder: str | os.PathLike) -> Path:
-    """Create `folder` and prove that a file can be written in it, before hours of work depend on that.
-
-    Raises:
-        UserError: it cannot.
-    """
+    """Create `folder` and prove that a file can be written in it, before hours of work (UserError: it cannot)."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +112,7 @@ def locked(folder: Path, seconds: float = 60) -> Iterator[bool]:
         seconds: how long to wait for another process.
 
     Yields:
-        Whether no other process holds it. True, too, where the file system has no locks.
+        Whether this process has the lock. Also true where the file system has no locks.
     """
     handle, deadline = os.open(folder, os.O_RDONLY), time.monotonic() + seconds
     try:
@@ -143,7 +137,7 @@ def _lock(handle: int) -> bool:
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """A text file of somebody's making: UTF-8, or UTF-16 that says so at its start, as Windows writes it.
+    """A text file of a user: UTF-8, or UTF-16 with a byte order mark, as Windows writes it.
 
     Raises:
         UserError: the file is missing, unreadable or not such text.
@@ -152,11 +146,11 @@ def read_text(path: str | os.PathLike) -> str:
         data = Path(path).read_bytes()
         text = data.decode("utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
         if "\0" in text:
-            raise UnicodeError  # no text has it; UTF-16 without its mark does
+            raise UnicodeError  # UTF-16 without its mark
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file.") from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}). Check what it is and its permissions.") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Check that it is a file you may read.") from error
     except UnicodeError as error:
         remedy = "It is a spreadsheet: save it as CSV." if data.startswith(b"PK") else "Save it as UTF-8."
         raise UserError(f"{path}: not UTF-8 text. {remedy}") from error
@@ -169,15 +163,15 @@ def read_lines(path: str | os.PathLike) -> list[str]:
 
 
 def load_image(path: str | os.PathLike) -> np.ndarray:
-    """Read a photograph, upright (EXIF orientation applied; nothing else of the EXIF block matters).
+    """Read a photograph, upright: its EXIF orientation is applied, the rest of its EXIF block ignored.
 
     Returns:
         uint8 RGB, HxWx3, in [0, 255]. Grey images are repeated over the channels, 12 and 16 bits are scaled to 8,
         transparency and colour profiles are dropped.
 
     Raises:
-        UserError: the file is missing, is not an image that can be decoded to its end, holds several pictures, or holds
-            numbers whose range is not known (signed, of 32 bits).
+        UserError: the file is missing, cannot be decoded to its end, holds several pictures, or holds numbers of an
+            unknown range (signed, of 32 bits).
     """
     with _reading(path, "image"):
         data = Path(path).read_bytes()
@@ -196,12 +190,12 @@ def orientation(image: Image.Image) -> int:
     try:
         value = image.getexif().get(EXIF_ORIENTATION, 1)
         return int(value) if value in range(1, 9) else 1
-    except Exception:  # whatever Pillow meets in a block that no camera should have written
+    except Exception:  # Pillow raises many kinds for malformed blocks
         return 1
 
 
 def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Pixels [H, W, ...] as their EXIF orientation (TIFF 6.0, tag 274) wants them seen."""
+    """Turn pixels [H, W, ...] upright, from their EXIF orientation (TIFF 6.0, tag 274)."""
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
@@ -219,7 +213,7 @@ def upright_size(path: str | os.PathLike) -> tuple[int, int]:
     """
     with _reading(path, "image"), open(path, "rb") as file:
         image = _open(file)
-        if image.format == "TIFF":  # whose size, depending on Pillow's version, is that of the turned image or not
+        if image.format == "TIFF":  # before decoding, some versions of Pillow give the size of the unturned image
             image.load()
         width, height = image.size
         return (width, height) if orientation(image) >= 5 else (height, width)
@@ -232,7 +226,7 @@ def file_orientation(path: str | os.PathLike) -> int:
 
 
 def _open(file: BinaryIO) -> Image.Image:
-    """Open a picture. Pillow does not know a JPEG whose EXIF block has an odd resolution: that gets to see it without.
+    """Open a picture. If Pillow does not know a JPEG, for a malformed resolution in its EXIF block: without the block.
 
     Raises:
         UnidentifiedImageError: it is of no known format.
@@ -262,7 +256,7 @@ def _reading(path: str | os.PathLike, what: str) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise FileError(f"{path}: no such {what}.") from error
-    except Exception as error:  # decoders of damaged files raise what they run into: struct.error, KeyError, zlib.error
+    except Exception as error:  # for damaged files, decoders raise many kinds: struct.error, KeyError, zlib.error
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             with open(path, "rb") as file:
@@ -273,10 +267,10 @@ def _reading(path: str | os.PathLike, what: str) -> Iterator[None]:
 
 
 def _check_single(path: str | os.PathLike, image: Image.Image) -> None:
-    """Refuse animations and stacks: it is unknown which of their pictures is meant.
+    """Refuse animations and stacks, as nobody says which of their pictures to read.
 
-    The first picture of an MPO file is the photograph (others are depth, gain or another eye); pages of a TIFF that are
-    marked as reduced (tag 254) are previews.
+    Of several pictures in a file, the photograph is the first in MPO (others are depth, gain or another eye), and the
+    one in TIFF that is not marked as a preview (tag 254).
     """
     count = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     if image.format == "TIFF" and count > 1:
@@ -291,16 +285,16 @@ def _check_single(path: str | os.PathLike, image: Image.Image) -> None:
 
 
 def _decode_jpeg(data: bytes, progressive: bool) -> np.ndarray | None:
-    """Decode a JPEG to RGB as Pillow does, but heed libjpeg's warnings about lost data.
+    """Decode a JPEG to RGB as Pillow does, but refuse one of which libjpeg warns that data are lost.
 
     Returns:
         uint8 [H, W, 3]; None if it is of a kind that only Pillow decodes.
 
     Raises:
-        ValueError: a part of the picture is filler or noise.
+        ValueError: data are lost, so a part of the picture is grey or noise.
     """
     pixels, fault = _libjpeg(data)
-    # Perhaps only the end marker is missing; not after zeros, nor where a whole scan may be missing too.
+    # Try with an end marker: perhaps only that is missing. (Zeros, or a progressive file: more may be missing.)
     if fault.startswith("Premature end") and not (progressive or data.endswith(bytes(8))):
         pixels, fault = _libjpeg(data + b"\xff\xd9")
     stray = re.search(r"(\d+) extraneous bytes", fault)
@@ -310,7 +304,7 @@ def _decode_jpeg(data: bytes, progressive: bool) -> np.ndarray | None:
 
 
 def _libjpeg(data: bytes) -> tuple[np.ndarray | None, str]:
-    """The picture, as far as it can be had, and the first thing in the file that libjpeg finds strange."""
+    """The picture, as far as it can be decoded, and libjpeg's first warning about the file."""
     try:
         return simplejpeg.decode_jpeg(data, "RGB"), ""
     except ValueError as error:
@@ -321,7 +315,7 @@ def _libjpeg(data: bytes) -> tuple[np.ndarray | None, str]:
 
 
 def _decode(path: str | os.PathLike, image: Image.Image) -> np.ndarray:
-    """Decode anything else to RGB."""
+    """Decode a picture of any other kind to RGB."""
     tags = image.tag_v2 if image.format == "TIFF" else {}
     depth = tags.get(258, (16,))[0]
     planes, white_is_zero = tags.get(284, 1), tags.get(262, 1) == 0
@@ -339,7 +333,7 @@ def _decode(path: str | os.PathLike, image: Image.Image) -> np.ndarray:
 
 
 def _eight_bits(grey: np.ndarray, white: int) -> np.ndarray:
-    """Grey in [0, `white`] as uint8, white staying white. (Pillow's own conversion would cut all values at 255.)"""
+    """Scale grey in [0, `white`] to uint8. (Pillow's own conversion would cut all values at 255.)"""
     return ((grey.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
 
 
@@ -347,25 +341,25 @@ def load_mask(path: str | os.PathLike, palette: np.ndarray | None = None, num_cl
     """Read a segmentation mask: a PNG of class indices, in grey (1, 8 or 16 bits) or with a palette.
 
     Args:
-        path: the file.
-        palette: uint8 [256, 3], the colours of the classes. With it, masks are found whose indices are wrong because an
-            optimiser or editor has sorted their palette.
-        num_classes: how many there are.
+        palette: uint8 [256, 3], the colours of the classes. With it, masks are refused whose indices are wrong because
+            an optimiser or editor has sorted their palette.
 
     Returns:
         uint8 HxW of class indices: 0 background, 255 ignore.
 
     Raises:
-        UserError: the file is missing, unreadable, or not a mask of that kind.
+        UserError: the file is missing, unreadable, or not such a mask.
     """
     with _reading(path, "mask"):
         data = Path(path).read_bytes()
         image = _open(io.BytesIO(data))
         if image.format != "PNG":
-            raise FileError(f"{path}: holds {image.format} data. {_NOT_PNG.get(image.format, _SAVE_PNG)}")
+            lossy = "JPEG changes class indices: make the mask again, as PNG."
+            remedy = lossy if image.format == "JPEG" else "Save masks as PNG."
+            raise FileError(f"{path}: holds {image.format} data. {remedy}")
         _check_single(path, image)
-        _open(io.BytesIO(data)).verify()  # its check sums: decoding looks at none of the pixels'
-        depth, kind = data[24], data[25]  # of the header: bits per sample; 0 grey, 3 palette, others in colour
+        _open(io.BytesIO(data)).verify()  # the check sums; decoding would not check those of the pixels
+        depth, kind = data[24], data[25]  # from the header: bits per sample; 0 grey, 3 palette, others in colour
         colours, mask, turn = _palette_of(image), np.asarray(image), orientation(image)
     if turn != 1:
         raise FileError(f"{path}: carries the EXIF orientation {turn}. Turn it upright and save it without.")
@@ -381,7 +375,7 @@ def load_mask(path: str | os.PathLike, palette: np.ndarray | None = None, num_cl
 
 
 def mask_colours(path: str | os.PathLike) -> np.ndarray | None:
-    """The colours by which a mask shows its indices: uint8 [256, 3], black where it has none; None for a grey mask.
+    """The palette of a mask: uint8 [256, 3], black where it has no entry; None for a grey mask.
 
     Raises:
         UserError: the file is missing or unreadable.
@@ -391,7 +385,7 @@ def mask_colours(path: str | os.PathLike) -> np.ndarray | None:
 
 
 def _palette_of(image: Image.Image) -> np.ndarray | None:
-    """The palette of a PNG that is open and not yet decoded, which is what `Image.getpalette` would have done."""
+    """The palette of an open PNG, from its header only: `Image.getpalette` would decode the file."""
     if image.mode != "P":
         return None
     colours = np.frombuffer(image.palette.palette, np.uint8)
@@ -413,10 +407,10 @@ def _save_indices(pixels: np.ndarray) -> str:
 def _check_palette(
     path: str | os.PathLike, mask: np.ndarray, colours: np.ndarray, palette: np.ndarray, num_classes: int
 ) -> None:
-    """Refuse a mask in which every colour is that of a class, but not of the class that its index says.
+    """Refuse a mask whose colours are all colours of classes, but some not of the class that the index means.
 
-    Two colour maps are known: the dataset's, and grey i for class i (white may be any index: it is how masks of one
-    class are shown).
+    Two colour maps are known: the dataset's; and grey i for class i, where white may stand for any index, as masks of
+    one class are often drawn in white.
     """
     used = np.flatnonzero(count_values(mask)).tolist()
     shown = {index: tuple(colours[index].tolist()) for index in used}
@@ -431,7 +425,7 @@ def _check_palette(
             index, other = moved[0]
             raise FileError(
                 f"{path}: index {index} has the colour of class {other}. Its palette was sorted by an optimiser or "
-                "editor: save the mask anew from its colours, or without a palette if its indices are right."
+                "editor: save the mask again from its colours, or without a palette if its indices are right."
             )
 
 

@@ -1,23 +1,23 @@
-"""How a run of CSRM goes, told without masks, and when its network may teach itself.
+"""Signals of a CSRM run that need no masks, and the epochs in which its network teaches itself.
 
     health = Health("auto", warmup_epochs=1, max_epoch=15)
     for epoch in range(first, 15):
         only_cam_labels = epoch < health.warmup_epochs(epoch)
         ...
-            health.add("reliable", cam_labels != 255, cam_labels.numel())    # tensors; nothing is waited for
+            health.add("reliable", cam_labels != 255, cam_labels.numel())    # tensors; nothing waits for the device
         print(health.close())
 
-The signals of an epoch, means over its steps; per cent but for the first and the last:
+The signals of an epoch are means over its steps, in per cent except for the first and the last:
 
     class_logit  the teacher's class logit of the classes in the image, on images that are not mixed
-    vanished     labelled classes of which the teacher's label map does not show one pixel
-    agreement    foreground of teacher labels and CAM labels, intersection over union, where CAM labels are reliable
-    reliable     pixels with a CAM label, of the labeled half
-    kept         foreground pixels of the unlabeled half that L_u keeps, and not drops for their entropy
+    vanished     labelled classes without a pixel in the teacher's label map
+    agreement    IoU of the foreground of teacher labels and of CAM labels, where CAM labels are reliable
+    reliable     pixels of the labeled half that have a CAM label
+    kept         foreground pixels of the unlabeled half whose entropy is low enough for L_u
     confident    pixels that L_s2c takes
-    s2c_to_c2s   gradient of L_s2c over that of L_c2s, norms over the backbone, which both train; of one batch an epoch
+    s2c_to_c2s   norm of the gradient of L_s2c on the backbone, divided by that of L_c2s; of the first batch of an epoch
 
-docs/method.md says how well they follow the masks' true quality.
+docs/method.md says how well they follow the true quality of the masks.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ from tools.parallel import world_size
 SIGNALS = ("class_logit", "vanished", "agreement", "reliable", "kept", "confident", "s2c_to_c2s")
 
 READY_VANISHED = 10.0
-"""Per cent of the labelled classes that may be missing from the teacher's labels when self-training starts."""
+"""Per cent of the labelled classes: self-training starts when no more are missing from the teacher's labels."""
 
 HARM = 0.7
-"""Self-training does harm once the class logit has fallen below this part of what it was at the end of warm-up."""
+"""Self-training is harmful when the class logit is below this fraction of its value at the end of warm-up."""
 
 Record = dict[str, float | None]
-"""The signals of an epoch; None where nothing was to be measured."""
+"""The signals of an epoch; None where there was nothing to measure."""
 
 
 class Health:
-    """Adds up the signals of an epoch, keeps those of all epochs, and says in which epochs the network teaches itself.
+    """Adds up the signals of an epoch, keeps those of all epochs, and decides when the network teaches itself.
 
-    Its state is its history, so a run that goes on after a break decides as one without.
+    It decides from its history alone, which is its state: so a resumed run decides as one without a break.
 
     Args:
-        mode: "on": after `warmup_epochs`, to the end, as published. "off": never. "auto": from the epoch on after which
-            the teacher shows nearly all classes; until class logits fall.
-        warmup_epochs: first epochs with L_c and L_c2s only; of "auto", at least as many.
+        mode: "on": after `warmup_epochs`, to the end, as published. "off": never. "auto": from the first epoch after
+            which the teacher shows nearly all classes, until class logits fall.
+        warmup_epochs: first epochs with L_c and L_c2s only; the least number of them for "auto".
         max_epoch: E.
     """
 
@@ -62,20 +62,19 @@ class Health:
         self.sums: dict[str, tuple[Tensor, Tensor | int]] = {}
 
     def warmup_epochs(self, epoch: int) -> int:
-        """Epochs before self-training, as far as `epoch` (from 0) knows; `epoch` + 1 once that has stopped."""
+        """Epochs before self-training, as known in `epoch` (from 0); `epoch` + 1 once self-training has stopped."""
         first, last = teaching_epochs(self.history[:epoch], self.mode, self.warmup, self.max_epoch)
         return first if epoch < last else epoch + 1
 
     def s2c_limit(self, epoch: int, w_c2s: float) -> float:
-        """The largest weight that "auto" gives L_s2c: with it, its gradient does not exceed that of w_c2s L_c2s."""
+        """The largest weight of L_s2c in "auto": its weighted gradient does not exceed that of w_c2s L_c2s."""
         ratio = self.history[epoch - 1]["s2c_to_c2s"] if self.mode == "auto" and epoch else None
         return w_c2s / ratio if ratio else math.inf
 
     def add(self, name: str, part: Tensor, whole: Tensor | int) -> None:
-        """Count towards a signal, which is the sum of all parts over the sum of all wholes.
+        """Add to a signal (one of `SIGNALS`): the sum of all parts divided by the sum of all wholes.
 
         Args:
-            name: one of `SIGNALS`.
             part, whole: of any shape, summed here; a whole may be a number.
         """
         above, below = self.sums.get(name, (0, 0))
@@ -83,13 +82,13 @@ class Health:
         self.sums[name] = above + part.detach().sum(dtype=torch.float64), below + whole
 
     def add_gradients(self, losses: dict[str, Tensor], backbone: nn.Module) -> None:
-        """Measure "s2c_to_c2s", where both losses are there and anything of the backbone is trained."""
+        """Measure "s2c_to_c2s", if there are both losses and a part of the backbone is trained."""
         weights = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
         if weights and {"s2c", "c2s"} <= losses.keys():
             self.add("s2c_to_c2s", *(_gradient_norm(losses[name], weights) for name in ("s2c", "c2s")))
 
     def close(self) -> Record:
-        """End an epoch: bring its signals to the host, and keep them."""
+        """End an epoch: copy its signals to the host, and keep them."""
         record: Record = dict.fromkeys(SIGNALS)
         for name, sums in self.sums.items():
             part, whole = all_reduce_sum(_pair(sums)).tolist()
@@ -100,7 +99,7 @@ class Health:
         return record
 
     def news(self) -> str | None:
-        """What the last epoch's signals mean for the run, in a line, if anything."""
+        """A line for the user if the signals of the last epoch start or stop self-training, or show that it harms."""
         epoch = len(self.history)
         first, last = teaching_epochs(self.history, self.mode, self.warmup, self.max_epoch)
         if self.mode == "auto" and epoch < self.max_epoch and epoch in (first, last):
@@ -143,7 +142,7 @@ def _gradient_norm(loss: Tensor, weights: Sequence[Tensor]) -> Tensor:
 
 
 def teaching_epochs(history: Sequence[Record], mode: str, warmup_epochs: int, max_epoch: int) -> tuple[int, int]:
-    """(first, last): all five losses in epochs first <= e < last, as far as the epochs so far tell."""
+    """(first, last): epochs first <= e < last have all five losses, as far as the history tells."""
     if mode == "off":
         return max_epoch, max_epoch
     if mode == "on":
@@ -154,12 +153,12 @@ def teaching_epochs(history: Sequence[Record], mode: str, warmup_epochs: int, ma
 
 
 def is_ready(record: Record) -> bool:
-    """Whether the segmentation branch of an epoch knows the classes well enough to teach."""
+    """Whether the segmentation branch knows the classes well enough to teach."""
     return record["vanished"] is not None and record["vanished"] <= READY_VANISHED
 
 
 def harmed(history: Sequence[Record], first: int) -> int | None:
-    """After how many epochs the self-training that began in epoch `first` had brought class logits down; or None."""
+    """After how many epochs the class logit fell, in self-training that began in epoch `first`; None if it did not."""
     if not 0 < first < len(history) or not (reference := history[first - 1]["class_logit"]) or reference < 0:
         return None
     fallen = (e + 1 for e in range(first, len(history)) if history[e]["class_logit"] < HARM * reference)

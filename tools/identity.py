@@ -1,4 +1,4 @@
-"""What made a product: kept beside it, and compared before the product is taken for what would be made now.
+"""The identity of a product: what made it. It is kept beside the product, and compared before the product is reused.
 
     made_by = describe("inference.py", vars(args), inputs=source.fingerprints(ids, labels=True))
     difference(stored, made_by)      # "--scales [0.5, 1.0], not [1.0]"; "" if the product is the same
@@ -6,13 +6,13 @@
 An identity is a dict of plain values:
 
     script      the entry script                        version   of the code; shown, never compared
-    settings    flags by name, all but the harmless ones
-    files       flag -> {"file", "sha256"}: single files that are read (weights); the content counts, not the name
+    settings    flags by name, without the harmless ones
+    files       flag -> {"file", "sha256"}: files of weights; the content is compared, not the name
     inputs      kind -> {id: fingerprint}: photographs (bytes), labels (class names), masks (content)
     folders     flag -> where the inputs were; shown, never compared
 
-A checkpoint depends on all its images: it keeps a `digest` of its inputs, and all must agree. In a folder each file
-depends on one image: only the inputs of files that exist must agree (`claim_folder`). So a list of images may grow, and
+A checkpoint depends on all its images: it keeps a `digest` of its inputs, and all must agree. In a folder, each file
+depends on one image: only the inputs of existing files must agree (`claim_folder`). So a list of images may grow, and
 an image that stopped a stage may be replaced.
 """
 
@@ -35,7 +35,7 @@ VERSION = "1.0.0"
 """Version of the code, kept in every checkpoint."""
 
 HARMLESS = ("tag", "device", "num_workers", "compile", "domain_valid", "overwrite", "on_error", "dataset", "data_dir")
-"""Flags that change no result, or whose effect is in the inputs."""
+"""Flags that change no result, or whose effect shows in the inputs."""
 
 FILES = ("restore", "oc_weights", "backbone_weights", "weights", "checkpoint")
 """Flags that name a file of weights."""
@@ -45,7 +45,7 @@ FOLDERS |= {"pseudo masks": "pseudo_dir", "proposals": "proposals_dir", "mask fi
 FOLDERS |= {"corrected masks": "corrected_dir", "CAM files": "c2s_labels"}
 """The flag that names the folder of each kind of input."""
 
-READERS = 8  # threads; masks are small, so on a network disk the latency is what costs
+READERS = 8  # threads: on a network disk, small files cost latency
 
 
 def describe(
@@ -54,15 +54,12 @@ def describe(
     """The identity of what `script` makes with these flags.
 
     Args:
-        flags: by name. Of folders (`Path`s that are no weights) the content counts, which is to be in `inputs`.
+        flags: by name. A folder (a `Path` that is no file of weights) counts by its content, which must be in `inputs`.
         inputs: what is read of each image, by kind and id.
-        harmless: flags that change nothing here, besides `HARMLESS`.
+        harmless: more flags that change nothing here.
     """
-    unknown = {name for name, value in flags.items() if isinstance(value, Path)} - {
-        *FILES,
-        *FOLDERS.values(),
-        *harmless,
-    }
+    paths = {name for name, value in flags.items() if isinstance(value, Path)}
+    unknown = paths - {*FILES, *FOLDERS.values(), *harmless}
     assert not unknown, f"{unknown}: neither a file of weights nor a folder whose content is an input"
     counting = {name: value for name, value in flags.items() if name not in (*HARMLESS, *harmless)}
     files = {name: value for name, value in counting.items() if name in FILES and _is_file(value)}
@@ -82,7 +79,7 @@ def describe(
 
 
 def digest(made_by: dict[str, Any]) -> dict[str, Any]:
-    """The identity with each kind of input in one number, {"images", "sha256"}, the order of the images included."""
+    """The identity with one hash for each kind of input, {"images", "sha256"}, over all images in their order."""
     inputs = {
         kind: {"images": len(each), "sha256": _short(json.dumps(list(each.items())).encode())}
         for kind, each in made_by["inputs"].items()
@@ -91,9 +88,9 @@ def digest(made_by: dict[str, Any]) -> dict[str, Any]:
 
 
 def difference(stored: Mapping[str, Any], made_by: Mapping[str, Any]) -> str:
-    """How the stored identity differs from this one, to be read after "made with"; "" if it does not.
+    """How the stored identity differs from this one, as the end of "made with ..."; "" if it does not.
 
-    A setting that one of them lacks did not exist for the other version of the code, and does not count.
+    A setting that only one of them has is ignored: the other version of the code did not know it.
     """
     if not stored.keys() >= made_by.keys():
         return "a version of the code that did not note what it read"
@@ -115,7 +112,7 @@ def difference(stored: Mapping[str, Any], made_by: Mapping[str, Any]) -> str:
 
 
 def _named(made_by: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
-    """flag -> what counts, and how it is shown."""
+    """flag -> what is compared, and how it is shown."""
     settings = {name: (value, str(value)) for name, value in made_by["settings"].items()}
     files = {
         name: (each["sha256"], f"{each['file']} (content {each['sha256'][:8]})")
@@ -141,15 +138,15 @@ def _first_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 def claim_folder(folder: Path, made_by: dict[str, Any], suffix: str, *, overwrite: bool = False) -> None:
     """Make or reuse a folder with a file per image, ID + `suffix`. Other processes may do so at the same time.
 
-    Its settings.json holds the identity of what is in it. Without that, a stage started again with other settings or
-    other inputs would take the old files for its own.
+    Its settings.json holds the identity of its files. So a stage that is started again with other settings or inputs
+    does not mistake the old files for its own.
 
     Args:
-        made_by: the identity of what is going to be made (`describe`); its inputs name the images.
-        overwrite: delete what another identity made there: the files of its images and of these, nothing else.
+        made_by: the identity of the files to make (`describe`); its inputs name the images.
+        overwrite: delete the files of another identity: those of its images and of these, nothing else.
 
     Raises:
-        UserError: something else made the folder, or nobody knows what did; or it cannot be written to.
+        UserError: the files have another identity, or none; or the folder cannot be written to.
     """
     record = check_writable(folder) / "settings.json"
     with locked(folder):
@@ -172,12 +169,12 @@ def _enter(folder: Path, record: Path, made_by: dict[str, Any], suffix: str, ove
         stored = {}
     old = stored.get("inputs", {})
     inputs = {kind: dict(sorted({**old.get(kind, {}), **each}.items())) for kind, each in made_by["inputs"].items()}
-    if inputs != old:  # written after the deletions: a killed process leaves files that are what the record says
+    if inputs != old:  # written after the deletions: so, if the process is killed, the record is true of the files left
         save_json(record, {**made_by, **stored, "inputs": inputs})
 
 
 def _is_made(path: Path) -> bool:
-    """Whether there is such a file. An empty one is what a power cut leaves, and is deleted."""
+    """Whether there is such a file. An empty one, which a power cut leaves, is deleted."""
     size = _size(path)
     if size == 0:
         path.unlink()
@@ -185,7 +182,7 @@ def _is_made(path: Path) -> bool:
 
 
 def _examine(record: Path, made_by: dict[str, Any], made: set[str]) -> tuple[dict[str, Any], str]:
-    """The identity on record, {} if there is none; and what is wrong with it, "" if nothing is.
+    """The stored identity, {} if there is none; and what is wrong with it, "" if nothing is.
 
     Args:
         made: the images whose files exist.
@@ -238,18 +235,18 @@ def file_fingerprint(path: str | Path) -> str:
 
 
 def contents(paths: Mapping[str, Path | None]) -> dict[str, str]:
-    """A fingerprint of the content of each file, by id; "" if there is no file."""
+    """The `file_fingerprint` of each file, by id; "" if there is no file."""
     return dict(zip(paths, thread_map(_content, [*paths.values()], READERS), strict=True))
 
 
 def sizes(paths: Mapping[str, Path]) -> dict[str, int]:
-    """The bytes of each file, by id; -1 if there is no file. Enough to tell photographs apart, and read at once."""
+    """The size of each file in bytes, by id; -1 if there is no file. Fast, and enough to tell photographs apart."""
     return dict(zip(paths, thread_map(_size, [*paths.values()], READERS), strict=True))
 
 
 def _content(path: Path | None) -> str:
     try:
-        return _short(path.read_bytes()) if path else ""
+        return file_fingerprint(path) if path else ""
     except OSError:
         return ""
 
@@ -271,7 +268,7 @@ def _is_file(value: Any) -> bool:
 
 @functools.cache
 def code_version() -> str:
-    """VERSION, and which commit it is where the code lies in a git checkout of its own."""
+    """VERSION, and the commit, if the code lies in a git checkout of its own."""
     root = Path(__file__).parent.parent
     if not (root / ".git").exists():
         return VERSION

@@ -1,4 +1,4 @@
-"""--on_error skip: an image of which a file cannot be used is left out and listed; the others are worked on.
+"""--on_error skip: an image is left out and listed if one of its files cannot be used; the stage does all others.
 
 left_out = LeftOut(folder, "inference", skip=True)
 for result in left_out.sift(run_jobs(left_out.guard(work), ids, ...)):  # of the images that could be done
@@ -20,12 +20,12 @@ from tools.errors import FileError, Incomplete
 from tools.files import check_writable, locked, save_json
 
 Job = str | Sequence[str]
-"""The id of an image, or the ids of several that are worked on together."""
+"""The id of an image, or the ids of images that are processed together."""
 
 
 @dataclass(frozen=True)
 class _Reasons:
-    """What stands in the place of a result: why, by id."""
+    """Takes the place of a result: why each image is left out."""
 
     by_id: dict[str, str]
 
@@ -34,9 +34,9 @@ class LeftOut:
     """The images that a stage leaves out.
 
     Args:
-        folder: of the stage's output. The list is left-out-STAGE.json in it: {id: why}; no file if it is empty.
+        folder: output folder of the stage. It gets the list, left-out-STAGE.json: {id: why}; no file if nothing is.
         stage: name of the script.
-        skip: leave images out. If not, what they raise stops the stage.
+        skip: whether to leave images out. If not, their errors stop the stage.
     """
 
     def __init__(self, folder: Path, stage: str, *, skip: bool) -> None:
@@ -44,20 +44,19 @@ class LeftOut:
         self.reasons: dict[str, str] = {}
 
     def guard(self, work: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """`work` on a job, that hands a FileError over to `sift`; it can be sent to helper processes if `work` can."""
+        """`work`, but a FileError is returned, for `sift`. It can be sent to helper processes if `work` can."""
         return functools.partial(_attempt, work) if self.skip else work
 
     def sift(self, results: Iterable[Any]) -> Iterator[Any]:
         """The results of guarded work, without those of the images that are left out."""
         for result in results:
             if isinstance(result, _Reasons):
-                self.reasons = {**result.by_id, **self.reasons}  # the first reason is the cause of others
+                self.reasons = {**result.by_id, **self.reasons}  # the first reason may be the cause of later ones
             else:
                 yield result
 
     def finish(self, ids: Sequence[str], shard: tuple[int, int] | None = None) -> None:
-        """Bring the list up to date, as far as this process's share of the `ids` goes (`parallel.share`), and wait for
-        the other processes.
+        """Update this process's share of the list (`parallel.share` of the `ids`), and wait for the other processes.
 
         Raises:
             Incomplete: images are left out.
@@ -73,7 +72,7 @@ class LeftOut:
         if self.reasons:
             raise Incomplete(
                 f"{len(self.reasons)} of {len(mine)} images are left out: {self.path} says which and why. "
-                "Mend their files, and run the same command again."
+                "Correct or replace their files, and run the same command again."
             )
 
     def _listed(self) -> dict[str, str]:
@@ -81,7 +80,7 @@ class LeftOut:
 
 
 def _attempt(work: Callable[[Any], Any], job: Job) -> Any:
-    """work(job); if a file of several images cannot be used, each of them alone."""
+    """work(job); if that fails for a job of several images, each image alone."""
     try:
         return work(job)
     except FileError as error:

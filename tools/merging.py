@@ -65,17 +65,36 @@ def merge_masks(
         wanted |= overlaps / pixels[classes] >= recall_threshold
     if order == "largest_overlap" and len(classes):
         wanted &= np.arange(len(classes)) == overlaps.argmax(axis=1, keepdims=True)
+    refined = _take_turns(masks, classes, regions, overlaps, wanted, keep_rest=mode != "max_iou")
+    if keep_ignore:
+        refined[(refined == 0) & (pseudo_mask == IGNORE_INDEX)] = IGNORE_INDEX
+    return refined
 
-    refined = np.zeros(pseudo_mask.shape, np.uint8)
+
+def _take_turns(
+    masks: Sequence[dict],
+    classes: np.ndarray,
+    regions: np.ndarray,
+    overlaps: np.ndarray,
+    wanted: np.ndarray,
+    *,
+    keep_rest: bool,
+) -> np.ndarray:
+    """Let each class take the free masks that it wants, bool [N, n]; uint8 HxW.
+
+    Args:
+        classes, regions: indices [n] and pixels bool [n, H, W] in the pseudo mask.
+        overlaps: pixels that each mask shares with each class, [N, n].
+        keep_rest: a class keeps its pixels that no free mask covers.
+    """
+    refined = np.zeros(regions.shape[1:], np.uint8)
     free = np.ones(len(masks), bool)
     for index, region, overlap, wants in zip(classes, regions, overlaps.T, wanted.T, strict=True):
         taken = union(masks, free & wants, region.shape)
-        if mode != "max_iou":
+        if keep_rest:
             taken |= region & ~union(masks, free & (overlap > 0), region.shape)
         refined[taken] = index
         free &= ~wants
-    if keep_ignore:
-        refined[(refined == 0) & (pseudo_mask == IGNORE_INDEX)] = IGNORE_INDEX
     return refined
 
 

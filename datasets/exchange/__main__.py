@@ -89,7 +89,7 @@ def export_masks(source: DataSource, ids: list[str], tool: str, folder: Path) ->
 def save_photograph(source: DataSource, image_id: str, folder: Path) -> str:
     """Copy a photograph, upright and in a format browsers show; returns its file name below `folder`."""
     path = source.image_path(image_id)
-    if path.suffix.lower() in SHOWN_BY_BROWSERS and _is_upright(path):
+    if path.suffix.lower() in SHOWN_BY_BROWSERS and source.orientation(image_id) == 1:
         name = image_id + path.suffix.lower()
         with atomic_write(folder / name) as temporary:
             shutil.copyfile(path, temporary)
@@ -97,11 +97,6 @@ def save_photograph(source: DataSource, image_id: str, folder: Path) -> str:
     with atomic_write(folder / f"{image_id}.png", durable=False) as temporary:
         Image.fromarray(source.image(image_id)).save(temporary, format="PNG")
     return f"{image_id}.png"
-
-
-def _is_upright(path: Path) -> bool:
-    with Image.open(path) as image:
-        return image.getexif().get(0x0112, 1) == 1
 
 
 def import_masks(source: DataSource, path: Path, tool: str, folder: Path) -> None:
