@@ -4,7 +4,7 @@
 
 A CSRM (MobileNetV2, random weights) predicts the first images of the split at 225 pixels: four scales, mirrored, with
 dense CRF. The revisions take turns; the best of --repeats runs counts, start of the program included. Other programs
-disturb processor time less than the clock. A last line says whether all files are equal.
+disturb processor time less than the clock. A line of each script says how many files are equal.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def main(args: argparse.Namespace) -> None:
             for unit, (before, here) in zip(UNITS, args.num_images / np.min(runs, axis=0).T, strict=True):
                 rates = f"{args.revision} {before:.2f}  here {here:.2f}  ratio {here / before:.2f}"
                 print(f"{command}: {unit} {rates}")
-        files = [path.relative_to(works[1]) for path in works[1].rglob("*@*/*/*.*[gz]")]
-        same = sum(len({(work / file).read_bytes() for work in works}) == 1 for file in files)
-        print(f"{same} of {len(files)} files are equal")
+            files = [path.relative_to(works[1]) for path in works[1].rglob("*@*/*/*.*[gz]")]
+            same = sum(len({(work / file).read_bytes() for work in works}) == 1 for file in files)
+            print(f"{command}: {same} of {len(files)} files are equal")
 
 
 def seconds(folder: Path, words: list[str]) -> tuple[float, float]:
