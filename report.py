@@ -129,11 +129,7 @@ def load_scores(path: Path) -> dict:
 
 
 def stage_table(stages: dict[str, dict]) -> str:
-    """A Markdown table, one row per stage: its split, mIoU, foreground mIoU (%) and background threshold.
-
-    Args:
-        stages: name of the stage -> content of its `evaluate.py --output` file.
-    """
+    """A Markdown table of `evaluate.py --output` files: split, mIoU, foreground mIoU (%), threshold of each stage."""
     rows = [("stage", "split", "images", "mIoU", "foreground", "threshold")]
     for name, score in stages.items():
         threshold = "-" if score["threshold"] is None else f"{score['threshold']:.3g}"
@@ -206,15 +202,10 @@ def pick_images(source: DataSource, ids: Sequence[str], number: int) -> list[str
 
 
 def gallery(source: DataSource, blocks: dict[str, Sequence[str]], columns: Sequence[Column]) -> Image.Image:
-    """Draw the picture sheet.
+    """Draw the picture sheet, RGB: a block per heading, a row per id, and the legend of the classes that occur.
 
     Args:
-        source: where photographs and ground truth come from.
         blocks: heading -> ids of its rows.
-        columns: what to show beside them and their ground truth.
-
-    Returns:
-        An RGB picture: a block per heading, a row per id, and the legend of the classes that occur.
     """
     ids = [image_id for block in blocks.values() for image_id in block]
     images, masks = [source.image(i) for i in ids], [row_masks(source, columns, i) for i in ids]

@@ -32,8 +32,7 @@ def build_source(dataset: str, data_dir: str | Path, masks_dir: str | Path | Non
     Args:
         dataset: one of `tools.options.DATASETS`; each has its layout (`voc12.py`, `folder.py`). 'shapes' is drawn
             in VOC's layout, 'deepglobe' is converted to that of 'folder'.
-        data_dir: its folder.
-        masks_dir: folder of ID.png masks read instead of the dataset's own, such as pseudo masks.
+        masks_dir: folder of ID.png masks to read instead of the dataset's own, such as pseudo masks.
 
     Raises:
         UserError: unknown dataset, or the folder does not hold it.

@@ -24,14 +24,11 @@ class ImageDataset(Dataset):
     int64 [H, W], if `with_masks`. Random transforms draw from torch's global generator; `build_loader` seeds it.
 
     Args:
-        source: where images, labels and masks come from.
-        ids: the images, in order.
-        transform: geometry of one sample (see `transforms`); None keeps images as they are, of whatever sizes.
-        with_masks: read masks too.
+        transform: geometry of one sample (see `transforms`); None keeps images as they are, of any sizes.
         with_labels: read image labels; turn it off for test sets, which have none.
 
     Raises:
-        UserError: an id without label or mask, or masks that show no class at all. Found here and not hours later in a
+        UserError: an id without label or mask, or masks that show no class at all. Found here, not hours later in a
             worker.
     """
 

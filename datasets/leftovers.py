@@ -1,9 +1,9 @@
-"""What is amiss with the files of a dataset as such, whatever is in them: what belongs to nothing, or to two lists.
+"""Files of a dataset that belong to nothing, and ids that are in two lists. `verify` reports them.
 
     for kind, text in leftovers(source, {"train": ["a", "b"], "val": ["b"]}):
         ...                                   "overlap", "1 of 1 ids of val are in train too, the first is 'b'"
 
-`verify` reports it. Nothing is opened here but the lists and the table of labels.
+Only the lists and the table of labels are read here.
 """
 
 from __future__ import annotations
@@ -18,15 +18,7 @@ PARTS = ("train", "val", "test")  # lists with one of these in both names may ov
 
 
 def leftovers(source: DataSource, lists: dict[str, Sequence[str]]) -> Iterator[tuple[str, str]]:
-    """Kind and text of every finding.
-
-    Args:
-        source: the dataset.
-        lists: ids by domain.
-
-    Raises:
-        UserError: the table of labels cannot be read.
-    """
+    """Kind and text of every finding; `lists` are ids by domain (UserError: the table of labels cannot be read)."""
     images = set(source.image_ids())
     for image_id in source.labelled_ids():
         if image_id not in images:

@@ -47,12 +47,10 @@ def build_loader(
     """Make a deterministic loader.
 
     Args:
-        dataset: map-style; its items are collated by torch's default rules.
         batch_size: images per batch, over all processes; a multiple of `world_size`.
         shuffle: draw in random order. Loaders with different seeds give independent orders.
         drop_last: no smaller last batch. Without effect where `steps_per_epoch` is given: all batches are full then.
         num_workers: processes that load; 0 loads in this one.
-        seed: non-negative.
         steps_per_epoch: batches per epoch, whatever the size of the dataset; None: one pass.
         weights: chance of each image to be drawn, float [N] that adds up to 1 (`class_balance`); None: each image
             equally often. Only with `shuffle`.
@@ -77,18 +75,11 @@ def build_loader(
 
 
 class EpochSampler(Sampler[Draw]):
-    """A window onto an endless row of passes over the dataset, each pass in its own order.
+    """An endless row of passes over the dataset, each in its own order; of n draws (over all processes) in an epoch.
 
     Epoch e takes the draws e*n .. (e+1)*n - 1 of that row. So every image is seen equally often in the long run, also
-    where an epoch is shorter or longer than a pass. With weights, a pass is as many independent draws.
-
-    Args:
-        num_items: size of the dataset.
-        num_draws: n, draws per epoch over all processes.
-        shuffle: passes are random permutations; else they are in order.
-        seed: non-negative.
-        weights: chance of each item, float [num_items]; None: permutations.
-        rank, world_size: which of the draws are this process's.
+    where an epoch is shorter or longer than a pass. A pass is a permutation if `shuffle` is on, else in order; with
+    `weights`, it is as many independent draws. Further arguments: `build_loader`.
     """
 
     def __init__(

@@ -4,7 +4,7 @@
 
 Every image a gets pixels of a partner b, another image of the batch: of some of b's classes (ClassMix, Olsson et al.,
 WACV 2021) or of a rectangle (CutMix, Yun et al., ICCV 2019). Both are vectorised over the batch and stay on its
-device; nothing waits for the host. `generator`, where given, must live on that device.
+device; nothing waits for the host.
 """
 
 from __future__ import annotations
@@ -18,13 +18,7 @@ MASK_VALUES = 256  # a label map holds 0..255
 Mixed = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def classmix(
-    images: Tensor,
-    label_maps: Tensor,
-    seg_logits: Tensor,
-    image_labels: Tensor,
-    generator: torch.Generator | None = None,
-) -> Mixed:
+def classmix(images: Tensor, label_maps: Tensor, seg_logits: Tensor, image_labels: Tensor) -> Mixed:
     """Paste half (at least one) of the foreground classes of each partner's label map, chosen at random.
 
     Ignored pixels (255) are never pasted. A partner without foreground leaves the image as it is.
@@ -38,21 +32,15 @@ def classmix(
     Returns:
         The four, mixed. The pasted classes are set to 1 in the image labels.
     """
-    partner = random_partners(len(images), images.device, generator)
-    chosen = _choose_classes(_classes_present(label_maps)[partner], image_labels.shape[1], generator)
+    partner = random_partners(len(images), images.device)
+    chosen = _choose_classes(_classes_present(label_maps)[partner], image_labels.shape[1])
     paste = chosen.gather(1, label_maps[partner].flatten(1)).view_as(label_maps)
     pasted_classes = chosen[:, 1 : 1 + image_labels.shape[1]].to(image_labels.dtype)
     mixed_labels = torch.maximum(image_labels, pasted_classes)
     return *_paste(paste, partner, images, label_maps, seg_logits), mixed_labels
 
 
-def cutmix(
-    images: Tensor,
-    label_maps: Tensor,
-    seg_logits: Tensor,
-    image_labels: Tensor,
-    generator: torch.Generator | None = None,
-) -> Mixed:
+def cutmix(images: Tensor, label_maps: Tensor, seg_logits: Tensor, image_labels: Tensor) -> Mixed:
     """Paste a random rectangle of half the area of each partner, ignored pixels included.
 
     Args:
@@ -64,16 +52,16 @@ def cutmix(
     Returns:
         The four, mixed. Image labels are mixed by area, so they are no longer multi-hot but in [0, 1].
     """
-    partner = random_partners(len(images), images.device, generator)
-    paste = _random_rectangles(label_maps, generator)
+    partner = random_partners(len(images), images.device)
+    paste = _random_rectangles(label_maps)
     area = paste.float().mean(dim=(1, 2)).unsqueeze(1).to(image_labels.dtype)
     mixed_labels = torch.lerp(image_labels, image_labels[partner], area)
     return *_paste(paste, partner, images, label_maps, seg_logits), mixed_labels
 
 
-def random_partners(batch_size: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+def random_partners(batch_size: int, device: torch.device) -> Tensor:
     """A random permutation int64 [B] in which nobody is their own partner (for B > 1): one random ring."""
-    ring = torch.rand(batch_size, device=device, generator=generator).argsort()
+    ring = torch.rand(batch_size, device=device).argsort()
     return torch.empty_like(ring).scatter_(0, ring, ring.roll(1))
 
 
@@ -83,20 +71,20 @@ def _classes_present(label_maps: Tensor) -> Tensor:
     return present.scatter_(1, label_maps.flatten(1), True)
 
 
-def _choose_classes(present: Tensor, num_foreground: int, generator: torch.Generator | None) -> Tensor:
+def _choose_classes(present: Tensor, num_foreground: int) -> Tensor:
     """Half (at least one) of the foreground classes present in each row, at random: bool [B, 256]."""
     present = present[:, 1 : 1 + num_foreground]
     count = present.sum(dim=1, keepdim=True)
-    score = torch.rand(present.shape, device=present.device, generator=generator)
+    score = torch.rand(present.shape, device=present.device)
     rank = score.masked_fill(~present, 2).argsort(dim=1).argsort(dim=1)  # classes present rank before all others
     chosen = present & (rank < (count // 2).clamp(min=1))
     return F.pad(chosen, (1, MASK_VALUES - 1 - num_foreground))
 
 
-def _random_rectangles(label_maps: Tensor, generator: torch.Generator | None) -> Tensor:
+def _random_rectangles(label_maps: Tensor) -> Tensor:
     """Per map a rectangle of random shape and place, half the area up to rounding: bool [B, H, W]."""
     batch_size, height, width = label_maps.shape
-    shape, left, top = torch.rand(3, batch_size, 1, device=label_maps.device, generator=generator)
+    shape, left, top = torch.rand(3, batch_size, 1, device=label_maps.device)
     box_width = (width * (1 + shape) / 2).round()
     box_height = (height * width / 2 / box_width).round().clamp(max=height)
     columns = _interval(left, box_width, width).unsqueeze(1)

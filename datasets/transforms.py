@@ -158,9 +158,7 @@ class PhotometricAugmentation(nn.Module):
     Args:
         brightness, contrast, saturation: in [0, 1].
         hue: in [0, .5].
-        jitter_prob: probability that an image is jittered.
         sigma: range of the blur's standard deviation, pixels.
-        blur_prob: probability that an image is blurred.
     """
 
     def __init__(

@@ -62,15 +62,10 @@ def build_model(kind: str, *, weights: str = "none", **options: Any) -> nn.Modul
 
 
 def load_model(path: str | Path, device: torch.device, kinds: Sequence[str]) -> tuple[nn.Module, dict[str, Any]]:
-    """Rebuild the model of a checkpoint, in eval mode on `device`; of CSRM, the teacher.
+    """Rebuild the model of a checkpoint, in eval mode on `device`; of CSRM, the teacher. Returns the checkpoint, too.
 
     Args:
-        path: the checkpoint.
-        device: where the model goes.
-        kinds: those of `models.KINDS` that will do.
-
-    Returns:
-        The model and the whole checkpoint.
+        kinds: the keys of `models.KINDS` that are accepted.
 
     Raises:
         UserError: see `load_checkpoint`; or a model of another kind; or weights that do not fit the architecture.

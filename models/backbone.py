@@ -76,7 +76,6 @@ class Backbone(nn.Module):
     their "stage-1" features are those of a block a quarter of the way up, which `Trunk` enlarges.
 
     Args:
-        config: which network, and what of it is dilated and trained.
         weights: "imagenet" (downloaded by timm), "none", or a file with a state dict.
 
     Raises:
@@ -148,10 +147,7 @@ class Backbone(nn.Module):
         return [tuple(map_.shape) for map_ in maps] == expected
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute both feature maps.
-
-        Args:
-            x: float32 [B,3,H,W], ImageNet-normalised.
+        """Compute both feature maps of ImageNet-normalised float32 [B,3,H,W].
 
         Returns:
             Stage 1 [B,`low_channels`,H/`low_stride`,W/`low_stride`] and the last stage

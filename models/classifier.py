@@ -24,12 +24,7 @@ def cam_classifier(channels: int, num_classes: int) -> nn.Conv2d:
 
 
 class Classifier(nn.Module):
-    """Class activation maps as logits, and their means as class logits.
-
-    Args:
-        backbone: features.
-        config: number of classes.
-    """
+    """Class activation maps as logits, and their means as class logits."""
 
     def __init__(self, backbone: Backbone, config: NetworkConfig) -> None:
         super().__init__()
@@ -37,10 +32,7 @@ class Classifier(nn.Module):
         self.classifier = cam_classifier(backbone.channels, config.num_classes)
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Classify images.
-
-        Args:
-            x: float32 [B,3,H,W], ImageNet-normalised.
+        """Classify ImageNet-normalised float32 [B,3,H,W].
 
         Returns:
             "class_logits" [B,K], and "cams" [B,K,h,w] at the output stride: signed logits, before any ReLU.

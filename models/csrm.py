@@ -22,10 +22,6 @@ class CSRM(nn.Module):
     """Classification, segmentation and representation branches (David, Pedrini & Dias, VISAPP 2025).
 
     The classification branch is the `Classifier`, under the same names, so that a CAM prior can be restored into it.
-
-    Args:
-        backbone: features.
-        config: number of classes, widths, and which heads there are.
     """
 
     def __init__(self, backbone: Backbone, config: CSRMConfig) -> None:
@@ -49,12 +45,7 @@ class CSRM(nn.Module):
     def forward(
         self, x: torch.Tensor, *, segmentation: bool = True, representations: bool = True
     ) -> dict[str, torch.Tensor]:
-        """Run the branches that are asked for.
-
-        Args:
-            x: float32 [B,3,H,W], ImageNet-normalised.
-            segmentation: False stops after the CAMs.
-            representations: False leaves out the representation branch.
+        """Run the branches on ImageNet-normalised float32 [B,3,H,W]; without `segmentation`, only that of the CAMs.
 
         Returns:
             "class_logits" [B,K]; "cams" [B,K,h,w], signed logits at the output stride; and at stride 4 "seg_logits"

@@ -16,12 +16,7 @@ from models.layers import SegmentationBranch, Trunk
 
 
 class DeepLabV3Plus(nn.Module):
-    """Encoder, ASPP and decoder (Chen et al., ECCV 2018).
-
-    Args:
-        backbone: features.
-        config: number of classes, width, dropout and normalisation.
-    """
+    """Encoder, ASPP and decoder (Chen et al., ECCV 2018)."""
 
     def __init__(self, backbone: Backbone, config: DecoderConfig) -> None:
         super().__init__()
@@ -30,14 +25,7 @@ class DeepLabV3Plus(nn.Module):
         self.segmentation = SegmentationBranch(self.trunk.channels, config)
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Segment images.
-
-        Args:
-            x: float32 [B,3,H,W], ImageNet-normalised.
-
-        Returns:
-            "seg_logits" [B,K+1,H/4,W/4].
-        """
+        """ImageNet-normalised float32 [B,3,H,W] -> "seg_logits" [B,K+1,H/4,W/4]."""
         return {"seg_logits": self.segmentation(self.trunk(*self.backbone(x), x.shape[-2:]))}
 
     def scratch_modules(self) -> list[nn.Module]:

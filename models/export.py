@@ -68,12 +68,7 @@ def make_parser() -> cli.Parser:
 
 
 class Exported(nn.Module):
-    """The network as the graph has it: images in, masks or maps of the images' size out.
-
-    Args:
-        model: a network in eval mode.
-        graph: what it takes and gives.
-    """
+    """The network as the graph has it: images in, masks or maps of the images' size out."""
 
     def __init__(self, model: nn.Module, graph: OnnxOptions) -> None:
         super().__init__()
@@ -101,9 +96,7 @@ def export_onnx(
 
     Args:
         model: in eval mode, on the CPU.
-        checkpoint: its checkpoint; class names and image size are kept in the file's metadata.
-        path: the file.
-        graph: what it takes and gives.
+        checkpoint: the file's metadata keep its class names and image size.
 
     Returns:
         The share of equal pixels, in [0, 1], on the worst of `CHECKED_SIZES`.

@@ -61,11 +61,9 @@ class ASPP(nn.Module):
     With batch norm (`use_gn=False`) the image-mean branch cannot train on a batch of one.
 
     Args:
-        in_channels: of the last-stage features.
         channels: of every branch and of the output.
         output_stride: of the input; the dilations 6, 12, 18 are for 16, double for 8 and half for 32.
         dropout: probability after the projection.
-        use_gn: GroupNorm instead of batch norm.
     """
 
     def __init__(self, in_channels: int, channels: int, *, output_stride: int, dropout: float, use_gn: bool) -> None:
@@ -91,10 +89,6 @@ class Trunk(nn.Module):
     """ASPP features enlarged to stride 4 beside projected stage-1 features (DeepLabV3+, figure 2).
 
     Stage-1 features of plain transformers are coarser than stride 4: they are enlarged too, after the projection.
-
-    Args:
-        backbone: whose feature maps it takes; not kept.
-        config: width of the ASPP, dropout and normalisation.
     """
 
     def __init__(self, backbone: Backbone, config: DecoderConfig) -> None:

@@ -512,8 +512,8 @@ FAULTS = (
     Fault(
         "ignored pixels are scored",
         "tools/metrics.py",
-        "slots = slots.masked_fill(masks == IGNORE_INDEX, len(self._slots) - 1).flatten()",
-        "slots = slots.clamp(max=len(self._slots) - 1).flatten() - (masks == IGNORE_INDEX).flatten().long()",
+        "truth, predicted = masks[valid].long(), predictions[valid].long()",
+        "truth, predicted = masks.long().clamp(max=len(self.counts) - 1).flatten(), predictions.long().flatten()",
         "test_metrics.py::test_everything_ignored_and_empty_batches_count_nothing",
     ),
     Fault(

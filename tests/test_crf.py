@@ -159,20 +159,6 @@ def test_numbers_of_labels_may_differ(backend):
         assert (q[i, count:] == 0).all()
 
 
-@pytest.mark.parametrize("backend", ["torch", "pydensecrf"])
-def test_valid_sizes(backend):
-    if backend == "pydensecrf":
-        pytest.importorskip("pydensecrf")
-    images, unary = random_problem(20, 22, labels=3, batch=2)
-    sizes = [(20, 22), (13, 9)]
-    q = mean_field(images, unary, sizes=sizes, backend=backend)
-    for i, (height, width) in enumerate(sizes):
-        crop = (slice(i, i + 1), ..., slice(height), slice(width))
-        torch.testing.assert_close(q[crop], mean_field(images[crop], unary[crop]), atol=1e-5, rtol=0)
-    torch.testing.assert_close(q[1, :, 13:], (-unary[1, :, 13:]).softmax(0))
-    torch.testing.assert_close(q[1, :, :, 9:], (-unary[1, :, :, 9:]).softmax(0))
-
-
 def test_one_label_is_certain():
     images, _ = random_problem(7, 9, labels=1)
     unary = unary_from_labels(torch.zeros(1, 7, 9, dtype=torch.long), num_labels=1)
@@ -205,7 +191,6 @@ def test_threads_solve_images_alike():
         torch.set_num_threads(3)
         with torch.inference_mode():
             assert torch.equal(mean_field(images, unary), expected)
-        assert torch.equal(mean_field(images, unary, sizes=[(160, 130)] * 5), expected)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)

@@ -47,11 +47,17 @@ def classmix_by_loops(batch: Batch, partner: list[int], chosen: list[set[int]]) 
     return images, maps, logits, labels
 
 
+def seeded(mix, batch: Batch, seed: int) -> Batch:
+    torch.manual_seed(seed)
+    return mix(*batch)
+
+
 def draws_of(batch: Batch, seed: int) -> tuple[list[int], list[set[int]]]:
     """The partners and classes that `classmix` drew, worked out from where pixels came from."""
     images, maps = batch[:2]
-    partner = random_partners(len(images), images.device, torch.Generator().manual_seed(seed)).tolist()
-    mixed = classmix(*batch, generator=torch.Generator().manual_seed(seed))[0]
+    torch.manual_seed(seed)
+    partner = random_partners(len(images), images.device).tolist()
+    mixed = seeded(classmix, batch, seed)[0]
     chosen = [set(maps[b][mixed[a, 0] == b].tolist()) if a != b else set() for a, b in enumerate(partner)]
     return partner, chosen
 
@@ -66,7 +72,7 @@ def test_classmix_matches_loops(batch_size: int, num_foreground: int, height: in
         assert classes <= foreground
         assert len(classes) == (max(1, len(foreground) // 2) if foreground else 0)
     expected = classmix_by_loops(batch, partner, chosen)
-    mixed = classmix(*batch, generator=torch.Generator().manual_seed(seed))
+    mixed = seeded(classmix, batch, seed)
     for got, want in zip(mixed, expected, strict=True):
         assert got.dtype == want.dtype
         assert torch.equal(got, want)
@@ -76,8 +82,8 @@ def test_classmix_chooses_every_class_equally_often():
     batch = make_batch(2, 4, 20, 20, seed=0)
     batch = (*batch[:1], torch.arange(400).view(1, 20, 20).expand(2, -1, -1) % 5, *batch[2:])
     batch = (*batch[:3], torch.zeros(2, 4))
-    generator = torch.Generator().manual_seed(0)
-    counts = sum(classmix(*batch, generator=generator)[3] for _ in range(500)).sum(0)
+    torch.manual_seed(0)
+    counts = sum(classmix(*batch)[3] for _ in range(500)).sum(0)
     assert counts.sum() == 2 * 500 * 2
     assert ((counts / 1000 - 0.5).abs() < 0.06).all()
 
@@ -118,8 +124,9 @@ def test_inputs_are_left_alone(mix):
 @given(st.integers(2, 5), st.integers(4, 30), st.integers(4, 30), st.integers(0, 10**6))
 def test_cutmix_pastes_a_rectangle_of_half_the_area(batch_size: int, height: int, width: int, seed: int):
     batch = make_batch(batch_size, 3, height, width, seed)
-    partner = random_partners(batch_size, batch[0].device, torch.Generator().manual_seed(seed)).tolist()
-    images, maps, logits, labels = cutmix(*batch, generator=torch.Generator().manual_seed(seed))
+    torch.manual_seed(seed)
+    partner = random_partners(batch_size, batch[0].device).tolist()
+    images, maps, logits, labels = seeded(cutmix, batch, seed)
     for a, b in enumerate(partner):
         paste = images[a, 0] == b
         rows, columns = paste.any(1), paste.any(0)

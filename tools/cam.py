@@ -214,9 +214,7 @@ def _unpickle(path: Path) -> dict:
 def cam_labels(hr_cam: np.ndarray, background: float | np.ndarray) -> np.ndarray:
     """Index into `keys` of each pixel, int64 [H,W]: argmax of [background; hr_cam]; background wins ties.
 
-    Args:
-        hr_cam: maps [n,H,W].
-        background: a threshold in [0, 1], or the background's own map [H,W].
+    The background is a threshold in [0, 1], or a map [H,W] of its own.
     """
     first = np.broadcast_to(np.asarray(background, dtype=np.float32), (1, *hr_cam.shape[1:]))
     return np.concatenate([first, hr_cam.astype(np.float32)]).argmax(axis=0)

@@ -23,13 +23,7 @@ PAPER, INK, FAINT = (255, 255, 255), (28, 28, 30), (120, 120, 126)
 def overlay(image: np.ndarray, mask: np.ndarray, palette: np.ndarray) -> np.ndarray:
     """Paint classes over a pale grey copy of the photograph: background stays grey, ignored pixels become white.
 
-    Args:
-        image: uint8 RGB [H, W, 3].
-        mask: uint8 [H, W], 0 background, 255 ignored.
-        palette: uint8 [256, 3].
-
-    Returns:
-        uint8 RGB [H, W, 3].
+    Photograph and result are uint8 RGB [H, W, 3], the mask is uint8 [H, W], the palette uint8 [256, 3].
     """
     strips = [slice(start, start + STRIP) for start in range(0, len(image), STRIP)]
     return np.concatenate([_painted(image[rows], mask[rows], palette) for rows in strips])

@@ -41,12 +41,7 @@ class Teacher(nn.Module):
     @record_function("EMA")
     @torch.no_grad()
     def update(self, student: nn.Module, decay: float) -> None:
-        """Parameters become decay * teacher + (1 - decay) * student; buffers (running statistics) are copied.
-
-        Args:
-            student: a model with the same parameters, on the same device.
-            decay: in [0, 1]; 0 copies.
-        """
+        """Parameters become decay * teacher + (1 - decay) * student; buffers (running statistics) are copied."""
         torch._foreach_lerp_(list(self.module.parameters()), list(student.parameters()), 1 - decay)
         for mine, theirs in zip(self.module.buffers(), student.buffers(), strict=True):
             mine.copy_(theirs)

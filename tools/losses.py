@@ -32,10 +32,7 @@ CHUNK_VALUES = 2**25
 def multilabel_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Multi-label soft margin loss, L_c, with binary label smoothing: y <- (1 - e) y + e / 2.
 
-    Args:
-        logits: float [B, K], one per foreground class.
-        labels: float [B, K] in [0, 1]; mixed images may have fractions.
-        label_smoothing: e in [0, 1].
+    Logits and labels are float [B, K]; labels lie in [0, 1], and mixed images may have fractions.
     """
     targets = (1 - label_smoothing) * labels + label_smoothing / 2
     return F.multilabel_soft_margin_loss(logits.float(), targets)
@@ -130,14 +127,9 @@ def chunks(images: int, channels: int, size: tuple[int, int]) -> Iterator[slice]
 
 
 def entropy(logits: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-    """Entropy in nats of the softmax over classes.
+    """Entropy in nats of the softmax over the classes of logits [B, C, h, w], upsampled to `size` (H, W) if given.
 
-    Args:
-        logits: float [B, C, h, w]; without gradient here.
-        size: (H, W) to upsample them to first; None: none.
-
-    Returns:
-        float32 [B, H, W] in [0, log C].
+    float32 [B, H, W] in [0, log C], without gradient.
     """
     size = size or logits.shape[-2:]
     parts = []

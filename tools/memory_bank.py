@@ -31,10 +31,9 @@ class MemoryBank(nn.Module):
     """First-in, first-out queues of negative keys, one per class, in buffers: checkpoints carry them.
 
     Args:
-        num_classes: C, with the background as class 0.
         dim: D, the length of a representation.
         queue_size: keys kept per foreground class.
-        background_queue_size: keys kept for the background, which borders on every class.
+        background_queue_size: keys kept for the background, class 0, which borders on every class.
     """
 
     def __init__(
@@ -56,11 +55,7 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def push(self, class_index: int, vectors: Tensor, mask: Tensor) -> Tensor:
-        """Append the vectors in `mask`, in order, over the oldest keys of a class.
-
-        Args:
-            vectors: float [P, D].
-            mask: bool [P].
+        """Append the vectors [P, D] in `mask`, bool [P], in order, over the oldest keys of a class.
 
         Returns:
             int64 scalar, the number of vectors in the mask (which may be more than the queue keeps).

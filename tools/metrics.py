@@ -1,10 +1,10 @@
 """How good a segmentation is: confusion matrix, IoU, error rates, the sweep over background thresholds of CAMs; and how
 well images are classified.
 
-    matrix = ConfusionMatrix(num_classes=21, device=device)
+    matrix = ConfusionMatrix(num_classes=21)
     for batch in loader:
-        matrix.update(batch["mask"], logits.argmax(1))     # stays on the device, nothing waits
-    print(scores(matrix.counts).miou)                      # the one moment the host asks for the numbers
+        matrix.update(batch["mask"], logits.argmax(1).cpu())
+    print(scores(matrix.counts).miou)
 
     sweep = ThresholdSweep(num_classes=21, thresholds=threshold_range(0.05, 0.80, 0.05))
     for mask, keys, cams in files:
@@ -56,8 +56,8 @@ class Scores:
 
 
 def scores(counts: np.ndarray | torch.Tensor) -> Scores:
-    """Turn counts (int [C, C+1], see the module's docstring) into `Scores`. Moves a tensor to the host."""
-    counts = np.asarray(counts.cpu() if isinstance(counts, torch.Tensor) else counts)
+    """Turn counts (int [C, C+1], see the module's docstring) into `Scores`."""
+    counts = np.asarray(counts)
     hits = np.diagonal(counts).astype(np.float64)
     truth = counts.sum(axis=1)
     predicted = counts[:, :-1].sum(axis=0)
@@ -72,37 +72,19 @@ def scores(counts: np.ndarray | torch.Tensor) -> Scores:
 
 
 class ConfusionMatrix:
-    """Counts of (ground truth, prediction) pairs, accumulated on the device the masks are on.
+    """Counts of (ground truth, prediction) pairs: `counts`, int64 [C, C+1], on the CPU."""
 
-    `counts` is int64 [C, C+1]. Several processes add theirs with `torch.distributed.all_reduce(matrix.counts)`.
-    """
+    def __init__(self, num_classes: int) -> None:
+        self.counts = torch.zeros(num_classes, num_classes + 1, dtype=torch.int64)
 
-    def __init__(self, num_classes: int, device: torch.device | str = "cpu"):
-        # One slot more than the matrix has: ignored pixels are counted there. Dropping them with a boolean mask instead
-        # would make the host wait for the number of pixels left.
-        self._slots = torch.zeros(num_classes * (num_classes + 1) + 1, dtype=torch.int64, device=device)
-        self.num_classes = num_classes
-
-    @property
-    def counts(self) -> torch.Tensor:
-        """A view, int64 [C, C+1]."""
-        return self._slots[:-1].view(self.num_classes, self.num_classes + 1)
-
-    @torch.no_grad()
     def update(self, masks: torch.Tensor, predictions: torch.Tensor) -> None:
-        """Add the pixels of one or more images.
-
-        Args:
-            masks: ground truth, any integer type and shape; 0..C-1 or 255, on this matrix's device.
-            predictions: same shape and device; 0..C-1 or 255.
-        """
+        """Add pixels: ground truth and predictions of equal shape, integers 0..C-1 or 255."""
         assert masks.shape == predictions.shape, f"masks {tuple(masks.shape)}, predictions {tuple(predictions.shape)}"
-        columns = self.num_classes + 1
-        predictions = predictions.long()
-        predictions = predictions.masked_fill(predictions == IGNORE_INDEX, self.num_classes)
-        slots = masks.long() * columns + predictions
-        slots = slots.masked_fill(masks == IGNORE_INDEX, len(self._slots) - 1).flatten()
-        self._slots.index_add_(0, slots, torch.ones_like(slots))  # torch.bincount would synchronise
+        valid = masks != IGNORE_INDEX
+        truth, predicted = masks[valid].long(), predictions[valid].long()
+        predicted = predicted.where(predicted != IGNORE_INDEX, len(self.counts))
+        pairs = truth * self.counts.shape[1] + predicted
+        self.counts += torch.bincount(pairs, minlength=self.counts.numel()).view_as(self.counts)
 
 
 def threshold_range(minimum: float, maximum: float, step: float) -> np.ndarray:
@@ -121,7 +103,6 @@ class ThresholdSweep:
     """
 
     def __init__(self, num_classes: int, thresholds: np.ndarray):
-        """Args: num_classes: C = K+1; thresholds: ascending, one matrix is kept for each."""
         assert len(thresholds) > 0 and np.all(np.diff(thresholds) > 0), f"thresholds must ascend, got {thresholds}"
         self.num_classes = num_classes
         # Single precision, as a threshold channel stacked on float32 CAMs would be: decides the ties.
@@ -190,12 +171,7 @@ def classification_scores(logits: np.ndarray, labels: np.ndarray) -> Classificat
 
 
 def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
-    """Sum of (rise in recall) * precision over the thresholds at the distinct scores; 0 if nothing is true.
-
-    Args:
-        scores: float [N].
-        truth: bool [N].
-    """
+    """Sum of (rise in recall) * precision over the thresholds at the distinct scores; 0 if nothing is true."""
     order = np.argsort(-scores, kind="stable")
     scores, hits = scores[order], truth[order].cumsum()
     last = np.append(scores[1:] != scores[:-1], True)[: len(scores)]  # equal scores are accepted together

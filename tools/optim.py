@@ -85,11 +85,9 @@ def poly_schedule(optimizer: torch.optim.Optimizer, max_step: int, power: float 
 
 
 class Update:
-    """Turns the gradients of a model into a change of its weights.
+    """Turns the gradients of a model into a change of its weights, in place.
 
     Args:
-        model: changed in place; lies on its device.
-        options: optimiser, learning rates, clipping.
         updates: how often `step` will be called; the learning rate falls to 0 over them.
         dtype: of mixed precision; float16 needs its losses scaled.
     """

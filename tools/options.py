@@ -141,13 +141,13 @@ def add_dataset(parser: cli.Parser, **domains: tuple[str, str]) -> argparse._Arg
     return group
 
 
-def add_images(parser: cli.Parser, *, size: int = 512, low: int = 320, high: int = 640) -> argparse._ArgumentGroup:
+def add_images(parser: cli.Parser) -> argparse._ArgumentGroup:
     """--image_size --min_image_size --max_image_size; returns the group, for the script's own additions."""
     group = parser.add_argument_group("training images (pixels)")
     add = group.add_argument
-    add("--image_size", type=cli.positive_int, default=size, help="side of the training crop")
-    add("--min_image_size", type=cli.positive_int, default=low, help="smallest size of the random scaling")
-    add("--max_image_size", type=cli.positive_int, default=high, help="largest size of the random scaling")
+    add("--image_size", type=cli.positive_int, default=512, help="side of the training crop")
+    add("--min_image_size", type=cli.positive_int, default=320, help="smallest size of the random scaling")
+    add("--max_image_size", type=cli.positive_int, default=640, help="largest size of the random scaling")
     return group
 
 

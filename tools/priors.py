@@ -44,10 +44,9 @@ class PriorCriterion:
     """L = L_c + L_p + w_re L_re + w_oc L_oc, as far as the method goes. One method per loss; each returns a scalar.
 
     Args:
-        method: one of `tools.options.PRIOR_METHODS`.
         label_smoothing: of every classification loss.
         w_re: weight of L_re from the middle of the training on.
-        ordinary: the ordinary classifier of poc and pnoc; only looked through, never changed here.
+        ordinary: the ordinary classifier of poc and pnoc; never changed here.
     """
 
     def __init__(self, method: str, *, label_smoothing: float, w_re: float, ordinary: nn.Module | None = None) -> None:
@@ -97,11 +96,8 @@ class Opponent:
     Outside `learn` its weights take no gradient: the CAM network's loss passes through it without changing it.
 
     Args:
-        model: the ordinary classifier, trained in place; always in evaluation mode, as its batch norm is frozen.
-        options: those of the CAM network.
-        label_smoothing: of its loss.
-        updates: how often it will be changed.
-        dtype: of mixed precision.
+        model: trained in place; always in evaluation mode, as its batch norm is frozen.
+        options, updates, dtype: as of `Update`; the options are those of the CAM network.
     """
 
     def __init__(

@@ -41,8 +41,6 @@ def auto_threshold(forward: Forward, source: Any, ids: Sequence[str], views: Vie
         forward: gives CAM logits f32[B,K,h,w] of normalised images.
         source: a `datasets.DataSource` with image labels.
         ids: of the images; `SAMPLE` of them are taken, evenly spread.
-        views: of an image.
-        device: of the network.
 
     Returns:
         In (0, 1), two decimals; the usual threshold if no image of the sample has a class with a CAM above 0.

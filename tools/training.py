@@ -54,10 +54,8 @@ class Trainer:
     """Drives the training of one model.
 
     Args:
-        model: trained in place; has `config` and `scratch_modules()`.
-        run: the options of the run.
+        model: on `device`, trained in place; has `config` and `scratch_modules()`.
         classes: their names, background first; they go into the checkpoint.
-        device: where the model lies.
         steps_per_epoch: batches per epoch.
         loaders: how many loaders of `run.batch_size` images a batch comes from; for the speed reported.
         companions: what else is kept in the checkpoint, by name: modules such as the teacher, or what has a
@@ -296,11 +294,7 @@ class Trainer:
 
 
 class Clock:
-    """Says once, after `STEPS_TO_TELL` steps or soon after, how long the steps of a run will take.
-
-    Args:
-        steps: to do.
-    """
+    """Says once, after `STEPS_TO_TELL` steps or soon after, how long the `steps` of a run will take."""
 
     def __init__(self, steps: int) -> None:
         self.steps, self.done, self.start = steps, 0, 0.0

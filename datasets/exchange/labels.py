@@ -26,10 +26,7 @@ class Item:
 class Labels:
     """Class names and colours without gaps: background, the classes, and `ignored` last.
 
-    To a tool, 255 would be an undeclared label: on the way out ignored pixels get the index after the classes.
-
-    Args:
-        info: of the dataset.
+    To a tool, 255 would be an undeclared label: in its files, ignored pixels have the index after the classes.
 
     Raises:
         UserError: a class is called `ignored`.

@@ -29,14 +29,12 @@ TEST_IMAGES = 1456
 
 
 def write_package(path: Path, competition: str, pred_dir: Path, source: DataSource, ids: Sequence[str]) -> None:
-    """Write the archive. Equal masks give equal bytes.
+    """Write the archive (.tar.gz). Equal masks give equal bytes.
 
     Args:
-        path: .tar.gz.
         competition: comp5_test_cls or comp6_test_cls.
         pred_dir: folder with ID.png of all `ids`, and of no other images.
-        source: VOC 2012.
-        ids: the test list. One of another length than the server's is packed, with a warning.
+        ids: the test list. If it has another length than the server's, there is a warning.
 
     Raises:
         UserError: another data set's classes, surplus masks, or a mask that is missing, unreadable, of another size

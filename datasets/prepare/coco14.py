@@ -54,10 +54,6 @@ def is_converted(root: Path) -> bool:
 def convert(root: Path, workers: int) -> None:
     """Write everything the reader needs besides the photographs. Masks that are there already are kept.
 
-    Args:
-        root: the folder with `annotations/`.
-        workers: processes; 0: this one only.
-
     Raises:
         UserError: an annotation file is missing, damaged or contradicts itself or the other; a full disk.
     """
@@ -177,7 +173,6 @@ def _convert_image(
     """Write one mask unless it is there; return the image's id and its class indices, ascending.
 
     Args:
-        masks: folder of the masks.
         index_of: category id -> class index 1..K.
         job: one element of "images", and its "annotations".
     """

@@ -47,11 +47,6 @@ def is_converted(root: Path) -> bool:
 def convert(source: Path, root: Path, workers: int) -> None:
     """Write the dataset; files that are there already are kept. Photographs are linked where the file system allows.
 
-    Args:
-        source: folder with DeepGlobe's files, however nested.
-        root: the dataset's folder.
-        workers: processes; 0: this one only.
-
     Raises:
         UserError: hardly any photograph with a mask below `source`, one that occurs twice, an unreadable one.
     """
@@ -73,14 +68,7 @@ def convert(source: Path, root: Path, workers: int) -> None:
 
 
 def class_indices(colours: np.ndarray) -> np.ndarray:
-    """The class mask of a colour-coded one.
-
-    Args:
-        colours: uint8 RGB [H, W, 3].
-
-    Returns:
-        uint8 [H, W]: 1..6 in the order of `COLOURS`, 255 for all other colours.
-    """
+    """The class mask, uint8 [H, W], of colours uint8 RGB [H, W, 3]: 1..6 in the order of `COLOURS`, 255 for others."""
     table = np.full(8, IGNORE, np.uint8)  # by which of red, green and blue are on
     for index, colour in enumerate(COLOURS.values(), 1):
         table[np.dot(np.greater(colour, 127), (4, 2, 1))] = index

@@ -64,12 +64,7 @@ def fetch(archive: Archive, folder: Path, mirror: str | None = None) -> Path:
     """Download an archive into `folder`, unless it lies there, and check it.
 
     Args:
-        archive: what to download.
-        folder: where to; made if missing.
         mirror: address of a folder that holds files of the same names, used instead of the official one.
-
-    Returns:
-        Its path.
 
     Raises:
         UserError: no connection, a full disk, a wrong size or checksum, a mirror that is no web address.

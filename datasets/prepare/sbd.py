@@ -33,11 +33,6 @@ def is_converted(devkit: Path) -> bool:
 def convert(sbd: Path, devkit: Path, workers: int) -> None:
     """Write the masks that are not there yet, then `train_aug.txt`.
 
-    Args:
-        sbd: the folder with `cls/`, `train.txt` and `val.txt`.
-        devkit: the folder with `JPEGImages/` and `ImageSets/`.
-        workers: processes; 0: this one only.
-
     Raises:
         UserError: a list, a mask or an image is missing, or a .mat file is damaged.
     """

@@ -244,7 +244,6 @@ def generate(
 
     Args:
         root: a folder that is missing, empty, or holds a set of the same parameters.
-        num_train, num_val: images.
         size: longer side of the images, pixels.
         seed: same seed, same bytes.
         workers: processes, 0: this one only; by default one per core.

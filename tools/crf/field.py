@@ -27,9 +27,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from types import EllipsisType
 
 import numpy as np
 import torch
@@ -57,9 +55,6 @@ CAM_SETTINGS = CRFSettings(3, 3, 50, 5, 10)
 # Polishes the probabilities of a trained segmentation model: weaker, they are mostly right already.
 SEGMENTATION_SETTINGS = CRFSettings(1, 3, 67, 3, 4)
 
-Part = tuple[slice | EllipsisType, ...]
-"""Index of some images, and of the valid pixels in them."""
-
 
 def unary_from_labels(
     labels: Tensor, num_labels: int | Tensor, gt_prob: float = 0.7, *, channels: int | None = None
@@ -85,14 +80,7 @@ def unary_from_labels(
 
 
 def unary_from_probabilities(probabilities: Tensor) -> Tensor:
-    """Energies -log(p), with p clamped to at least 1e-5 (as pydensecrf) so that no label is ruled out.
-
-    Args:
-        probabilities: float [B,C,H,W] in [0, 1].
-
-    Returns:
-        float32 [B,C,H,W].
-    """
+    """Energies -log(p), float32 [B,C,H,W], with p clamped to at least 1e-5 (as pydensecrf): no label is ruled out."""
     return -probabilities.float().clamp(1e-5, 1).log()
 
 
@@ -103,7 +91,6 @@ def mean_field(
     settings: CRFSettings = CAM_SETTINGS,
     iterations: int = 10,
     *,
-    sizes: Sequence[tuple[int, int]] | None = None,
     backend: str = "torch",
 ) -> Tensor:
     """Label probabilities of the dense CRF after `iterations` parallel mean-field updates.
@@ -115,8 +102,6 @@ def mean_field(
             pixel must be finite), so images with fewer labels than C are padded exactly.
         settings: kernel widths and weights.
         iterations: number of updates; 0 gives softmax(-unary).
-        sizes: (height, width) of the valid top-left part of each image, if images were padded to a common size. Pixels
-            outside take no part; they get softmax(-unary). Such images are solved one by one.
         backend: one of `tools.options.CRF_BACKENDS`; "pydensecrf" is the original C++ code, always on the CPU.
 
     Returns:
@@ -127,15 +112,12 @@ def mean_field(
     """
     _check(images, unary, backend)
     energy = (unary if unary.ndim == 5 else unary[:, None]).float()
-    q = torch.empty_like(energy) if sizes is None else (-energy).softmax(dim=2)
+    q = torch.empty_like(energy)
     infer, step = (_infer, _images_per_chunk(energy)) if backend == "torch" else (_infer_pydensecrf, 1)
-    if sizes is None:
-        parts = [(slice(start, start + step),) for start in range(0, len(images), step)]
-    else:
-        parts = [(slice(i, i + 1), ..., slice(height), slice(width)) for i, (height, width) in enumerate(sizes)]
+    parts = [slice(start, start + step) for start in range(0, len(images), step)]
 
     @torch.inference_mode()  # what a thread is told about gradients holds for no other
-    def solve(part: Part) -> Tensor:
+    def solve(part: slice) -> Tensor:
         return infer(images[part], energy[part], settings, iterations)
 
     # On a CPU a thread per part: operations on so few pixels gain nothing from several threads.

@@ -48,11 +48,7 @@ class ProposalGenerator(Protocol):
 
 
 class SamGenerator:
-    """Segment Anything (ICCV 2023), or a later one, prompted with a grid of points.
-
-    Args:
-        generator: of the masks; it sees `images_per_batch` images at a time.
-    """
+    """Segment Anything (ICCV 2023), or a later one, prompted with a grid of points."""
 
     def __init__(self, generator: MaskGenerator) -> None:
         self.images_per_call = generator.images_per_batch
@@ -64,12 +60,7 @@ class SamGenerator:
 
 
 def load_sam(checkpoint: str | os.PathLike, model_type: str, device: torch.device) -> Sam:
-    """Build SAM and load its public weights, without unpickling anything but tensors.
-
-    Args:
-        checkpoint: a file such as sam_vit_h_4b8939.pth.
-        model_type: one of `tools.options.SAM_TYPES`.
-        device: where the model goes.
+    """Build SAM (one of `options.SAM_TYPES`), and load its public weights; nothing but tensors is unpickled.
 
     Raises:
         UserError: no such file, not a checkpoint, or weights of another model type.
@@ -98,15 +89,11 @@ def load_sam(checkpoint: str | os.PathLike, model_type: str, device: torch.devic
 def save_proposals(
     path: str | os.PathLike, masks: np.ndarray | Sequence[dict], size: tuple[int, int] | None = None
 ) -> None:
-    """Write the masks of one image, atomically.
+    """Write the masks of one image, atomically (UserError: the file cannot be written).
 
     Args:
-        path: the .json file.
         masks: bool [N, H, W], or compressed COCO RLE dicts ("size", "counts" as bytes or text).
         size: (H, W) of the image; needed with RLE only, which may be an empty list.
-
-    Raises:
-        UserError: the file cannot be written.
     """
     if isinstance(masks, np.ndarray):
         size = masks.shape[1:]

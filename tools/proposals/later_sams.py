@@ -29,12 +29,7 @@ LICENCES = {"sam2": "SAM 2.1 is under Apache-2.0.", "sam3": "SAM 3 is under Meta
 
 
 class LaterMaskGenerator(MaskGenerator):
-    """The masks of a network that stretches images to a square: SAM 2, SAM 3.
-
-    Args:
-        model, processor: from `load_later_sam`.
-        options, running: as of `MaskGenerator`.
-    """
+    """`MaskGenerator` for what `load_later_sam` gives: networks that stretch images to a square."""
 
     def __init__(
         self, model: PreTrainedModel, processor: BaseImageProcessor, options: MaskOptions, **running: object
@@ -82,7 +77,6 @@ def load_later_sam(name: str, family: str, device: torch.device) -> tuple[PreTra
     Args:
         name: a folder that `save_pretrained` wrote, or a name on the Hugging Face hub, which is downloaded once.
         family: sam2 or sam3.
-        device: where the network goes.
 
     Raises:
         UserError: transformers is not installed; or not such a network, or not all of one.
