@@ -23,8 +23,6 @@ its images, and `review.csv`, are about the masks of the column --review: in the
 shows the first ones, and as many from all over the rest.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import functools

@@ -15,8 +15,6 @@ with masks; the last checkpoint is kept whatever it says. `inference.py --tag TA
     torchrun --standalone --nproc_per_node 4 train_classifier.py --tag prior ...
 """
 
-from __future__ import annotations
-
 import argparse
 import random
 from pathlib import Path

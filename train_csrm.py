@@ -10,8 +10,6 @@ makes the pseudo masks. docs/method.md explains every symbol. On several GPUs (S
     torchrun --standalone --nproc_per_node 4 train_csrm.py --tag csrm ...
 """
 
-from __future__ import annotations
-
 import argparse
 import random
 from collections.abc import Iterator, Sequence

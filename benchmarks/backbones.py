@@ -8,8 +8,6 @@ forwards and backwards: the CAM must have ceil(side / output stride) cells, and 
 are those of one forward pass, two per multiplication and addition, counted without computing anything.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import functools

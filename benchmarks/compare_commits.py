@@ -9,8 +9,6 @@ whether it is equal: losses, tensors of checkpoints and CAM files, bytes of mask
 is shown. Exit code 1 if any does. One minute of processor time per revision.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

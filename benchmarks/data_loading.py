@@ -8,8 +8,6 @@ Reading, decoding, scaling, cropping and collating, as train_SCRIPT.py has it (o
 GPU needs at least as many images per second as benchmarks.train_step reports without loading.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import tempfile

@@ -9,8 +9,6 @@ solves in training; pydensecrf builds its lattices for each. Medians over images
 that a copy takes of the bytes which the operations move, if none is fused with the next; they are counted on the CPU.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import itertools

@@ -1,7 +1,5 @@
 """What the benchmarks measure with and on: clocks, counters, memory, revisions; random photographs."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import resource

@@ -7,8 +7,6 @@ dense CRF. The revisions take turns; the best of --repeats runs counts, start of
 disturb processor time less than the clock. A line of each script says how many files are equal.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import shutil

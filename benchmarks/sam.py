@@ -9,8 +9,6 @@ the process so far, so the stock generator comes last); masks per image; and the
 an IoU above .95 among those of the stock generator. With random weights the networks cost what they always cost.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import time

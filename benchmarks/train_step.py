@@ -11,8 +11,6 @@ All other flags are those of the script. Operations and bytes of the networks ar
 under PyTorch's profiler, for the share of the time without a kernel. docs/performance.md explains the rows.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import importlib

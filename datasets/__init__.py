@@ -13,8 +13,6 @@ files, `verify` looks a dataset over, `transforms` and `mixing` augment, `datase
 last four import PyTorch.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from datasets.base import DatasetInfo, DataSource

@@ -4,8 +4,6 @@ dataset = ImageDataset(source, source.ids("train"), train_geometry(512, 320, 640
 dataset[0]    # {"id": "2007_000032", "image": uint8 [3, 512, 512], "label": float32 [K]}
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

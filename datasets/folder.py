@@ -16,8 +16,6 @@ are the domains (unless there are lists), and the folders below them the classes
 Labels and masks are read only when they are needed, so a test set needs neither.
 """
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import io

@@ -6,8 +6,6 @@
 Only the lists and the table of labels are read here.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 

@@ -9,8 +9,6 @@ Names come from people, zip files and three systems. They are compared in one fo
 two characters). Hidden files and files of file managers are ignored.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import unicodedata

@@ -7,8 +7,6 @@ for kind, text in masks.findings():
     ...                              "mask", "data/masks: none of 12 masks shows a class, they hold 0 and 255 ..."
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator

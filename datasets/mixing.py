@@ -7,8 +7,6 @@ WACV 2021) or of a rectangle (CutMix, Yun et al., ICCV 2019). Both are vectorise
 device; nothing waits for the host.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

@@ -13,8 +13,6 @@ Colours stay uint8, because the dense CRF in the training loop needs the pixels 
     features = model(normalize(images))                      # float32
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

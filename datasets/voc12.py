@@ -9,8 +9,6 @@ The image label is the set of object names in the annotation (difficult objects 
 the "image mask" paths that many repositories of this field ship.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from xml.etree import ElementTree

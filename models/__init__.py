@@ -8,8 +8,6 @@ Every model takes float32 [B,3,H,W] (ImageNet-normalised), returns a dict of ten
 part of the pretrained backbone with `scratch_modules()`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path

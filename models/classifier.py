@@ -6,8 +6,6 @@
 The class logits are the spatial means of the maps, so image labels are enough to train both.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

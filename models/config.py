@@ -6,8 +6,6 @@ Each kind has the fields of the one before it and its own: backbone, network, de
 a plain dict (`model.config`).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

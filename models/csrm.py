@@ -7,8 +7,6 @@
 The classification branch reads the last stage directly; the others share an ASPP trunk at stride 4.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

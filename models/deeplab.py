@@ -5,8 +5,6 @@
 It shares its ASPP and decoder with CSRM, but knows nothing of image labels.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

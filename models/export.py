@@ -14,8 +14,6 @@ Of CSRM the teacher is exported, and in ONNX its segmentation branch. docs/expor
 gives.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import warnings

@@ -7,8 +7,6 @@
 config.json holds the checkpoint without its tensors and without what only a resumed run needs.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 from collections.abc import Mapping

@@ -7,8 +7,6 @@ They start from Kaiming-normal weights and are normalised in groups, because sma
 batch statistics.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import nn

@@ -6,8 +6,6 @@ Tensors are matched by name and shape, class outputs by class. What was and was 
 gives little or nothing is an error: a prior that silently fails to load looks like a training run that goes badly.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence

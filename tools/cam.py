@@ -8,8 +8,6 @@ A CAM file holds `keys` int64 [n+1] = [0, 1 + class, ...] of the n classes the i
 the same three in a pickled dict (`.npy`); that format is written, and read, only on request.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import os

@@ -5,8 +5,6 @@ svg = line_chart({"CAM prior": [(0.05, 31.2), (0.10, 40.8)]}, x="background thre
 They have no colours of their own, so they follow the page into dark mode, and no text below 11 pixels.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from html import escape

@@ -16,8 +16,6 @@ Random states are not stored: every epoch seeds all generators from (seed, epoch
 uninterrupted one would have drawn.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import pickle

@@ -17,8 +17,6 @@ Flags are declared `--like_this`; `--like-this` is accepted too. Switches take a
 `--hflip true`, and `--hflip false` turns off what is on by default. The flags that scripts share: `tools.options`.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import errno

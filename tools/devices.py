@@ -4,8 +4,6 @@ device = select_device("auto")               # the GPU if there is one
 dtype = autocast_dtype("auto", device)       # bfloat16 on GPUs, None (full precision) on CPUs
 """
 
-from __future__ import annotations
-
 import ctypes
 import re
 

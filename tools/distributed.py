@@ -17,8 +17,6 @@ In a single process, whatever started it, every function here returns its argume
 `tools.training.seed_everything`.
 """
 
-from __future__ import annotations
-
 import datetime
 import secrets
 from collections.abc import Iterable

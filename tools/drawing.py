@@ -3,8 +3,6 @@
 save_overlay("overlays/ID.jpg", image, mask, source.info)
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

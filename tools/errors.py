@@ -5,8 +5,6 @@
 `tools.cli.run` turns it into that line. Anything else that escapes a script is our fault and keeps its traceback.
 """
 
-from __future__ import annotations
-
 
 class UserError(Exception):
     """A mistake of the user's. The message names the file or flag, and the remedy."""

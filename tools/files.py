@@ -4,8 +4,6 @@ Every file is written by `atomic_write`. So a killed run leaves the old file, th
 started again can trust the files that it finds.
 """
 
-from __future__ import annotations
-
 import codecs
 import contextlib
 import fcntl

@@ -20,8 +20,6 @@ The signals of an epoch are means over its steps, in per cent except for the fir
 docs/method.md says how well they follow the true quality of the masks.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

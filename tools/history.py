@@ -8,8 +8,6 @@ Commands that the runners gave, and how long they took, are in `commands.tsv` be
 exit code, command.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 from dataclasses import dataclass, field

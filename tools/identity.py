@@ -16,8 +16,6 @@ depends on one image: only the inputs of existing files must agree (`claim_folde
 an image that stopped a stage may be replaced.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

@@ -6,8 +6,6 @@ for result in left_out.sift(run_jobs(left_out.guard(work), ids, ...)):  # of the
 left_out.finish(ids)  # raises Incomplete: exit code 3
 """
 
-from __future__ import annotations
-
 import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence

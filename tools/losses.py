@@ -11,8 +11,6 @@ The contrastive loss lives in `tools.memory_bank`, beside the memory it draws fr
 gives a process its share: the mean over the processes is the loss of the whole batch (`tools.distributed`).
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator, Sequence
 

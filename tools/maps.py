@@ -4,8 +4,6 @@ inputs = normalize(images)                        # uint8 [B,3,H,W] -> what Imag
 maps = resize_maps(logits, images.shape[-2:])     # bilinear, corners aligned
 """
 
-from __future__ import annotations
-
 import functools
 
 import torch

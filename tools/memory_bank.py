@@ -15,8 +15,6 @@ the maps of all, which together are about as large as the bank, and pushes the k
 the whole batch. Anchors are drawn from a process's own pixels, and weighted by its share of all candidates.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -9,8 +9,6 @@ one class of the pseudo mask takes that class:
 Masks stay run lengths (pycocotools) until the few that a class takes are painted.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -16,8 +16,6 @@ as `IGNORE_INDEX`: pseudo masks may leave pixels undecided. Such a pixel is a mi
 positive of none. Pixels whose ground truth is `IGNORE_INDEX` are not counted at all.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np

@@ -7,8 +7,6 @@
 A model says which of its modules are new (not pretrained) with `scratch_modules() -> list[nn.Module]`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -10,8 +10,6 @@
 Nothing here imports PyTorch, so that --help answers at once.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 from dataclasses import dataclass

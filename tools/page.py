@@ -6,8 +6,6 @@
 a photograph once, as JPEG, and over it one small indexed PNG per mask, transparent where the background is.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import json

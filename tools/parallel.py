@@ -6,8 +6,6 @@
 torchrun tells a process by environment variables which of how many it is.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import multiprocessing

@@ -14,8 +14,6 @@ The maps of a plain classifier cover only the most discriminative part of an obj
               arXiv 2304.07396)
 """
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 

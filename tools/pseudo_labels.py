@@ -8,8 +8,6 @@ An image is only ever given classes of its image label: everything here works on
 keeps the dense CRF affordable with 80 classes.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -8,8 +8,6 @@ Where a mask is right, the stages that came after it agree with it; where one of
 docs/review.md has what the score is worth on photographs.
 """
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, field

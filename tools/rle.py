@@ -5,8 +5,6 @@ a number, lowest first, and whether more follow; the last one's top bit is the s
 difference to the one two before it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

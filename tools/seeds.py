@@ -7,8 +7,6 @@ Labels from elsewhere are masks ID.png (255: ignored), taken as they are, or CAM
 makes reliable labels of the network's own CAMs. docs/seeds.md has recipes.
 """
 
-from __future__ import annotations
-
 import collections
 from collections.abc import Sequence
 from dataclasses import asdict

@@ -6,8 +6,6 @@
 Only the rows that the current tiles reach are kept, so memory does not grow with the height of the photograph.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 
 import torch

@@ -13,8 +13,6 @@ epoch, step). Started by torchrun, several processes train together (`tools.dist
 number of them. The first one logs and saves.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import random

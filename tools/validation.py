@@ -4,8 +4,6 @@ check_domain(source, "val")              # at the start of a run
 validate(model, source, "val", device, 512)   # {"valid/miou_cam": 41.2, ..., "valid/miou_seg": 55.0}
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -17,8 +17,6 @@
 docs/review.md goes through it step by step.
 """
 
-from __future__ import annotations
-
 import argparse
 import shutil
 from pathlib import Path

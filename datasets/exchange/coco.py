@@ -3,8 +3,6 @@
 Read back are polygons and both kinds of RLE, several objects per class, smaller ones painted over larger ones.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PureWindowsPath

@@ -8,8 +8,6 @@
 The PNG files are palette pictures: what reads them as indices and what reads them as colours sees the same labels.
 """
 
-from __future__ import annotations
-
 import io
 import zipfile
 from collections.abc import Iterator, Sequence

@@ -4,8 +4,6 @@ The photographs are served from disk: start Label Studio with LABEL_STUDIO_LOCAL
 LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT=the folder that holds `images/`. The codec is that of its own SDK.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What the annotation tools call the values of a mask, and what is handed to them of an image."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -8,8 +8,6 @@ The development kit (section 5) has two competitions: comp5 for what was trained
 for any other data too. ImageNet weights and SBD are other data. The server wants a compressed archive, and no 255.
 """
 
-from __future__ import annotations
-
 import gzip
 import io
 import tarfile

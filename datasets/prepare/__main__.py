@@ -8,8 +8,6 @@ Archives are kept in --download_dir and can be deleted afterwards. On a machine 
 their official names first. Given again, the command goes on where it stopped, and skips what is done.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

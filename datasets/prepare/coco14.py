@@ -17,8 +17,6 @@
 A json is held in memory as pycocotools reads it: about six times its size.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import io

@@ -13,8 +13,6 @@
   and the others are `train` (our choice; there is no official one). Images without a mask are `test`.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from pathlib import Path

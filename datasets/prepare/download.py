@@ -8,8 +8,6 @@ A download goes to `NAME.part`, is continued from there (HTTP Range) after an in
 and checksum are right. Unpacking goes to a hidden folder and is moved in place when all is there.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import gzip

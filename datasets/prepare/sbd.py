@@ -9,8 +9,6 @@
 Learning from image labels needs the list only; the masks are for scores on `train_aug` and for supervised training.
 """
 
-from __future__ import annotations
-
 import functools
 import shutil
 from pathlib import Path

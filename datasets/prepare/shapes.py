@@ -13,8 +13,6 @@ behind grass or poles, and leave the frame. Their outlines are colour edges, whi
 Image `i` of a split depends on (seed, split, i) and the size only: not on the number of workers, nor of images.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import json

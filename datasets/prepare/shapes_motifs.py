@@ -9,8 +9,6 @@ the fish's fins and eye, the roof, the sheep's dark head and legs) and a plain p
 are a drawing: coordinates, colours (hue, saturation, value) and textures, tuned by eye.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -7,8 +7,6 @@
 Everything random comes from generators that are passed in, so the same seed paints the same picture.
 """
 
-from __future__ import annotations
-
 import colorsys
 import math
 from collections.abc import Callable

@@ -23,8 +23,6 @@ label. `tools.crf.lattice` filters in two or five dimensions in a time that is l
 The result is that of pydensecrf (`DenseCRF2D`, diagonal kernels, symmetric normalisation) up to float32 rounding.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from dataclasses import dataclass

@@ -12,8 +12,6 @@ the key; sorting the keys of all pixels finds the distinct vertices *and* the li
 steps are then weighted sums over short lists of rows (`tools.crf.sums`), on CPU and GPU, in a fixed order.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

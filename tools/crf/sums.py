@@ -10,8 +10,6 @@ threads work as a row has numbers, one entry after the other. Here a Triton kern
 works, takes many lists at once. Both add up in the order of the list, so results repeat.
 """
 
-from __future__ import annotations
-
 import functools
 import warnings
 from collections.abc import Callable

@@ -9,8 +9,6 @@ Either of these is read for the image ID:
                                               SA-1B's layout ({"annotations": [{"segmentation": ...}]})
 """
 
-from __future__ import annotations
-
 import csv
 import os
 from collections.abc import Sequence

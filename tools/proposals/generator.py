@@ -14,8 +14,6 @@ enlarges all masks before it filters them, and encodes them one by one before NM
       change. The host waits for the device a few times per batch of prompts, never per mask.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import math

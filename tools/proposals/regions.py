@@ -7,8 +7,6 @@ The leaves are the regions of Felzenszwalb and Huttenlocher (IJCV 2004). As in s
 stand-in for Segment Anything on machines without its weights: its edges are good, but it does not know objects.
 """
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
