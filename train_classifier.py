@@ -9,7 +9,7 @@ the maps cover more of the objects (docs/method.md); the last two need a trained
     python train_classifier.py --tag better --method pnoc --oc_weights experiments/models/prior.pth
 
 --domain_valid reports, after each epoch, the mean IoU of the CAMs and how well the classes are recognised on a split
-with masks; the last checkpoint is kept whatever it says. `inference.py --tag TAG` turns the checkpoint into CAMs;
+with masks; the last checkpoint is kept in any case. `inference.py --tag TAG` turns the checkpoint into CAMs;
 `train_csrm.py --restore experiments/models/TAG.pth` starts CSRM from it. On several GPUs (SETUP.md):
 
     torchrun --standalone --nproc_per_node 4 train_classifier.py --tag prior ...

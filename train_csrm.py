@@ -4,7 +4,7 @@
 
 Reads photographs and image-level labels only. Writes experiments/models/TAG.pth (student and teacher) and TensorBoard
 curves in experiments/logs/TAG. Started again, it continues after the last finished epoch. --domain_valid reports the
-mean IoU on a split with masks after each epoch; the last checkpoint is kept whatever it says. `inference.py --tag TAG`
+mean IoU on a split with masks after each epoch; the last checkpoint is kept in any case. `inference.py --tag TAG`
 makes the pseudo masks. docs/method.md explains every symbol. On several GPUs (SETUP.md):
 
     torchrun --standalone --nproc_per_node 4 train_csrm.py --tag csrm ...
@@ -139,7 +139,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Targets:
-    """What the student is taught, at full size; a tensor of 2B images has the labeled half first."""
+    """What the student learns, at full size; a tensor of 2B images has the labeled half first."""
 
     image_labels: Tensor  # float32 [2B,K], after mixing
     cam_labels: Tensor  # int64 [B,H,W] of the labeled half: reliable CAM labels, 255 elsewhere
@@ -252,10 +252,10 @@ class Criterion(nn.Module):
         return unreliable_percent(epoch, self.options.max_epoch)
 
     def observe(self, targets: Targets, class_logits: Tensor, image_labels: Tensor) -> None:
-        """Add this step's signals to `health`: of the labels as they are taught, and of class logits before mixing.
+        """Add this step's signals to `health`.
 
         Args:
-            class_logits, image_labels: float [2B,K], the teacher's logits and the labels of images that are not mixed.
+            class_logits, image_labels: float [2B,K], the teacher's logits, and the labels, of images before mixing.
         """
         add, labels, cam_labels = self.health.add, targets.teacher_labels, targets.cam_labels
         add("class_logit", class_logits * (image_labels > 0), image_labels > 0)
@@ -291,13 +291,13 @@ def train_step(
     batch: Batch, student: nn.Module, teacher: Teacher, criterion: Criterion, labels: LabelOptions, epoch: int
 ) -> dict[str, Tensor]:
     """One step of CSRM up to its losses: teacher labels, mixing, student, losses."""
-    # 1. The teacher looks at both halves. Where nothing is mixed afterwards, this is all that the losses ask it.
+    # 1. The teacher sees both halves. If nothing is mixed, the losses use this pass, too.
     mixes = labels.mix != "none" and random.random() < labels.mix_prob
     needs_teacher = criterion.needs_teacher(epoch)
     teacher_out = teacher(normalize(batch.images), representations=needs_teacher and not mixes)
     seg_logits, class_logits = teacher_out["seg_logits"], teacher_out["class_logits"]
 
-    # 2. Its CAMs become reliable pixel labels. Those of the unlabeled half serve only as material for mixing.
+    # 2. Its CAMs become reliable pixel labels. Those of the unlabeled half are needed for mixing only.
     to_label = slice(None) if mixes else slice(len(batch.images) // 2)
     cam_labels = pixel_labels(batch, teacher_out, to_label, labels)
 
@@ -307,10 +307,10 @@ def train_step(
         mix = classmix if labels.mix == "classmix" else cutmix
         images, cam_labels, seg_logits, image_labels = mix(images, cam_labels, seg_logits, image_labels)
 
-    # 4. The teacher's labels, among the classes the image has.
+    # 4. The teacher labels each pixel with the background or a class of the image.
     hard_labels, confidence = teacher_labels(seg_logits, image_labels, images.shape[-2:], labels.reading)
 
-    # 5. Student and teacher look at the mixed images.
+    # 5. Student and teacher see the mixed images.
     inputs = normalize(images)
     with record_function("student"):
         student_out = student(inputs)
@@ -360,7 +360,7 @@ def labelled_source(source: DataSource, args: argparse.Namespace) -> DataSource:
 
 
 def cam_thresholds(student: nn.Module, source: DataSource, args: argparse.Namespace) -> tuple[float, float]:
-    """--c2s_bg and --c2s_fg. `auto`: half of the threshold t that --restore's CAMs ask for, and 1.25 t.
+    """--c2s_bg and --c2s_fg. `auto`: .5 t and 1.25 t, where t is the `auto_threshold` of the CAMs of --restore.
 
     Raises:
         UserError: `auto` without --restore.
@@ -400,7 +400,7 @@ def build_loaders(source: DataSource, args: argparse.Namespace) -> tuple[Loader,
 def batches(labeled: Loader, unlabeled: Loader, augment: nn.Module, device: torch.device) -> Iterator[Batch]:
     """Join the two halves on the device; the labeled half gets colour jitter and blur there."""
     for pair in zip(labeled, unlabeled, strict=True):
-        # Looked up before the labels are on the device, which would have to be waited for.
+        # Counted on the host: reading the number from the device would wait for it.
         max_classes = max(int(half["label"].count_nonzero(dim=1).max()) for half in pair)
         first, second = ({k: v.to(device, non_blocking=True) for k, v in half.items() if k != "id"} for half in pair)
         yield Batch(

@@ -51,7 +51,7 @@ def build_loader(
         shuffle: draw in random order. Loaders with different seeds give independent orders.
         drop_last: no smaller last batch. Without effect where `steps_per_epoch` is given: all batches are full then.
         num_workers: processes that load; 0 loads in this one.
-        steps_per_epoch: batches per epoch, whatever the size of the dataset; None: one pass.
+        steps_per_epoch: batches per epoch; None: one pass over the dataset.
         weights: chance of each image to be drawn, float [N] that adds up to 1 (`class_balance`); None: each image
             equally often. Only with `shuffle`.
         rank, world_size: this process loads every `world_size`-th draw, from draw `rank` on.

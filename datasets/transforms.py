@@ -29,6 +29,9 @@ from torchvision.transforms.v2 import functional as VF
 from tools.maps import IGNORE_INDEX, fit
 
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, with the digits torchvision uses
+JITTER_PROB = 0.8  # of an image to be jittered
+STRENGTH = 0.25  # of each jitter
+SIGMA = (0.15, 1.15)  # range of the blur's standard deviation, pixels
 
 
 # Geometry of one sample
@@ -150,35 +153,13 @@ def _uniform(low: float, high: float) -> float:
 class PhotometricAugmentation(nn.Module):
     """Colour jitter, then Gaussian blur; every image draws its own strengths.
 
-    Brightness, contrast and saturation factors are U(1 - x, 1 + x), the hue shift is U(-hue, hue) turns. The order of
-    the four is random, one order for the batch. Strengths are drawn on the images' device, without waiting for it.
-
-    Args:
-        brightness, contrast, saturation: in [0, 1].
-        hue: in [0, .5].
-        sigma: range of the blur's standard deviation, pixels.
+    With probability `JITTER_PROB`, brightness, contrast and saturation are multiplied by U(1 - STRENGTH, 1 + STRENGTH),
+    and the hue is turned by U(-STRENGTH, STRENGTH) turns, in a random order, one for the batch. With probability
+    `blur_prob`, the blur has a deviation of U`SIGMA` pixels. All is drawn on the device, without waiting for it.
     """
 
-    def __init__(
-        self,
-        *,
-        brightness: float = 0.25,
-        contrast: float = 0.25,
-        saturation: float = 0.25,
-        hue: float = 0.25,
-        jitter_prob: float = 0.8,
-        sigma: tuple[float, float] = (0.15, 1.15),
-        blur_prob: float = 0.5,
-    ) -> None:
+    def __init__(self, blur_prob: float = 0.5) -> None:
         super().__init__()
-        self.jitters = (
-            (adjust_brightness, 1.0, brightness),
-            (adjust_contrast, 1.0, contrast),
-            (adjust_saturation, 1.0, saturation),
-            (adjust_hue, 0.0, hue),
-        )
-        self.jitter_prob = jitter_prob
-        self.sigma = sigma
         self.blur_prob = blur_prob
 
     @torch.no_grad()
@@ -191,14 +172,15 @@ class PhotometricAugmentation(nn.Module):
         return (x * 255).round().clamp(0, 255).to(torch.uint8)
 
     def _jitter(self, x: Tensor) -> Tensor:
-        chosen = _chance(x, self.jitter_prob)
-        for index in torch.randperm(len(self.jitters)).tolist():  # drawn on the CPU, whatever the images' device
-            adjust, neutral, strength = self.jitters[index]
-            x = adjust(x, neutral + chosen * strength * _symmetric(x))
+        chosen = _chance(x, JITTER_PROB)
+        jitters = ((adjust_brightness, 1), (adjust_contrast, 1), (adjust_saturation, 1), (adjust_hue, 0))
+        for index in torch.randperm(len(jitters)).tolist():  # drawn on the CPU, also if the images are on a GPU
+            adjust, neutral = jitters[index]
+            x = adjust(x, neutral + chosen * STRENGTH * _symmetric(x))
         return x
 
     def _blur(self, x: Tensor) -> Tensor:
-        low, high = self.sigma
+        low, high = SIGMA
         sigma = low + (high - low) * torch.rand(len(x), device=x.device)
         return gaussian_blur(x, sigma * _chance(x, self.blur_prob), radius=max(1, round(3 * high)))
 

@@ -195,7 +195,7 @@ class Backbone(nn.Module):
         return self
 
     def _frozen(self) -> Iterator[nn.Module | nn.Parameter]:
-        """What never trains. Found anew each time: SyncBatchNorm conversion replaces modules."""
+        """What never trains. Not kept, because SyncBatchNorm conversion replaces modules."""
         config = self.config
         if not config.trainable_backbone:
             yield self.net

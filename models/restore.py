@@ -66,7 +66,7 @@ def restore(model: nn.Module, path: str | Path, classes: Sequence[str] | None = 
     Args:
         model: with or without a `Backbone`; dtypes and devices stay the model's.
         path: a checkpoint of this project, a state dict (.pth, as published with Puzzle-CAM, P-NOC, torchvision and
-            timm, under whatever prefix) or a .safetensors file.
+            timm, with any prefix before the names) or a .safetensors file.
         classes: names, background first, of the model's outputs. If the file names its classes too, the outputs are
             matched by name: rows of a class that the file has not keep their initial values.
 

@@ -141,10 +141,10 @@ def test_cutmix_pastes_a_rectangle_of_half_the_area(batch_size: int, height: int
 
 
 def test_partners_are_a_permutation_without_fixed_points():
-    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
     seen = set()
     for _ in range(300):
-        partner = random_partners(4, torch.device("cpu"), generator).tolist()
+        partner = random_partners(4, torch.device("cpu")).tolist()
         assert sorted(partner) == [0, 1, 2, 3]
         assert all(a != b for a, b in enumerate(partner))
         seen.add(tuple(partner))

@@ -191,7 +191,7 @@ def load_cams(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Refuses whatever is no part of an array or a tensor."""
+    """Refuses everything but arrays and tensors."""
 
     def find_class(self, module: str, name: str) -> Callable:
         if (module, name) == ("torch.storage", "_load_from_bytes"):

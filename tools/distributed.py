@@ -13,7 +13,7 @@ A mean over equal shares is right as it is; a sum divided by a number of pixels 
 `sum * world_size() / all_reduce_sum(number)`; a percentile is taken of `gather_batch(values)`. Then any number of
 processes gives the losses, and the weights, of one.
 
-In a single process, whatever started it, every function here returns its argument, or at once. Random numbers: see
+In a single process, every function here returns its argument, or does nothing. Random numbers: see
 `tools.training.seed_everything`.
 """
 
@@ -33,8 +33,8 @@ from tools.files import check_writable
 from tools.parallel import is_main, world_size
 
 TIMEOUT = datetime.timedelta(minutes=10)
-"""How long a process waits for the others before it ends with an error. torchrun and gloo notice a process that died at
-once; this is for one that hangs. The longest regular wait is that for the first process, which saves a checkpoint."""
+"""How long a process waits for the others before it ends with an error: for one that hangs, as torchrun and gloo notice
+at once that a process has died. The longest regular wait is for the first process, which saves a checkpoint."""
 
 LONGEST_STAGE = datetime.timedelta(days=7)
 """How long a process that has predicted its images waits for one that has not."""
@@ -43,7 +43,7 @@ LONGEST_STAGE = datetime.timedelta(days=7)
 def start(device: torch.device, folder: Path) -> None:
     """Join the other processes that torchrun started: over NCCL on GPUs, gloo on CPUs.
 
-    Those that only deal out images meet on the CPU, whatever they predict with.
+    Processes that only share images join on the CPU, on GPU machines too.
 
     Args:
         folder: where they write: `tools.options.EXPERIMENTS`.

@@ -247,7 +247,7 @@ def _open(file: BinaryIO) -> Image.Image:
 
 @contextlib.contextmanager
 def _reading(path: str | os.PathLike, what: str) -> Iterator[None]:
-    """Turn whatever a decoder raises into a FileError that names the file."""
+    """Turn any error of a decoder into a FileError that names the file."""
     try:
         yield
     except UserError:

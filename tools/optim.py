@@ -48,7 +48,7 @@ def parameter_groups(model: nn.Module, options: Optimization) -> list[dict]:
 def build_optimizer(model: nn.Module, options: Optimization) -> torch.optim.Optimizer:
     """The optimiser over `parameter_groups`, fused where PyTorch can (not "lion").
 
-    "momentum" is "sgd" with classical momentum whatever `nesterov` says. "adamw" and "lion" use neither of the two.
+    "momentum" is "sgd" with classical momentum, also if `nesterov` is on. "adamw" and "lion" use neither.
 
     Raises:
         UserError: Nesterov momentum without momentum.

@@ -91,7 +91,7 @@ class Training:
     flags: dict[str, object]  # the whole command line by name, plain values; kept in the checkpoint
     # the identity of the run (`tools.identity`); a checkpoint of another one is not gone on with
     made_by: dict[str, object]
-    overwrite: bool = False  # train anew where the checkpoint is another run's
+    overwrite: bool = False  # start again if the checkpoint is another run's
 
 
 def add_common(parser: cli.Parser) -> None:
@@ -118,7 +118,7 @@ def add_device(group: argparse._ActionsContainer) -> None:
 
 def add_overwrite(group: argparse._ActionsContainer) -> None:
     """--overwrite."""
-    text = "make anew what was made with other flags or other data; what the same command made is kept and continued"
+    text = "replace what was made with other flags or data; what the same command made is kept and continued"
     cli.add_switch(group, "--overwrite", False, text)
 
 

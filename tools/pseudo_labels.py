@@ -94,8 +94,8 @@ def teacher_labels(
 ) -> tuple[Tensor, Tensor]:
     """The teacher's class of each pixel, among the background and the image's classes, and how sure that is.
 
-    "present", the published reading, deletes the absent classes from the softmax and renormalises. Where the network
-    wavers between similar animals of which one is in the image, that hands the share of the others to the background.
+    "present", the published reading, deletes the absent classes from the softmax and renormalises. If the
+    network is not sure which of several similar classes it sees, the background gets the share of the absent ones.
     "foreground" asks first whether there is an object: p_fg = 1 - p_bg over all classes. Above 1/2 the pixel is the
     best present class, with confidence p_fg, else background, with confidence p_bg. "relative" shares p_fg among the
     present classes in proportion and divides each class's map by its maximum, as CAMs are. Above

@@ -69,7 +69,7 @@ def label_folder(
         source: a `datasets.DataSource` with image labels.
         folder: ID.png, ID.npz or ID.npy of every id.
         thresholds: background and foreground, on CAMs divided by their maximum.
-        overwrite: make `made` anew if it holds the labels of other files or thresholds.
+        overwrite: replace the labels in `made` if they are of other files or thresholds.
 
     Raises:
         UserError: a file is missing, or cannot be read; or `made` holds other labels.

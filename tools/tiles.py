@@ -44,7 +44,7 @@ def blended_strips(
 
 
 class Rows:
-    """Strips, as they come, as one map: of its rows those are kept that are still asked for.
+    """Strips as one map. It keeps only the rows that are still needed.
 
     Args:
         strips: f32[B,C,rows,W], from the top down.

@@ -1,4 +1,4 @@
-"""A public dataset from its official files: download, check, unpack and convert whatever is not there yet.
+"""A public dataset from its official files: download, check, unpack and convert what is missing.
 
     python -m datasets.prepare --dataset voc12                             # data/voc12, from the internet
     python -m datasets.prepare --dataset coco14 --data_dir /data/coco14 --mirror http://10.0.0.2/coco
@@ -88,7 +88,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def prepare_voc12(data_dir: Path, downloads: Path, mirror: str | None, workers: int) -> None:
-    """The devkit, the test images if their archive is at hand, SBD's list and masks."""
+    """The devkit, the test images if there is an archive of them, SBD's list and masks."""
     devkit = find_devkit(data_dir) or data_dir / "VOCdevkit" / "VOC2012"
     provide(VOC12, devkit, downloads, mirror)
     if VOC12_TEST.is_unpacked(devkit) or (downloads / VOC12_TEST.name).is_file():

@@ -2,7 +2,7 @@
 
     convert(Path("downloads"), Path("data/deepglobe"), workers=8)
 
-    SOURCE/**/ID_sat.jpg  SOURCE/**/ID_mask.png         read, wherever below SOURCE they lie
+    SOURCE/**/ID_sat.jpg  SOURCE/**/ID_mask.png         read, in any folders below SOURCE
     ROOT/images/ID.jpg  ROOT/masks/ID.png  ROOT/classes.txt  ROOT/labels.csv  ROOT/splits/{train,val,test}.txt
 
 * Colours are cut at 128, as the challenge asks: compression has blurred them. "Unknown" (black) and colours of no

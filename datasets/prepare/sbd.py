@@ -63,7 +63,7 @@ def read_mat(path: Path) -> np.ndarray:
             mask = scipy.io.loadmat(file)["GTcls"]["Segmentation"][0, 0]
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file. Unpack SBD's benchmark.tgz again.") from error
-    except Exception as error:  # on damaged files scipy raises whatever its parser stumbles over
+    except Exception as error:  # for damaged files, scipy raises many kinds
         raise UserError(f"{path}: not a readable mask of SBD ({error}). Unpack benchmark.tgz again.") from error
     if mask.ndim != 2 or mask.max(initial=0) >= len(VOC_CLASSES):
         raise UserError(f"{path}: not a mask of the 20 VOC classes. Unpack benchmark.tgz again.")

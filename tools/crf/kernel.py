@@ -37,7 +37,7 @@ def bag_sum(rows: Tensor, index: Tensor, weights: Tensor, starts: Tensor | None,
     return sums
 
 
-# Else it would be compiled anew for sizes of 1 and multiples of 16: photographs have all sizes.
+# Else it would be compiled again for sizes of 1 and for multiples of 16: photographs have all sizes.
 @triton.jit(do_not_specialize=["bags", "width"])
 def _bag_sum(
     rows,
