@@ -8,17 +8,18 @@ CAM files (one NPZ per image), with every background threshold from --min_th to 
 
     python evaluate.py --dataset voc12 --domain train --pred_dir experiments/predictions/TAG@train/cams --mode cams
 
-The archive for VOC's server, which alone can score the test split of VOC 2012 (SETUP.md):
+The archive for VOC's server. Only this server can score the test split of VOC 2012 (SETUP.md):
 
     python evaluate.py --domain test --pred_dir experiments/predictions/TAG@test/masks --package voc12-test
 
-The table is that of the threshold with the highest mean IoU, or of the one --threshold gives; of a sweep it also tells,
-for each class, its own best threshold. FILE.json and FILE.csv have the curve of every class.
+The table shows the threshold with the highest mean IoU, or that of --threshold. After a sweep it also shows the best
+threshold of each class. FILE.json and FILE.csv hold the scores of every class at every threshold.
 
-Every id of the split must have a readable prediction of its mask's size: a missing or corrupt one is an error, never
-skipped. Pixels that are 255 in the ground truth do not count. Pixels predicted as 255 (undecided) are misses of
-their ground-truth class and false positives of none. FP and FN are per cent of the union of ground truth and
-prediction, so IoU + FP + FN = 100. A class that occurs in neither counts 0 in the means, and is named in a warning.
+Every image of the split must have a readable prediction, as large as its ground truth. A missing or damaged prediction
+is an error; it is never skipped. Pixels that are 255 in the ground truth do not count. Pixels predicted as 255
+(undecided) are false negatives of their ground-truth class, but false positives of no class. FP and FN are per cent of
+the union of ground truth and prediction, so IoU + FP + FN = 100. A class that occurs in neither counts as 0 in the
+means; a warning names it.
 """
 
 from __future__ import annotations
@@ -33,18 +34,19 @@ from tools import cli, options, parallel
 from tools.errors import UserError
 
 PACKAGES = {"voc12-test": "comp6_test_cls", "voc12-test-comp5": "comp5_test_cls"}
-"""--package, and the competition it is for: any training data, or VOC's own only (no ImageNet weights, no SBD)."""
+"""Values of --package, and their competitions: comp6 allows any training data, comp5 only VOC's own (no ImageNet
+weights, no SBD)."""
 
 
 def make_parser() -> cli.Parser:
     """The command line of this script."""
     parser = cli.Parser(__doc__)
     group = options.add_dataset(parser, domain=("train", "split whose ids are scored"))
-    group.add_argument("--masks_dir", type=Path, help="ground-truth masks, if they are not the dataset's own")
+    group.add_argument("--masks_dir", type=Path, help="folder of ground-truth masks (default: the dataset's own)")
     group = parser.add_argument_group("predictions")
     group.add_argument("--pred_dir", type=Path, required=True, help="folder of ID.png masks or ID.npz CAM files")
     group.add_argument("--mode", choices=["png", "cams"], default="png", help="what --pred_dir holds")
-    group.add_argument("--cam_format", choices=["npz", "npy"], default="npz", help="npy: peers' pickled files")
+    group.add_argument("--cam_format", choices=["npz", "npy"], default="npz", help="npy: other projects' pickled files")
     group = parser.add_argument_group("background threshold (--mode cams)")
     group.add_argument("--min_th", type=cli.fraction, default=0.05, help="lowest threshold")
     group.add_argument("--max_th", type=cli.fraction, default=0.80, help="highest threshold, included")
@@ -53,7 +55,7 @@ def make_parser() -> cli.Parser:
     group = parser.add_argument_group("run")
     group.add_argument("--output", type=Path, metavar="FILE.json", help="write the scores here, and FILE.csv beside it")
     group.add_argument(
-        "--package", choices=list(PACKAGES), help="no scores, but the archive for VOC's server (--output FILE.tar.gz)"
+        "--package", choices=list(PACKAGES), help="write the archive for VOC's server, no scores (--output FILE.tar.gz)"
     )
     options.add_workers(group)
     return parser
@@ -73,11 +75,11 @@ from tools.cam import load_cams
 from tools.files import atomic_write, check_writable, save_json
 from tools.metrics import ConfusionMatrix, Scores, ThresholdSweep, scores, threshold_range
 
-IDS_PER_JOB = 16  # few enough that the progress bar moves, enough that passing the counts between processes is nothing
+IDS_PER_JOB = 16  # small, so that the progress bar moves; not 1, because every job sends all counts between processes
 
 
 def main(args: argparse.Namespace) -> None:
-    """Score the split; the best threshold is the one of highest mIoU (the lowest of equals)."""
+    """Score the split. The best threshold is the one with the highest mIoU (of equals, the lowest)."""
     if args.package:
         package(args)
         return
@@ -91,9 +93,8 @@ def main(args: argparse.Namespace) -> None:
     check_masks(source, ids)
     check_predictions(args.pred_dir, ids, suffix)
     made_by = identity.read_record(args.pred_dir / "settings.json")
-    print(
-        f"Predictions: {identity.sentence(made_by) if made_by else f'{args.pred_dir}, which does not say what made it'}"
-    )
+    origin = identity.sentence(made_by) if made_by else f"{args.pred_dir}, without a record of what made them"
+    print(f"Predictions: {origin}")
 
     counts = count(source, ids, args.pred_dir, suffix, thresholds, parallel.own_workers(args.num_workers))
     if not counts[0, 1:].any():
@@ -119,13 +120,13 @@ def package(args: argparse.Namespace) -> None:
     """Write the archive for VOC's server.
 
     Raises:
-        UserError: flags that do not fit; and see `write_package`.
+        UserError: flags that contradict each other; and see `write_package`.
     """
     path = args.output or args.pred_dir.parent / f"{args.package}.tar.gz"
     if not path.name.endswith((".tar.gz", ".tgz")):
-        raise UserError(f"--output {path}: the server takes .tar.gz or .tgz. Choose such a name.")
+        raise UserError(f"--output {path}: the server takes .tar.gz or .tgz. Change the name.")
     if args.mode != "png" or args.domain != "test":
-        raise UserError("--package: of masks of the test split. Pass --domain test, and --mode png.")
+        raise UserError("--package: needs masks of the test split. Pass --domain test and --mode png.")
     source = build_source(args.dataset, options.data_dir(args))
     ids = source.ids(args.domain)
     check_predictions(args.pred_dir, ids, ".png")
@@ -134,14 +135,14 @@ def package(args: argparse.Namespace) -> None:
 
 
 def provenance(args: argparse.Namespace, source: DataSource, ids: Sequence[str], made_by: dict) -> dict:
-    """What the scores are of: the identity of the predictions ({} if unknown) and that of this evaluation."""
+    """The identities of the predictions (`made_by`; {} if unknown) and of this evaluation, for FILE.json."""
     harmless = ("output", "pred_dir")
     ours = identity.describe("evaluate.py", vars(args), inputs=source.fingerprints(ids, masks=True), harmless=harmless)
     return {"made_by": identity.digest(made_by) if "inputs" in made_by else made_by, "identity": identity.digest(ours)}
 
 
 def select_thresholds(args: argparse.Namespace) -> np.ndarray | None:
-    """The ascending thresholds the flags ask for; None for masks, which have none.
+    """The thresholds that the flags ask for, ascending; None for masks, which have none.
 
     Raises:
         UserError: the flags contradict each other, or --output does not name a .json file.
@@ -163,7 +164,7 @@ def select_thresholds(args: argparse.Namespace) -> np.ndarray | None:
 
 
 def check_masks(source: DataSource, ids: Sequence[str]) -> None:
-    """Raise UserError if any id has no ground truth to be scored against."""
+    """Raise UserError if an image has no ground truth."""
     paths = [source.mask_path(i) for i in ids]
     without = [i for i, path in zip(ids, paths, strict=True) if path is None or not path.is_file()]
     if without:
@@ -174,7 +175,7 @@ def check_masks(source: DataSource, ids: Sequence[str]) -> None:
 
 
 def check_predictions(pred_dir: Path, ids: Sequence[str], suffix: str) -> None:
-    """Raise UserError if the prediction of any id is missing."""
+    """Raise UserError if an image has no prediction."""
     if not pred_dir.is_dir():
         raise UserError(f"{pred_dir}: no such folder. Pass the folder of the predictions with --pred_dir.")
     missing = [i for i in ids if not (pred_dir / f"{i}{suffix}").is_file()]
@@ -188,9 +189,9 @@ def check_predictions(pred_dir: Path, ids: Sequence[str], suffix: str) -> None:
 def count(
     source: DataSource, ids: Sequence[str], pred_dir: Path, suffix: str, thresholds: np.ndarray | None, workers: int
 ) -> np.ndarray:
-    """Counts over all `ids`, int64 [thresholds, C, C+1] (see `tools.metrics`; one "threshold" for masks).
+    """Counts over all `ids`, int64 [thresholds, C, C+1] (see `tools.metrics`; masks: [1, C, C+1]).
 
-    Processes share the images; each gets the counts of all.
+    Processes share the images. Each process gets the counts of all images.
 
     Args:
         suffix: of the prediction files.
@@ -198,7 +199,7 @@ def count(
         workers: processes; 0: this one only.
 
     Raises:
-        UserError: of the first file with a fault, in the order of the ids.
+        UserError: a file cannot be used; the first one, in the order of the ids.
     """
     if thresholds is None:
         work = functools.partial(count_masks, source, pred_dir, suffix)
@@ -238,7 +239,7 @@ def read_cams(path: Path, size: tuple[int, int], info: DatasetInfo) -> tuple[np.
     """Read a CAM file's keys int64 [n+1] and full-size CAMs float [n, H, W].
 
     Raises:
-        UserError: unreadable, of another size, keys that are not [0, classes...], or values that are not finite.
+        UserError: the file cannot be read, the size differs, keys are not [0, classes...], or values are not finite.
     """
     keys, _, cams = load_cams(path)
     _check_size(path, cams.shape[1:], size)
@@ -260,7 +261,7 @@ def _check_size(path: Path, size: tuple[int, ...], expected: tuple[int, int]) ->
 
 
 def peaks(thresholds: np.ndarray | None, curve: Sequence[Scores]) -> list[tuple[float, float]]:
-    """Of each class, its best threshold (the lowest of equals) and the IoU there; empty if nothing was swept."""
+    """For each class, its best threshold (of equals, the lowest) and the IoU there; empty without a sweep."""
     if len(curve) == 1:
         return []
     ious = np.stack([score.iou for score in curve])
@@ -268,7 +269,7 @@ def peaks(thresholds: np.ndarray | None, curve: Sequence[Scores]) -> list[tuple[
 
 
 def print_table(info: DatasetInfo, score: Scores, best: Sequence[tuple[float, float]]) -> None:
-    """One line per class, the means, and a warning that names the classes that never occur."""
+    """Print one line per class, the means, and a warning with the classes that never occur."""
     width = max(len("class"), *(len(name) for name in info.classes))
     print(f"{'class':<{width}}  {'IoU':>6}  {'FP':>6}  {'FN':>6}   (%){'  best IoU, at threshold' if best else ''}")
     notes = [f"       {iou:8.2f}  {threshold:12.3g}" for threshold, iou in best] or [""] * info.num_classes
@@ -282,7 +283,7 @@ def print_table(info: DatasetInfo, score: Scores, best: Sequence[tuple[float, fl
 
 
 def print_curve(thresholds: np.ndarray, curve: Sequence[Scores], best: int) -> None:
-    """mIoU at every threshold, and what was chosen."""
+    """Print the means at every threshold, and mark the best."""
     print("\nthreshold    mIoU      FP      FN   (%)")
     for index, (threshold, score) in enumerate(zip(thresholds, curve, strict=True)):
         means = f"{score.miou:6.2f}  {score.false_positive.mean():6.2f}  {score.false_negative.mean():6.2f}"
@@ -295,9 +296,9 @@ def print_curve(thresholds: np.ndarray, curve: Sequence[Scores], best: int) -> N
 
 
 def summary(info: DatasetInfo, thresholds: np.ndarray | None, curve: Sequence[Scores], best: int) -> dict:
-    """What --output holds, in per cent; for masks, `threshold` is None and `curve` empty.
+    """The content of --output, in per cent. For masks, `threshold` is None and `curve` is empty.
 
-    `best_per_class` is empty unless thresholds were swept.
+    `best_per_class` is empty without a sweep.
     """
 
     def per_class(values: np.ndarray) -> dict[str, float]:
@@ -324,7 +325,7 @@ def summary(info: DatasetInfo, thresholds: np.ndarray | None, curve: Sequence[Sc
 
 
 def save_csv(path: Path, info: DatasetInfo, thresholds: np.ndarray | None, curve: Sequence[Scores]) -> None:
-    """One row per threshold and class, in per cent; the threshold is empty for masks."""
+    """Write one row per threshold and class, in per cent; for masks, the threshold is empty."""
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["threshold", "class", "iou", "false_positive", "false_negative"])

@@ -2,20 +2,20 @@
 
     python inference.py --tag csrm --dataset voc12 --data_dir data/voc12 --domain train_aug
 
-Images are seen at several scales and mirrored. The image-level labels choose which classes may appear: use this on
-training images, to make the pseudo masks a segmentation model learns from, never to report results on a test split.
-Writes to experiments/predictions/TAG@DOMAIN/
+The network sees each image at several scales and mirrored. Only classes of the image-level label may appear. Use this
+on training images, to make the pseudo masks that a segmentation model learns. Do not report results of a test split
+with it. It writes to experiments/predictions/TAG@DOMAIN/
 
     cams/ID.npz         class activation maps: arrays keys, cam (stride 4), hr_cam (image size), values in [0, 1]
-    masks/ID.npz        the same arrays from the segmentation branch: probabilities of the image's classes, read as in
-                        training (--teacher_labels of train_csrm.py)
+    masks/ID.npz        the same arrays from the segmentation branch: probabilities of the image's classes, computed as
+                        in training (--teacher_labels of train_csrm.py)
     pseudos-.../ID.png  pseudo masks: argmax of [threshold; CAMs], refined by a dense CRF; class indices
 
-The final model of stage 4, too, can label its own training photographs anew, restricted to their image labels
-(--save_cams false --pseudos_from masks); a second model learns these masks.
+The model of stage 4 can also make pseudo masks of its own training photographs, again with the classes of their labels
+only (--save_cams false --pseudos_from masks). A second model can learn these masks.
 
-The network's shape is read from the checkpoint. Started again, it continues with the images that are missing. Under
-torchrun (SETUP.md) several GPUs share the images.
+The checkpoint says which network it is. If the script is started again, it makes only the missing files. Several GPUs
+share the images under torchrun (SETUP.md).
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def make_parser() -> cli.Parser:
     options.add_views(group)
     options.add_on_error(group)
     cli.add_switch(group, "--save_cams", True, "write cams/")
-    cli.add_switch(group, "--save_masks", False, "write masks/ (not of a classifier)")
+    cli.add_switch(group, "--save_masks", False, "write masks/ (a classifier has none)")
     cli.add_switch(group, "--save_pseudos", True, "write pseudos-.../")
-    text = "npy: the pickled dict peers' tools read"
+    text = "npy: the pickled dict that other projects read"
     group.add_argument("--cam_format", choices=["npz", "npy"], default="npz", help=text)
     group = parser.add_argument_group("pseudo masks")
-    group.add_argument("--pseudos_from", choices=["cams", "masks"], default="cams", help="which maps they are made of")
-    default, text = options.PSEUDO_MASK_THRESHOLD, "background threshold on CAMs; auto: from the CAMs themselves"
+    group.add_argument("--pseudos_from", choices=["cams", "masks"], default="cams", help="maps that they are made from")
+    default, text = options.PSEUDO_MASK_THRESHOLD, "background threshold on CAMs; auto: computed from the CAMs"
     group.add_argument("--threshold", type=cli.fraction_or_auto, default=default, help=text)
     options.add_crf(group)
     return parser
@@ -56,6 +56,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from skimage.filters import threshold_otsu
 from torch import nn
 
@@ -82,10 +83,10 @@ from tools.pseudo_labels import RELATIVE_FOREGROUND, foreground_maps
 from tools.seeds import auto_threshold
 
 HARMLESS = ("seed", "domain", "save_cams", "save_masks", "save_pseudos", "cam_format")
-"""Flags on which the content of no file depends."""
+"""Flags that do not change the content of any file."""
 
 PSEUDO_MASKS = ("pseudos_from", "threshold", "crf_t", "crf_gt_prob", "crf_backend")
-"""Flags on which only the pseudo masks depend."""
+"""Flags that change only the pseudo masks."""
 
 
 @dataclass(frozen=True)
@@ -95,15 +96,15 @@ class Outputs:
     wanted: tuple[str, ...]  # of "cams", "masks" and "pseudos"
     cam_format: str  # npz or npy
     views: options.Views  # of an image
-    reading: str  # of the segmentation branch, one of `tools.options.READINGS`: that of its training
+    reading: str  # of the segmentation branch, one of `tools.options.READINGS`, or "final"
     pseudos_from: str  # cams or masks, the maps that pseudo masks are made of
     threshold: float  # of the background, on CAMs
-    is_auto: bool  # whether the threshold was read from the CAMs
+    is_auto: bool  # whether the threshold was computed from the CAMs
     crf: options.CRF  # of the pseudo masks
 
     @property
     def pseudos_name(self) -> str:
-        """The folder of the pseudo masks, named after what made them, so that two settings never mix."""
+        """The folder of the pseudo masks. Its name holds their settings, so that masks of two settings do not mix."""
         maps = "masks" if self.pseudos_from == "masks" else "tauto" if self.is_auto else f"t{self.threshold:g}"
         return f"pseudos-{maps}-c{self.crf.iterations}"
 
@@ -128,7 +129,7 @@ class Predictor:
         return self.folders[kind] / f"{image_id}{self.suffix(kind)}"
 
     def claim(self, maps: dict, pseudos: dict, *, overwrite: bool) -> None:
-        """Make the folders; refuse those that hold the files of other weights, settings, photographs or labels.
+        """Make the folders; refuse a folder with files of other weights, settings, photographs or labels.
 
         Args:
             maps, pseudos: the identities of CAMs and masks, and of pseudo masks (`tools.identity`).
@@ -142,20 +143,19 @@ class Predictor:
             identity.claim_folder(self.folders[kind], made_by, self.suffix(kind), overwrite=overwrite)
 
     def suffix(self, kind: str) -> str:
-        """Of the files of `kind`."""
+        """The suffix of the files of `kind`."""
         return ".png" if kind == "pseudos" else f".{self.outputs.cam_format}"
 
-    def pending(self, ids: list[str]) -> list[str]:
-        """The images of which a wanted file is missing."""
-        wanted = self.outputs.wanted
-        return [image_id for image_id in ids if not all(self.path(kind, image_id).exists() for kind in wanted)]
+    def is_done(self, image_id: str) -> bool:
+        """Whether all wanted files of an image exist."""
+        return all(self.path(kind, image_id).exists() for kind in self.outputs.wanted)
 
     @torch.inference_mode()
     def __call__(self, image_id: str) -> bool:
         """Write the missing files of one image.
 
         Returns:
-            Whether its CAMs were made and are empty, though it has classes.
+            Whether CAMs were made and are all 0, although the image has classes.
         """
         photograph, is_empty = self.source.photograph(image_id), False
         for kind in self.outputs.wanted:
@@ -169,7 +169,7 @@ class Predictor:
         return is_empty
 
     def _maps(self, kind: str, photograph: torch.Tensor, image_id: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The arrays of a CAM file; `kind` is cams or masks."""
+        """The arrays of a CAM file (`tools.cam`); `kind` is cams or masks."""
         label, size = torch.from_numpy(self.source.image_label(image_id)), tuple(photograph.shape[-2:])
         image = normalize(working_photograph(photograph, self.outputs.views).to(self.device))
         views = asdict(self.outputs.views)
@@ -179,7 +179,7 @@ class Predictor:
         return segmentation_maps(logits, label, size, self.outputs.reading)
 
     def _pseudo_mask(self, photograph: torch.Tensor, image_id: str) -> np.ndarray:
-        """Class indices uint8 [H,W] from the maps, which are read if they were written."""
+        """Class indices uint8 [H,W], from the maps in the image's file or, if there is no file, from new maps."""
         kind, crf, size = self.outputs.pseudos_from, self.outputs.crf, photograph.shape[-2:]
         stored = self.path(kind, image_id)
         keys, _, maps = load_cams(stored) if stored.exists() else self._maps(kind, photograph, image_id)
@@ -196,11 +196,11 @@ class Predictor:
         """Index into the image's classes of each pixel of the maps [n,H,W], int64 [H,W]; 0 is the background."""
         if self.outputs.pseudos_from == "cams":
             return cam_labels(maps, self.outputs.threshold)
-        return segmentation_labels(maps, self.outputs.reading, self.model.config["kind"])
+        return segmentation_labels(maps, self.outputs.reading)
 
 
 def cam_forward(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The model as a function from images to CAM logits, which in CSRM stops before the other branches."""
+    """A function from images to the model's CAM logits. The other branches of CSRM are not computed."""
     options = {"segmentation": False} if model.config["kind"] == "csrm" else {}
     return lambda views: model(views, **options)["cams"]
 
@@ -210,45 +210,45 @@ def segmentation_maps(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Segmentation logits f32[1,K+1,h,w] as a CAM file's arrays at `size`, read like teacher labels.
 
-    "present": softmax over the background and the image's classes; the background's map is one minus their sum. Else:
-    `tools.pseudo_labels.foreground_maps`. Only the maps of the image's classes are kept, as in every CAM file.
+    "present": softmax over the background and the image's classes. Other readings: `foreground_maps` of
+    `tools.pseudo_labels`. Only the maps of the image's classes are kept, as in every CAM file.
     """
     classes = label.nonzero().flatten()
-    keys = torch.cat([torch.zeros(1, dtype=torch.long), 1 + classes])
+    keys = F.pad(1 + classes, (1, 0))
     if reading == "present":
         maps = logits[:, keys].softmax(dim=1)
     else:
         foreground = foreground_maps(logits, (label == 0).to(logits.device)[None, :, None, None])
-        maps = torch.cat([1 - foreground.sum(dim=1, keepdim=True), foreground[:, classes]], dim=1)
+        maps = F.pad(foreground[:, classes], (0, 0, 0, 0, 1, 0))  # no map at all could not be resized
     low, high = (resize_maps(maps, place)[0, 1:].cpu().numpy() for place in (stride4_size(*size), size))
     return keys.numpy(), low, high
 
 
-def segmentation_labels(maps: np.ndarray, reading: str, kind: str = "csrm") -> np.ndarray:
+def segmentation_labels(maps: np.ndarray, reading: str) -> np.ndarray:
     """Index into the image's classes of each pixel, from the maps [n,H,W] of `segmentation_maps`; 0 is the background.
 
     "present": argmax of the background and the maps. "foreground": the best map where they sum to more than 1/2.
-    "relative": like CAMs, each map is divided by its maximum in the image and competes with a threshold.
+    "relative" and "final": like CAMs, each map is divided by its maximum in the image and compared with a threshold.
 
-    That is `RELATIVE_FOREGROUND` for a final model (`kind` "segmentation"), whose borders are as sure as the masks it
-    learnt. For CSRM it is Otsu's (1979) where that is lower: an image that is all object has no two groups of pixels.
+    "final" takes `RELATIVE_FOREGROUND`: a final model is as sure at borders as the masks that it learnt. "relative"
+    takes Otsu's threshold (1979), but at most that: an image that is all object does not have two groups of pixels.
     """
     maps = maps.astype(np.float32)
-    if reading != "relative":
+    if reading in ("present", "foreground"):
         background = 1 - maps.sum(axis=0)
         return cam_labels(maps, background if reading == "present" else (background >= 0.5).astype(np.float32))
     threshold = RELATIVE_FOREGROUND
     maps = unit_maximum(torch.from_numpy(maps)).numpy()
-    if kind == "csrm" and len(maps):
+    if reading == "relative" and len(maps):
         threshold = min(threshold, threshold_otsu(maps.max(axis=0)))
     return cam_labels(maps, threshold)
 
 
 def check_flags(args: argparse.Namespace, model: nn.Module) -> None:
-    """Refuse flags that ask for maps the model does not give.
+    """Refuse flags that ask for maps that the model does not have.
 
     Raises:
-        UserError: a classifier's segmentation, or the CAMs of a segmentation model.
+        UserError: maps of a classifier's segmentation branch, or CAMs of a segmentation model.
     """
     kind = model.config["kind"]
     if (args.save_masks or args.pseudos_from == "masks") and kind == "classifier":
@@ -261,7 +261,7 @@ def check_flags(args: argparse.Namespace, model: nn.Module) -> None:
 
 
 def background_threshold(args: argparse.Namespace, model: nn.Module, source: DataSource, views: options.Views) -> float:
-    """--threshold; `auto` is read from the CAMs of some of the images."""
+    """The value of --threshold; `auto` is replaced by a threshold computed from the CAMs of some images."""
     if args.threshold != "auto" or args.pseudos_from == "masks":
         return args.threshold
     device = next(model.parameters()).device
@@ -271,14 +271,14 @@ def background_threshold(args: argparse.Namespace, model: nn.Module, source: Dat
 
 
 def reading(checkpoint: dict) -> str:
-    """How segmentation logits are read: CSRM's as its teacher's were; a segmentation model's relative to the image."""
+    """How segmentation logits are read: CSRM's as its teacher's were in training; those of a final model as "final"."""
     if checkpoint["config"]["kind"] == "segmentation":
-        return "relative"
+        return "final"
     return checkpoint["args"].get("teacher_labels", "present")
 
 
 def main(args: argparse.Namespace) -> None:
-    """Predict every image of the split that is not there yet."""
+    """Write the missing files of every image of the split."""
     device = select_device(args.device)
     distributed.start(torch.device("cpu"), options.EXPERIMENTS)
     source = build_source(args.dataset, options.data_dir(args))
@@ -307,12 +307,10 @@ def main(args: argparse.Namespace) -> None:
         for harmless in ((*HARMLESS, *PSEUDO_MASKS), HARMLESS)
     )
     predict.claim(maps, pseudos, overwrite=args.overwrite)
-    pending = predict.pending(ids)
-    print(f"{len(ids)} images of '{args.domain}', {len(ids) - len(pending)} done already; writing to {folder}")
+    pending = parallel.pending(ids, predict.is_done, f"{len(ids)} images of '{args.domain}'", folder)
     mine = parallel.share(ids, pending)
     left_out = LeftOut(folder, "inference", skip=args.on_error == "skip")
-    done = parallel.thread_map(left_out.guard(predict), mine, parallel.own_workers(args.num_workers))
-    empty = sum(left_out.sift(parallel.progress(done, desc="inference", unit="image", total=len(mine))))
+    empty = sum(left_out.results(predict, mine, "inference", threads=parallel.own_workers(args.num_workers)))
     if empty > len(mine) / 10:
         print(
             f"Warning: the CAMs of {empty} of {len(mine)} images are empty; {weights} does not see their "

@@ -1,16 +1,16 @@
-"""Stage 3: pseudo masks whose edges follow mask proposals (Segment Anything, or image regions where it is not at hand).
+"""Stage 3: make the edges of pseudo masks follow mask proposals, of Segment Anything or of image regions.
 
     python refine_sam.py --tag csrm --dataset voc12 --domain train_aug --checkpoint sam_vit_h_4b8939.pth \\
         --pseudo_dir experiments/predictions/csrm@train_aug/pseudos-t0.4-c10
 
-Two steps, together (--stage all) or apart. `propose` needs only the images; `merge` takes seconds, so several modes can
-be tried on the same proposals. Both write to experiments/predictions/TAG@DOMAIN/
+--stage all runs both steps. `propose` needs only the images. `merge` takes seconds, so several modes can be tried on
+the same proposals. The steps write to experiments/predictions/TAG@DOMAIN/
 
     proposals-PROPOSALS/ID.json     the masks of an image as COCO RLE (SA-1B's layout; pycocotools reads it)
     sam-PROPOSALS-MODE/ID.png       refined pseudo masks: class indices, 0 background
 
-A settings.json in each folder records what made it. Started again, the script continues with the images that are
-missing. Several processes share the images: under torchrun (a GPU for each), or as --shard 0/4, 1/4 ... anywhere.
+A settings.json in each folder records what made it. If the script is started again, it makes only the missing files.
+Several processes can share the images: under torchrun (a GPU for each), or with --shard 0/4, --shard 1/4 ... anywhere.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def make_parser() -> cli.Parser:
     group.add_argument("--tag", required=True, help="name of the run whose pseudo masks are refined")
     group.add_argument("--stage", choices=["propose", "merge", "all"], default="all", help="which steps to run")
     options.add_device(group)
-    text = "do every N-th image, from the I-th on (I from 0); default: torchrun's rank, else all"
+    text = "do part I of N of the images, I from 0 to N-1; default: torchrun's rank, else all"
     group.add_argument("--shard", type=shard, metavar="I/N", help=text)
     options.add_workers(group)
     options.add_overwrite(group)
@@ -50,10 +50,10 @@ def add_proposals(parser: cli.Parser) -> None:
     add = parser.add_argument_group("proposals").add_argument
     kinds = "Segment Anything (sam2: 2.1, Apache-2.0; sam3: Meta's SAM License), weight-free regions, or files"
     add("--proposals", choices=[*options.SAMS, "regions", "files"], default="sam", help=kinds)
-    add("--proposals_dir", type=Path, help="where they are kept, to share them (default: see above)")
+    add("--proposals_dir", type=Path, help="their folder, if runs share it (default: see above)")
     add("--mask_files", type=Path, help="files: folder of ID/metadata.csv and ID/*.png, or of ID.json")
-    add("--region_max_size", type=cli.fraction, default=0.15, help="regions: largest, as a fraction of the image")
-    add("--region_min_contrast", type=float, default=0.0, help="regions: least edge strength of a border (grey levels)")
+    add("--region_max_size", type=cli.fraction, default=0.15, help="regions: largest area, as a fraction of the image")
+    add("--region_min_contrast", type=float, default=0.0, help="regions: least edge strength at a border (grey levels)")
 
 
 def add_merging(parser: cli.Parser) -> None:
@@ -61,8 +61,9 @@ def add_merging(parser: cli.Parser) -> None:
     group = parser.add_argument_group("merging")
     add = group.add_argument
     add("--mode", choices=options.MERGE_MODES, default="max_iou_imp2", help="rule by which a class takes masks")
-    add("--order", choices=options.MERGE_ORDERS, default="class", help="each mask is offered to every class, or to one")
-    inside, recall = "a class takes masks with more than this share inside it", "max_iou_imp2: or masks that cover this"
+    order = "largest_overlap: only the class that a mask overlaps most may take it"
+    add("--order", choices=options.MERGE_ORDERS, default="class", help=order)
+    inside, recall = "a class takes masks with more than this share inside it", "max_iou_imp2: and masks covering this"
     add("--inside_threshold", type=cli.fraction, default=0.5, help=inside)
     add("--recall_threshold", type=cli.fraction, default=0.85, help=f"{recall} share of it")
     cli.add_switch(group, "--keep_ignore", False, "ignored pixels that no class takes stay 255, not background")
@@ -72,20 +73,20 @@ def add_sam(parser: cli.Parser) -> None:
     """The flags of SAM and of its automatic mask generator."""
     group = parser.add_argument_group("Segment Anything (--proposals sam, sam2, sam3)")
     add = group.add_argument
-    weights = "sam: its public weights, such as sam_vit_h_4b8939.pth; sam2, sam3: a folder of transformers', or a name "
-    weights += "on the Hugging Face hub, such as facebook/sam2.1-hiera-large"
+    weights = "sam: its public weights, such as sam_vit_h_4b8939.pth; sam2, sam3: a folder as transformers saves it, "
+    weights += "or a name on the Hugging Face hub, such as facebook/sam2.1-hiera-large"
     add("--checkpoint", type=Path, help=weights)
     add("--model_type", choices=options.SAM_TYPES, default="vit_h", help="sam: network of these weights")
     add("--points_per_side", type=cli.positive_int, default=32, help="prompts along each side of the image")
-    add("--points_per_batch", type=cli.positive_int, default=128, help="prompts at a time; bounds the memory")
-    add("--images_per_batch", type=cli.positive_int, default=2, help="images the encoder sees at a time; likewise")
+    add("--points_per_batch", type=cli.positive_int, default=128, help="prompts at a time; fewer need less memory")
+    add("--images_per_batch", type=cli.positive_int, default=2, help="images encoded at a time; likewise")
     options.add_precision(group)
     cli.add_switch(group, "--compile", False, "sam: compile the networks: slower to start, then faster")
-    add("--pred_iou_thresh", type=cli.fraction, default=0.88, help="least predicted IoU of a mask")
-    add("--stability_score_thresh", type=cli.fraction, default=0.95, help="least stability of a mask")
+    add("--pred_iou_thresh", type=cli.fraction, default=0.88, help="lowest predicted IoU of a mask")
+    add("--stability_score_thresh", type=cli.fraction, default=0.95, help="lowest stability of a mask")
     add("--box_nms_thresh", type=cli.fraction, default=0.7, help="box IoU above which masks are duplicates")
-    add("--crop_n_layers", type=cli.count, default=0, help="also look at crops; layer i has 2^i per side")
-    add("--min_mask_region_area", type=cli.count, default=0, help="fill holes, drop islands below this (pixels)")
+    add("--crop_n_layers", type=cli.count, default=0, help="layers of crops to search, too; layer i has 2^i per side")
+    add("--min_mask_region_area", type=cli.count, default=0, help="fill holes, drop islands smaller than this (pixels)")
 
 
 def shard(text: str) -> tuple[int, int]:
@@ -119,10 +120,10 @@ from tools.proposals.regions import RegionGenerator
 class Backend:
     """What makes the proposals."""
 
-    settings: dict[str, object]  # what its masks depend on, by flag
+    settings: dict[str, object]  # flags that change its masks
     build: Callable[[], ProposalGenerator]  # makes the generator, if an image needs it
-    threads: int | None = None  # of this process, that work at a time; None: helper processes work
-    mask_files: Path | None = None  # the folder whose files it reads; None: it reads none
+    threads: int = 0  # of this process; 0: helper processes are used instead
+    mask_files: Path | None = None  # the folder of --proposals files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +158,7 @@ def main(args: argparse.Namespace) -> None:
     workers = parallel.own_workers(args.num_workers)
     left_out = LeftOut(folders.refined.parent, "refine_sam", skip=args.on_error == "skip")
     if args.stage != "propose":
-        remedy = "the pseudo masks of inference.py with --pseudo_dir"
+        remedy = "Pass the pseudo masks of inference.py with --pseudo_dir."
         check_present(args.pseudo_dir, ids, ".png", remedy, some=left_out.skip)
         check_shown(filter(Path.is_file, (args.pseudo_dir / f"{image_id}.png" for image_id in listed)), source.info)
     if args.stage != "merge":
@@ -171,14 +172,14 @@ def main(args: argparse.Namespace) -> None:
         left_out.finish(listed, args.shard)
         return
     rule = Rule(args.mode, args.order, args.inside_threshold, args.recall_threshold, args.keep_ignore)
-    check_present(folders.proposals, ids, ".json", "the same flags with --stage propose first", some=left_out.skip)
+    check_present(folders.proposals, ids, ".json", "Run the same flags with --stage propose first.", some=left_out.skip)
     identity.claim_folder(folders.refined, merged_identity(rule, folders, listed), ".png", overwrite=args.overwrite)
     merge(rule, source.info, ids, folders, workers, left_out)
     left_out.finish(listed, args.shard)
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuse combinations that cannot work, before anything is computed (UserError: a flag is missing)."""
+    """Refuse combinations of flags that cannot work (UserError), before anything is computed."""
     if args.stage != "propose" and args.pseudo_dir is None:
         raise UserError("--pseudo_dir: missing. Pass the folder of pseudo masks, or --stage propose.")
     if args.stage != "merge" and args.proposals in options.SAMS and args.checkpoint is None:
@@ -190,10 +191,10 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def check_present(folder: Path, ids: Sequence[str], suffix: str, remedy: str, *, some: bool) -> None:
-    """Raise UserError unless `folder` has a file of every id; of one, if `some` are enough."""
+    """Raise UserError unless `folder` has a file of every id, or of at least one if `some` are enough."""
     missing = [image_id for image_id in ids if not (folder / f"{image_id}{suffix}").is_file()]
     if missing and (not some or len(missing) == len(ids)):
-        raise UserError(f"{folder}: {missing[0]}{suffix} is missing ({len(missing)} of {len(ids)} are). Pass {remedy}.")
+        raise UserError(f"{folder}: {missing[0]}{suffix} is missing ({len(missing)} of {len(ids)} are). {remedy}")
 
 
 def select_folders(args: argparse.Namespace) -> Folders:
@@ -250,20 +251,14 @@ def propose(
     backend: Backend, source: DataSource, ids: Sequence[str], folder: Path, workers: int, left_out: LeftOut
 ) -> None:
     """Write the proposals of the images that have none yet."""
-    pending = [image_id for image_id in ids if not (folder / f"{image_id}.json").exists()]
-    print(f"Proposals: {len(ids)} images, {len(ids) - len(pending)} done already; writing to {folder}")
-    if pending:
+    what = f"Proposals: {len(ids)} images"
+    if pending := parallel.pending(ids, lambda i: (folder / f"{i}.json").exists(), what, folder):
         generator = backend.build()
         size = generator.images_per_call
         jobs = [pending[start : start + size] for start in range(0, len(pending), size)]
         unit = "image" if size == 1 else f"x{size} images"
-        work = left_out.guard(functools.partial(propose_batch, generator, source, folder))
-        if backend.threads is None:
-            done = parallel.run_jobs(work, jobs, workers, "proposals", unit)
-        else:
-            done = parallel.thread_map(work, jobs, backend.threads)
-            done = parallel.progress(done, desc="proposals", unit=unit, total=len(jobs))
-        for _ in left_out.sift(done):
+        work = functools.partial(propose_batch, generator, source, folder)
+        for _ in left_out.results(work, jobs, "proposals", unit=unit, workers=workers, threads=backend.threads):
             pass
     print(f"Proposals are in {folder}")
 
@@ -276,7 +271,7 @@ def propose_batch(generator: ProposalGenerator, source: DataSource, folder: Path
 
 
 def proposals_identity(backend: Backend, source: DataSource, ids: Sequence[str]) -> dict:
-    """What the proposals of these images are."""
+    """The identity of the proposals of these images (`tools.identity`)."""
     inputs = source.fingerprints(ids)
     if backend.mask_files:
         inputs["mask files"] = identity.contents({i: mask_file(backend.mask_files, i) for i in ids})
@@ -285,7 +280,7 @@ def proposals_identity(backend: Backend, source: DataSource, ids: Sequence[str])
 
 
 def merged_identity(rule: Rule, folders: Folders, ids: Sequence[str]) -> dict:
-    """What the refined masks of these images are. Proposals are told apart by the size of their files."""
+    """The identity of the refined masks of these images. Proposals are compared by the size of their files."""
     inputs = {
         "pseudo masks": identity.contents({i: folders.pseudo_masks / f"{i}.png" for i in ids}),
         "proposals": identity.sizes({i: folders.proposals / f"{i}.json" for i in ids}),
@@ -296,24 +291,23 @@ def merged_identity(rule: Rule, folders: Folders, ids: Sequence[str]) -> dict:
 
 def merge(rule: Rule, info: DatasetInfo, ids: Sequence[str], folders: Folders, workers: int, left_out: LeftOut) -> None:
     """Write the refined masks that are not there yet, and report what changed over all of them."""
-    done = sum((folders.refined / f"{image_id}.png").exists() for image_id in ids)
-    print(f"Merging: {len(ids)} images, {done} done already; writing to {folders.refined}")
-    work = left_out.guard(functools.partial(merge_file, rule, info, folders))
-    changes = left_out.sift(parallel.run_jobs(work, ids, workers, "merging", "image"))
+    folder = folders.refined
+    parallel.pending(ids, lambda i: (folder / f"{i}.png").exists(), f"Merging: {len(ids)} images", folder)
+    changes = left_out.results(functools.partial(merge_file, rule, info, folders), ids, "merging", workers=workers)
     changes = sum(changes, start=np.zeros((info.num_classes + 1,) * 2, np.int64))
     print_changes(info, distributed.sum_of_shares(changes))
-    print(f"Refined masks are in {folders.refined}")
-    print(f"Next: python train_segmentation.py --tag TAG --masks_dir {folders.refined}   (plus the data flags)")
+    print(f"Refined masks are in {folder}")
+    print(f"Next: python train_segmentation.py --tag TAG --masks_dir {folder}   (plus the data flags)")
 
 
 def merge_file(rule: Rule, info: DatasetInfo, folders: Folders, image_id: str) -> np.ndarray:
-    """Refine one pseudo mask, unless that is done.
+    """Refine one pseudo mask, if that is not done yet.
 
     Returns:
-        int64 [C+1, C+1], pixels by class before (rows) and after (columns); the last of both is ignore.
+        int64 [C+1, C+1], pixels by class before (rows) and after (columns); the last row and column are of 255.
 
     Raises:
-        UserError: a file cannot be used, the two differ in size, or the mask has a class that the dataset has not.
+        UserError: a file cannot be used, the two differ in size, or the mask has a class that the dataset lacks.
     """
     pseudo_mask = read_mask(folders.pseudo_masks / f"{image_id}.png", info)
     path = folders.refined / f"{image_id}.png"
@@ -331,7 +325,7 @@ def with_ignore_last(info: DatasetInfo, mask: np.ndarray) -> np.ndarray:
 
 
 def print_changes(info: DatasetInfo, changes: np.ndarray) -> None:
-    """Per class: its share of all pixels before and after, and what it gained and lost, in per cent of before."""
+    """For each class: per cent of all pixels before and after, and what it gained and lost in per cent of before."""
     total = max(changes.sum(), 1)
     width = max(len(name) for name in (*info.classes, "ignore"))
     print(f"{'class':<{width}}  {'before':>7}  {'after':>7}   (% of all)  {'gained':>7}  {'lost':>7}   (% of before)")

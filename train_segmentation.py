@@ -1,4 +1,4 @@
-"""Stage 4: DeepLabV3+ on pseudo masks; with --predict, its segmentation of a split.
+"""Stage 4: train DeepLabV3+ on pseudo masks; with --predict, segment photographs with it.
 
     python train_segmentation.py --tag deeplab --masks_dir experiments/predictions/csrm@train_aug/sam-sam-max_iou_imp2
     python train_segmentation.py --tag deeplab2 --masks_dir experiments/predictions/... --corrected_dir corrected
@@ -6,24 +6,26 @@
     python train_segmentation.py --tag deeplab --predict --images holiday/ --save_overlays --save_confidence
 
 Training reads photographs and the masks in --masks_dir (ID.png, 255 ignored; without the flag the dataset's own masks:
-fully supervised) and writes experiments/models/TAG.pth. Masks that somebody has corrected (docs/review.md) replace
-those of their images, and are drawn more often. Prediction sees each image at several scales and mirrored,
-averages the logits and refines with a dense CRF. It never reads labels, and a CSRM checkpoint (--weights) will do, too.
+fully supervised) and writes experiments/models/TAG.pth. Masks in --corrected_dir (docs/review.md) replace those of
+their images, and these images are used more often. Prediction averages the logits of each image at several scales and
+mirrored, and refines the result with a dense CRF. It never reads labels. It also takes a CSRM checkpoint (--weights).
 It writes to experiments/predictions/TAG@DOMAIN/
 
     masks/ID.png         class indices with a palette
-    overlays/ID.jpg      the photograph with its classes painted, and a legend (--save_overlays)
-    confidence/ID.png    255 times the probability that the network gives to the class in the mask, before the dense
-                         CRF: grey of 8 bits (--save_confidence)
+    overlays/ID.jpg      the photograph with painted classes and a legend (--save_overlays)
+    confidence/ID.png    the network's probability of the class in the mask, before the dense CRF, times 255: an 8-bit
+                         grey image (--save_confidence)
 
-With --images, any photographs will do: one, a folder, or a text file (.txt) with one path per line, from its folder.
-They go to TAG@NAME of the file or folder, with areas.csv: of each photograph and class the pixels and their per cent.
+--images takes any photographs: one file, a folder, or a text file (.txt) with one path per line, relative to that file.
+The results go to TAG@NAME, after the name of the file or folder. areas.csv in it has a row for each photograph and
+class: its pixels, and their per cent.
 
-The network sees a whole photograph at the size of its training, so what is small in a large one is lost. --tile 1024
-cuts longer photographs into overlapping squares of 1024 pixels, and segments each like a photograph. This finds small
-objects (a flock, aerial images), takes the time of as many photographs, and misses what is larger than a tile.
+The network sees a large photograph reduced to the size of its training, so small objects are lost. --tile 1024 cuts
+photographs longer than 1024 pixels into overlapping squares of this side, and segments each square like a photograph.
+Small objects are found (a flock, aerial images), but objects larger than a square are missed. Each square takes the
+time of a photograph.
 
-Both continue where they stopped, and can be shared by several GPUs (SETUP.md):
+Training and prediction continue where they stopped. Several GPUs can share them (SETUP.md):
 
     torchrun --standalone --nproc_per_node 4 train_segmentation.py --tag deeplab ...
 """
@@ -31,7 +33,6 @@ Both continue where they stopped, and can be shared by several GPUs (SETUP.md):
 from __future__ import annotations
 
 import argparse
-import collections
 import csv
 import dataclasses
 import functools
@@ -49,7 +50,7 @@ def make_parser() -> cli.Parser:
     data = options.add_dataset(parser, **options.TRAINING_DOMAINS, domain=("val", "split to predict, with --predict"))
     data.add_argument("--masks_dir", type=Path, help="folder of the masks to learn (default: the dataset's own)")
     data.add_argument("--corrected_dir", type=Path, help="folder of masks that replace those of their images")
-    text = "how much more often corrected images are drawn"
+    text = "how often an image with a corrected mask is used per epoch"
     data.add_argument("--corrected_weight", type=cli.positive_int, default=3, help=text)
     network = options.add_network(parser, architecture="resnest269e", mode="normal")
     options.add_decoder(network)
@@ -58,11 +59,11 @@ def make_parser() -> cli.Parser:
     options.add_optimization(parser, lr=0.007, wd=4e-5, batch_size=32, max_epoch=50, alpha_bias=1.0)
     group = parser.add_argument_group("prediction")
     cli.add_switch(group, "--predict", False, "predict --domain with the trained model instead of training")
-    text = "photographs to predict, not --domain: one, a folder, or a .txt list"
+    text = "photographs to predict instead of --domain: a file, a folder, or a .txt list"
     group.add_argument("--images", type=Path, metavar="PATH", help=text)
-    cli.add_switch(group, "--save_overlays", False, "also write photographs with their classes painted")
-    cli.add_switch(group, "--save_confidence", False, "also write how probable the class of each pixel is")
-    text = "segment longer photographs in overlapping squares"
+    cli.add_switch(group, "--save_overlays", False, "also write the photographs with painted classes")
+    cli.add_switch(group, "--save_confidence", False, "also write the probability of each pixel's class")
+    text = "segment photographs that are longer than this in overlapping squares of this side"
     group.add_argument("--tile", type=cli.positive_int, metavar="PIXELS", help=text)
     group.add_argument("--weights", type=Path, help="checkpoint, of CSRM too (default: experiments/models/TAG.pth)")
     group.add_argument("--max_images", type=cli.positive_int, help="stop after the first N images of the split")
@@ -99,15 +100,15 @@ from tools.files import atomic_write, load_mask, locked, save_mask, save_png
 from tools.left_out import LeftOut
 from tools.losses import cross_entropy
 from tools.maps import normalize, resize_maps
-from tools.tiles import Place, Rows, blended_strips
+from tools.tiles import Place, Rows, blended_strips, windows
 from tools.training import Trainer, seed_everything
 from tools.validation import check_domain, validate
 
 PREDICTION_RESULT = ("scales", "hflip", "crf_t", "crf_backend", "tile")
-"""Flags on which a predicted mask depends, besides the weights."""
+"""Flags that change a predicted mask."""
 
 PREDICTION = ("predict", "images", "save_overlays", "save_confidence", "weights", "max_images", *PREDICTION_RESULT)
-"""Flags of the prediction; the training does not see them."""
+"""Flags of the prediction. They do not change the training."""
 
 
 def train_step(model: nn.Module, batch: dict, device: torch.device, label_smoothing: float) -> dict[str, torch.Tensor]:
@@ -121,10 +122,10 @@ def train_step(model: nn.Module, batch: dict, device: torch.device, label_smooth
 
 
 def training_set(source: DataSource, args: argparse.Namespace) -> Dataset:
-    """The photographs of --domain_train with their masks, those with a corrected one --corrected_weight times.
+    """The photographs of --domain_train with their masks; with a corrected mask, --corrected_weight times.
 
     Raises:
-        UserError: a mask is missing, or none of --corrected_dir is of an image of the split.
+        UserError: a mask is missing, or no mask in --corrected_dir belongs to an image of the split.
     """
     geometry = segmentation_geometry(*options.image_sizes(args))
     read = functools.partial(ImageDataset, transform=geometry, with_masks=True, with_labels=False)
@@ -141,7 +142,7 @@ def training_set(source: DataSource, args: argparse.Namespace) -> Dataset:
 
 
 def training_identity(source: DataSource, args: argparse.Namespace) -> dict:
-    """What the training is: its flags, weights, photographs and masks."""
+    """The identity of the training (`tools.identity`): its flags, weights, photographs and masks."""
     ids = source.ids(args.domain_train)
     inputs = source.fingerprints(ids, masks=True)
     if args.corrected_dir:
@@ -152,7 +153,7 @@ def training_identity(source: DataSource, args: argparse.Namespace) -> dict:
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
-    """Train DeepLabV3+ and say what to do next."""
+    """Train DeepLabV3+ and print the next command."""
     distributed.start(device, options.EXPERIMENTS)
     source = build_source(args.dataset, options.data_dir(args), args.masks_dir)
     truth = build_source(args.dataset, options.data_dir(args))
@@ -186,49 +187,55 @@ class Segmentation:
     views: options.Views  # of a photograph, or of a tile
     crf: options.CRF  # dense CRF of the averaged views
     tile: int | None = None  # side of the tiles of longer photographs, pixels; None: no tiles
-    confidence: bool = False  # whether the network's own probabilities are wanted, too
+    confidence: bool = False  # whether the network's probabilities are returned, too
 
 
 @torch.inference_mode()
 def segment(model: nn.Module, photograph: torch.Tensor, how: Segmentation) -> tuple[np.ndarray, np.ndarray | None]:
     """Class indices uint8 [H,W] of a photograph, uint8 RGB [1,3,H,W].
 
-    With `how.confidence` also 255 times the network's probability of these classes, uint8 [H,W].
+    With `how.confidence` also the network's probability of these classes times 255, uint8 [H,W]; else None.
     """
     size = photograph.shape[-2:]
     if how.tile is None or max(size) <= how.tile:
-        strips = [(refined(photograph, probabilities(model, photograph, how.views), how), size)]
-    else:
-        strips = ((maps, maps.shape[-2:]) for maps in tiled(model, photograph, how))
-    masks, confidences = [], []
-    for maps, area in strips:
-        index = enlarged_argmax(maps[:1], area)
-        masks.append(index.to(torch.uint8).cpu())
-        if how.confidence:
-            confidences.append((255 * values_at(maps[-1:], index)).round().to(torch.uint8).cpu())
-    return torch.cat(masks).numpy(), torch.cat(confidences).numpy() if how.confidence else None
+        before = probabilities(model, photograph, how.views)
+        return class_indices(before, refined(photograph, before, how), size, how)
+    masks, confidences = zip(*tiled(model, photograph, how), strict=True)
+    return np.concatenate(masks), np.concatenate(confidences) if how.confidence else None
+
+
+def class_indices(
+    before: torch.Tensor, after: torch.Tensor, size: Sequence[int], how: Segmentation
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """What `segment` returns, from the probabilities f32[1,C,h,w] before and after the dense CRF; `size` is (H, W)."""
+    index = enlarged_argmax(after, size)
+    mask = index.to(torch.uint8).cpu().numpy()
+    if not how.confidence:
+        return mask, None
+    return mask, (255 * values_at(before, index)).round().to(torch.uint8).cpu().numpy()
 
 
 def probabilities(model: nn.Module, photograph: torch.Tensor, views: options.Views) -> torch.Tensor:
-    """Of the classes, f32[1,C,h,w], on the model's device, at the working size of a photograph, uint8 RGB [1,3,H,W]."""
+    """Class probabilities f32[1,C,h,w] of a photograph, uint8 RGB [1,3,H,W], at its working size (`tools.cam`)."""
     image = normalize(working_photograph(photograph, views).to(next(model.parameters()).device))
     return multi_scale_logits(segmentation_forward(model), image, **dataclasses.asdict(views)).softmax(dim=1)
 
 
 def refined(photograph: torch.Tensor, before: torch.Tensor, how: Segmentation) -> torch.Tensor:
-    """The probabilities f32[1,C,h,w] after the dense CRF and, with `how.confidence`, those before: f32[N,C,h,w]."""
+    """The probabilities f32[1,C,h,w] after the dense CRF."""
     if not how.crf.iterations:
         return before
     image, unary = working_photograph(photograph, how.views).to(before.device), unary_from_probabilities(before)
-    after = mean_field(image, unary, SEGMENTATION_SETTINGS, how.crf.iterations, backend=how.crf.backend)
-    return torch.cat([after, before]) if how.confidence else after
+    return mean_field(image, unary, SEGMENTATION_SETTINGS, how.crf.iterations, backend=how.crf.backend)
 
 
-def tiled(model: nn.Module, photograph: torch.Tensor, how: Segmentation) -> Iterator[torch.Tensor]:
-    """`refined` maps of a photograph from its tiles, in strips f32[N,C,rows,W].
+def tiled(
+    model: nn.Module, photograph: torch.Tensor, how: Segmentation
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """What `segment` returns, from the tiles of a photograph, in strips of rows.
 
     The network's probabilities are blended first. The dense CRF then works on the same tiles of the blended maps, and
-    what it gives is blended again. Tiles on whose overlap the network disagrees would else meet in a straight line.
+    its results are blended again. A dense CRF of each tile alone would leave straight lines where tiles disagree.
     """
     size = tuple(photograph.shape[-2:])
 
@@ -241,9 +248,14 @@ def tiled(model: nn.Module, photograph: torch.Tensor, how: Segmentation) -> Iter
         working = working_photograph(tile, how.views).shape[-2:]
         return resize_maps(refined(tile, resize_maps(before, working), how), tile.shape[-2:])
 
-    strips = blended_strips(look, size, how.tile)
+    def finish(top: int, end: int, after: torch.Tensor) -> tuple[np.ndarray, np.ndarray | None]:
+        before = blended[top:end, :] if how.crf.iterations else after
+        return class_indices(before, after, after.shape[-2:], how)
+
+    strips, edges = blended_strips(look, size, how.tile), [*windows(size[0], how.tile)[0], size[0]]
     blended = Rows(strips)
-    return blended_strips(refine, size, how.tile) if how.crf.iterations else strips
+    final = blended_strips(refine, size, how.tile) if how.crf.iterations else strips
+    return map(finish, edges, edges[1:], final)  # a loop would keep a strip in memory while the next one is made
 
 
 class Predictor:
@@ -251,10 +263,10 @@ class Predictor:
 
     Args:
         model: a `DeepLabV3Plus` or `CSRM` in eval mode.
-        source: where photographs come from.
+        source: of the photographs.
         folder: experiments/predictions/TAG@DOMAIN.
-        how: segmentation.
-        overlays: whether they are wanted.
+        how: how they are segmented.
+        overlays: whether overlays are written.
     """
 
     def __init__(
@@ -272,7 +284,7 @@ class Predictor:
         return self.folder / kind / f"{image_id}{self.suffixes[kind]}"
 
     def missing(self, image_id: str) -> list[str]:
-        """The kinds of which the photograph has no file."""
+        """The kinds of files that the photograph does not have yet."""
         return [kind for kind in self.suffixes if not self.path(kind, image_id).exists()]
 
     def __call__(self, image_id: str) -> None:
@@ -291,9 +303,9 @@ class Predictor:
             save_overlay(self.path("overlays", image_id), image, mask, self.source.info)
 
     def save_areas(self, ids: Sequence[str], threads: int) -> Path:
-        """Write areas.csv: pixels and per cent of each class in each of the photographs that have a mask.
+        """Write areas.csv: pixels and per cent of each class in each photograph that has a mask.
 
-        Of several processes, the last to end finds all masks.
+        Each of several processes writes it. The last one finds all masks.
         """
         path = self.folder / "areas.csv"
         with locked(self.folder), atomic_write(path) as temporary:
@@ -313,20 +325,20 @@ class Predictor:
 
 
 def photographs(args: argparse.Namespace, checkpoint: dict, weights: Path) -> tuple[DataSource, str, str]:
-    """Where photographs come from, the domain in it, and what its predictions are called after."""
+    """The source of the photographs, their domain in it, and the name that the predictions get."""
     if not args.images:
         source = build_source(args.dataset, options.data_dir(args))
         check_classes(checkpoint, source.info.classes, weights)
         return source, args.domain, args.domain
     source = Photographs(args.images, checkpoint["classes"])
     if source.unread:
-        print(f"{len(source.unread)} files are of kinds that are not read, the first is {source.unread[0]}")
+        print(f"{len(source.unread)} files have a type that cannot be read. The first: {source.unread[0]}")
     place = args.images.resolve()
     return source, "train", place.stem if place.is_file() else place.name
 
 
 def predict(args: argparse.Namespace, device: torch.device) -> None:
-    """Write the files of every photograph that are not there yet."""
+    """Write the missing files of every photograph."""
     distributed.start(torch.device("cpu"), options.EXPERIMENTS)
     weights = args.weights or options.model_path(args.tag)
     model, checkpoint = load_model(weights, device, kinds=["segmentation", "csrm"])
@@ -342,13 +354,11 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
     made_by = identity.describe("train_segmentation.py", {**flags, "weights": weights}, inputs=inputs)
     for kind, suffix in predictor.suffixes.items():
         identity.claim_folder(predictor.folder / kind, made_by, suffix, overwrite=args.overwrite)
-    pending = [image_id for image_id in ids if predictor.missing(image_id)]
-    print(f"{len(ids)} images of '{name}', {len(ids) - len(pending)} done already; writing to {predictor.folder}")
-    mine, threads = parallel.share(ids, pending), parallel.own_workers(args.num_workers)
+    what, threads = f"{len(ids)} images of '{name}'", parallel.own_workers(args.num_workers)
+    pending = parallel.pending(ids, lambda i: not predictor.missing(i), what, predictor.folder)
     left_out = LeftOut(predictor.folder, "train_segmentation", skip=args.on_error == "skip")
-    done = parallel.thread_map(left_out.guard(predictor), mine, threads)
-    done = left_out.sift(parallel.progress(done, desc="predicting", unit="image", total=len(mine)))
-    collections.deque(done, maxlen=0)
+    for _ in left_out.results(predictor, parallel.share(ids, pending), "predicting", threads=threads):
+        pass
     for kind in predictor.suffixes:
         print(f"{kind}: {predictor.folder / kind}")
     if args.images:

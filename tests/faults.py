@@ -58,8 +58,8 @@ FAULTS = (
     Fault(
         "its predictions are not refined by the dense CRF",
         "train_segmentation.py",
-        "    if not how.crf.iterations:",
-        "    if how.crf.iterations:",
+        "    if not how.crf.iterations:\n        return before",
+        "    if how.crf.iterations:\n        return before",
         "test_joints.py::test_a_prediction_is_refined_as_the_golden_segmentations",
     ),
     Fault(

@@ -185,6 +185,12 @@ def test_what_is_kept_of_an_inference_follows_the_flags(folder_root, folder, mon
     assert seen[0] == inference.Outputs(("cams", "masks", "pseudos"), "npy", views, "present", "cams", 0.25, True, crf)
 
 
+@pytest.mark.parametrize("reading", ["present", "foreground", "relative", "final"])
+def test_an_image_without_classes_has_no_maps_of_the_segmentation_branch(reading):
+    keys, low, high = inference.segmentation_maps(torch.randn(1, 4, 5, 6), torch.zeros(3), (9, 8), reading)
+    assert keys.tolist() == [0] and low.shape == (0, 3, 2) and high.shape == (0, 9, 8)
+
+
 @pytest.mark.parametrize("reading", ["present", "foreground"])
 def test_maps_of_the_segmentation_branch_pixel_by_pixel(reading):
     """An image of classes 1 and 3 of three; the sum of what is not background is shared by the two."""
@@ -202,7 +208,7 @@ def test_the_reading_is_that_of_the_training():
     csrm, segmentation = {"kind": "csrm"}, {"kind": "segmentation"}
     assert inference.reading({"config": csrm, "args": {"teacher_labels": "foreground"}}) == "foreground"
     assert inference.reading({"config": csrm, "args": {}}) == "present"
-    assert inference.reading({"config": segmentation, "args": {}}) == "relative"
+    assert inference.reading({"config": segmentation, "args": {}}) == "final"
 
 
 # -- CSRM ----------------------------------------------------------------------------------------------------------

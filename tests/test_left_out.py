@@ -105,7 +105,7 @@ def test_what_concerns_all_images_stops_all_the_same(tmp_path):
         raise UserError("disk full")
 
     with pytest.raises(UserError, match="disk full"):
-        list(LeftOut(tmp_path, "x", skip=True).sift(map(LeftOut(tmp_path, "x", skip=True).guard(full), "ab")))
+        list(LeftOut(tmp_path, "x", skip=True).results(full, "ab", "test"))
 
 
 def work(image_id: str) -> str:
@@ -120,9 +120,8 @@ def test_each_part_keeps_its_own_lines_of_the_list(tmp_path):
     def part(index: int, damaged: bool, ids: str = "abcd") -> dict[str, str]:
         left_out = LeftOut(tmp_path, "x", skip=True)
         share = ids[index::2]
-        assert list(left_out.sift(map(left_out.guard(work if damaged else str), share))) == [
-            i for i in share if not damaged or i in "ad"
-        ]
+        results = list(left_out.results(work if damaged else str, share, "test"))
+        assert results == [i for i in share if not damaged or i in "ad"]
         with pytest.raises(Incomplete) if damaged else contextlib.nullcontext():
             left_out.finish(ids, (index, 2))
         return json.loads(left_out.path.read_text()) if left_out.path.exists() else {}

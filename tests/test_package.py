@@ -87,8 +87,8 @@ def test_masks_that_are_refused(command, tmp_path, capsys, change, message):
     "flags, message",
     [
         (["--output", "x.tar"], "--output x.tar: the server takes .tar.gz or .tgz"),
-        (["--domain", "val"], "--package: of masks of the test split. Pass --domain test"),
-        (["--mode", "cams"], "--package: of masks of the test split"),
+        (["--domain", "val"], "--package: needs masks of the test split. Pass --domain test"),
+        (["--mode", "cams"], "--package: needs masks of the test split"),
         (["--dataset", "shapes"], "--package: the server scores VOC's 20 classes. Pass --dataset voc12."),
     ],
 )

@@ -81,12 +81,13 @@ def test_files_of_each_photograph(models, holiday, kind):
     folder = PREDICTIONS / "m@holiday"
     for seed, (image_id, size) in enumerate(SIZES.items()):
         with torch.inference_mode():
-            picture, settings = photograph(size, seed), how(confidence=True)
-            maps = refined(picture, probabilities(model, picture, VIEWS), settings)
-        mask, confidence = maps[0].argmax(dim=0).numpy(), Image.open(folder / "confidence" / f"{image_id}.png")
+            picture = photograph(size, seed)
+            network = probabilities(model, picture, VIEWS)
+            (final,) = refined(picture, network, how())
+        mask, confidence = final.argmax(dim=0).numpy(), Image.open(folder / "confidence" / f"{image_id}.png")
         assert np.array_equal(load_mask(folder / "masks" / f"{image_id}.png"), mask)
         assert confidence.mode == "L" and confidence.size == size[::-1]
-        expected = np.take_along_axis(maps[1].numpy(), mask[None], axis=0)[0] * 255
+        expected = np.take_along_axis(network[0].numpy(), mask[None], axis=0)[0] * 255
         assert np.abs(np.asarray(confidence) - expected).max() <= 0.5 + 1e-3
         assert np.ptp(expected) > 0  # not the blind student's
         assert Image.open(folder / "overlays" / f"{image_id}.jpg").width == size[1]

@@ -139,7 +139,7 @@ def test_the_last_model_segments_a_folder_of_photographs(chain, tmp_path, capsys
     for name in ("d.heic", "Thumbs.db"):
         (tmp_path / "holiday" / name).touch()
     run(*command)
-    assert f"1 files are of kinds that are not read, the first is {tmp_path}/holiday/d.heic" in capsys.readouterr().out
+    assert f"1 files have a type that cannot be read. The first: {tmp_path}/holiday/d.heic" in capsys.readouterr().out
     folder = PREDICTIONS / "deeplab@holiday"
     assert load_mask(folder / "masks" / "a.png").shape == (30, 40)
     assert not (folder / "overlays").exists()
@@ -240,9 +240,9 @@ def test_the_maps_of_a_segmentation_branch_pixel_by_pixel():
     np.testing.assert_array_equal(labels(all_object, "relative"), [[1, 1, 1, 1]])
     soft = np.array([[[0.8, 0.7, 0.5, 0.1]]], np.float32)  # Otsu's lies between .5 and .1; .65 of .8 is .52
     np.testing.assert_array_equal(labels(soft, "relative"), [[1, 1, 1, 0]])
-    np.testing.assert_array_equal(labels(soft, "relative", "segmentation"), [[1, 1, 0, 0]])
+    np.testing.assert_array_equal(labels(soft, "final"), [[1, 1, 0, 0]])
     np.testing.assert_array_equal(labels(np.zeros((1, 2, 2), np.float32), "relative"), np.zeros((2, 2)))
-    for reading in ("present", "foreground", "relative"):
+    for reading in ("present", "foreground", "relative", "final"):
         assert not labels(np.zeros((0, 3, 2), np.float16), reading).any()
 
 

@@ -1,14 +1,14 @@
 """--on_error skip: an image is left out and listed if one of its files cannot be used; the stage does all others.
 
 left_out = LeftOut(folder, "inference", skip=True)
-for result in left_out.sift(run_jobs(left_out.guard(work), ids, ...)):  # of the images that could be done
+for result in left_out.results(work, ids, "inference", threads=2):  # of the images that could be done
     ...
 left_out.finish(ids)  # raises Incomplete: exit code 3
 """
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,13 +41,10 @@ class LeftOut:
         self.path, self.skip = folder / f"left-out-{stage}.json", skip
         self.reasons: dict[str, str] = {}
 
-    def guard(self, work: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """`work`, but a FileError is returned, for `sift`. It can be sent to helper processes if `work` can."""
-        return functools.partial(_attempt, work) if self.skip else work
-
-    def sift(self, results: Iterable[Any]) -> Iterator[Any]:
-        """The results of guarded work, without those of the images that are left out."""
-        for result in results:
+    def results(self, work: Callable[[Any], Any], jobs: Sequence[Job], name: str, **options: Any) -> Iterator[Any]:
+        """`parallel.run_jobs` with these options, without the results of images that are left out."""
+        work = functools.partial(_attempt, work) if self.skip else work
+        for result in parallel.run_jobs(work, jobs, name=name, **options):
             if isinstance(result, _Reasons):
                 self.reasons = {**result.by_id, **self.reasons}  # the first reason may be the cause of later ones
             else:

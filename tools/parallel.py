@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any, TypeVar
 
 import cv2
@@ -99,6 +100,13 @@ def share(
     return [item for item in mine if item in todo]
 
 
+def pending(ids: Sequence[str], is_done: Callable[[str], bool], what: str, folder: Path) -> list[str]:
+    """The ids that are not done yet; a line says how many of `what` are, and to which folder the others are written."""
+    todo = [image_id for image_id in ids if not is_done(image_id)]
+    print(f"{what}, {len(ids) - len(todo)} done already; writing to {folder}")
+    return todo
+
+
 def progress(items: Iterable, *, desc: str, unit: str, total: int | None = None, **options: object) -> tqdm:
     """A progress bar with rate and ETA; into a log file it writes a line a minute instead of redrawing.
 
@@ -109,8 +117,10 @@ def progress(items: Iterable, *, desc: str, unit: str, total: int | None = None,
     return tqdm(items, desc=desc, unit=unit, total=total, smoothing=0.1, **intervals, **options)
 
 
-def run_jobs(work: Callable[[Any], Any], jobs: Sequence, workers: int, name: str, unit: str) -> Iterator:
-    """Yield work(job) for every job, in their order, from `workers` processes (0: from this one).
+def run_jobs(
+    work: Callable[[Any], Any], jobs: Sequence, workers: int = 0, name: str = "", unit: str = "image", threads: int = 0
+) -> Iterator:
+    """Yield work(job) for every job, in their order, from `threads` threads, or without these from `workers` processes.
 
     `work` is sent to each process once, so it may be a `functools.partial` that holds a whole dataset. What it raises
     is raised here. The processes end with the iteration, with an error, and with this process.
@@ -120,8 +130,8 @@ def run_jobs(work: Callable[[Any], Any], jobs: Sequence, workers: int, name: str
     """
     bar = functools.partial(progress, total=len(jobs), desc=name, unit=unit)
     workers = min(workers, len(jobs))
-    if workers == 0:
-        yield from bar(map(work, jobs))
+    if threads or not workers:
+        yield from bar(thread_map(work, jobs, threads))
         return
     chunk = max(1, min(CHUNK, len(jobs) // (4 * workers)))
     with _opencv_on_one_thread(), contextlib.ExitStack() as stack:

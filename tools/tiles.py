@@ -56,11 +56,11 @@ class Rows:
     def __getitem__(self, place: Place) -> torch.Tensor:
         """The map there. Rows above the first that was asked for last are gone."""
         rows, columns = place
+        if rows.start > self._first:  # first: their memory is free when strips come
+            self._kept, self._first = self._kept[..., rows.start - self._first :, :].clone(), rows.start
         while self._kept is None or self._first + self._kept.shape[-2] < rows.stop:
             strip = next(self._strips)
             self._kept = strip if self._kept is None else torch.cat([self._kept, strip], dim=-2)
-        if rows.start > self._first:
-            self._kept, self._first = self._kept[..., rows.start - self._first :, :].clone(), rows.start
         return self._kept[..., : rows.stop - rows.start, columns]
 
 
