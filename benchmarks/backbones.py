@@ -25,45 +25,42 @@ ARCHITECTURES = (
     "mobilenetv2_100,mobilenetv3_large_100,convnext_tiny,swin_tiny_patch4_window7_224,swinv2_tiny_window8_256,pvt_v2_b2,"
     "vit_small_patch16_224,vit_small_patch14_dinov2,vit_small_patch16_dinov3"
 )
-HEIGHT, WIDTH = 97, 131
 
 
 def make_parser() -> cli.Parser:
     """The command line of this benchmark."""
     parser = cli.Parser(__doc__)
     parser.add_argument("--architectures", default=ARCHITECTURES, metavar="LIST", help="timm's names, comma-separated")
-    parser.add_argument("--image_size", type=cli.positive_int, default=512, help="side of the image the FLOPs are for")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     """Print the table."""
-    title = f"| network | parameters, M | GFLOPs, {args.image_size}x{args.image_size} | output stride (`--dilated`) |"
-    print(f"{title} CAM of {HEIGHT}x{WIDTH} |")
+    print("| network | parameters, M | GFLOPs, 512x512 | output stride (`--dilated`) | CAM of 97x131 |")
     print("|---|---|---|---|---|")
     for architecture in args.architectures.split(","):
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # the note on networks that cannot be dilated
-                line = row(architecture, args.image_size)
+                line = row(architecture)
         except UserError as error:
             line = f"| `{architecture}` | refused: {str(error).partition(': ')[2]} | | | |"
         print(line, flush=True)
 
 
-def row(architecture: str, side: int) -> str:
+def row(architecture: str) -> str:
     """The table's row of one network, after a forward and a backward pass that prove it right."""
     build = functools.partial(build_model, "classifier", architecture=architecture, num_classes=21)
     model = build().train()
-    outputs = model(torch.randn(2, 3, HEIGHT, WIDTH))
+    outputs = model(torch.randn(2, 3, 97, 131))
     outputs["class_logits"].square().sum().backward()
-    rows, columns = (-(-side // model.backbone.output_stride) for side in (HEIGHT, WIDTH))
+    rows, columns = (-(-side // model.backbone.output_stride) for side in (97, 131))
     assert outputs["cams"].shape == (2, 20, rows, columns), f"CAM {tuple(outputs['cams'].shape)}, not {rows}x{columns}"
     wrong = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not wrong, f"no finite gradient: {wrong}"
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
         plan, dilated = build().eval(), build(output_stride=8)
         before = counter.get_total_flops()  # of the tiny images by which a backbone finds its sizes
-        plan(torch.zeros(1, 3, side, side))
+        plan(torch.zeros(1, 3, 512, 512))
     parameters, flops = sum(p.numel() for p in model.backbone.parameters()), counter.get_total_flops() - before
     strides = f"{model.backbone.output_stride} ({dilated.backbone.output_stride})"
     return f"| `{architecture}` | {parameters / 1e6:.1f} | {flops / 1e9:.1f} | {strides} | {rows}x{columns} |"

@@ -3,10 +3,10 @@
     python -m benchmarks.compare_commits main          # the revision `main` against the files here, committed or not
     python -m benchmarks.compare_commits v1.0 main     # two revisions
 
-Each runs all stages on the generated data set, on one thread: 20 steps of each training script (an epoch each, so that
-the losses of every step are logged), inference, refinement with image regions, evaluation. A line per product says
-whether it is equal: losses, tensors of checkpoints and CAM files, bytes of masks, scores. The first value that differs
-is shown. Exit code 1 if any does. One minute of processor time per revision.
+Each runs all stages on the generated data set, on one thread, a minute of processor time: 20 steps of each training
+script (an epoch each, so that the losses of every step are logged), inference, refinement with image regions,
+evaluation. A line per product (losses, networks, CAM files, masks, scores) says whether it is equal, and shows the
+first value that differs. Exit code 1 if any does.
 """
 
 import argparse

@@ -2,10 +2,9 @@
 
     python -m benchmarks.data_loading                                             # random photographs of VOC's size
     python -m benchmarks.data_loading --dataset voc12 --data_dir data/voc12 --num_images 2000 --workers 4,8,16
-    python -m benchmarks.data_loading --script segmentation                       # with masks
 
-Reading, decoding, scaling, cropping and collating, as train_SCRIPT.py has it (of CSRM: the labeled half). Training on a
-GPU needs at least as many images per second as benchmarks.train_step reports without loading.
+Reading, decoding, scaling, cropping and collating, as in CSRM's labeled half. Training on a GPU needs at least as many
+images per second as benchmarks.train_step reports without loading.
 """
 
 import argparse
@@ -15,10 +14,10 @@ import time
 from pathlib import Path
 
 from benchmarks.measuring import print_row, write_photographs
-from datasets import DataSource, build_source
+from datasets import build_source
 from datasets.dataset import ImageDataset
-from datasets.loaders import Loader, build_loader
-from datasets.transforms import segmentation_geometry, train_geometry
+from datasets.loaders import build_loader
+from datasets.transforms import train_geometry
 from tools import cli, options
 
 
@@ -26,7 +25,6 @@ def make_parser() -> cli.Parser:
     """The command line of this benchmark."""
     parser = cli.Parser(__doc__)
     add, workers = parser.add_argument, ",".join(map(str, sorted({0, 1, os.cpu_count() or 1})))
-    add("--script", choices=["classifier", "csrm", "segmentation"], default="csrm", help="train_SCRIPT.py")
     add("--workers", default=workers, metavar="LIST", help="numbers of workers to try, comma-separated")
     add("--batch_size", type=cli.positive_int, default=16, help="images per batch")
     add("--num_images", type=cli.positive_int, default=128, help="images to time, after as many to warm up")
@@ -42,29 +40,22 @@ def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = options.data_dir(args) if args.dataset else write_photographs(Path(folder) / "data", args.num_images)
         source = build_source(args.dataset or "folder", data)
-        print(f"{args.script}, {args.image_size} pixels, batches of {args.batch_size}, {os.cpu_count()} cores")
+        dataset = ImageDataset(source, source.ids(args.domain), train_geometry(*options.image_sizes(args)))
+        print(f"{args.image_size} pixels, batches of {args.batch_size}, {os.cpu_count()} cores")
         print_row("workers", "images/s")
         for workers in args.workers.split(","):
-            print_row(workers, images_per_second(loader_of(source, args, cli.count(workers)), args.batch_size))
+            print_row(workers, images_per_second(dataset, args, cli.count(workers)))
 
 
-def loader_of(source: DataSource, args: argparse.Namespace, num_workers: int) -> Loader:
-    """The loader of `--script`."""
-    sizes, masks = options.image_sizes(args), args.script == "segmentation"
-    plain = train_geometry(*sizes, randaugment=args.script == "classifier")
-    geometry = segmentation_geometry(*sizes) if masks else plain
-    dataset = ImageDataset(source, source.ids(args.domain), geometry, with_masks=masks)
-    settings = {"shuffle": True, "drop_last": True, "num_workers": num_workers, "seed": 0}
-    return build_loader(dataset, args.batch_size, **settings, steps_per_epoch=-(-args.num_images // args.batch_size))
-
-
-def images_per_second(loader: Loader, batch_size: int) -> float:
+def images_per_second(dataset: ImageDataset, args: argparse.Namespace, num_workers: int) -> float:
     """Speed of the second epoch: in the first, workers start and files come into the system's memory."""
+    steps = {"steps_per_epoch": -(-args.num_images // args.batch_size), "drop_last": True}
+    loader = build_loader(dataset, args.batch_size, shuffle=True, num_workers=num_workers, seed=0, **steps)
     for epoch in range(2):
         loader.set_epoch(epoch)
         start = time.perf_counter()
         batches = sum(1 for _ in loader)
-    return batches * batch_size / (time.perf_counter() - start)
+    return batches * args.batch_size / (time.perf_counter() - start)
 
 
 if __name__ == "__main__":

