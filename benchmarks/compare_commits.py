@@ -76,7 +76,8 @@ def products(revision: str | None, folder: Path, data: Path) -> dict[str, object
         found |= {f"scores of {path.stem}/{name}": scores[name] for name in ("miou", "miou_foreground", "iou")}
     for path in work.glob("experiments/logs/*"):
         for name, points in read_curves(path)[0].items():
-            found |= {f"losses of {path.name}/step {step:2} {name}": value for step, value in points}
+            tag = name.replace("/", " ")
+            found |= {f"losses of {path.name}/step {step:2} {tag}": value for step, value in points}
     return found
 
 

@@ -46,11 +46,6 @@ class MemoryBank(nn.Module):
         self.register_buffer("sizes", torch.zeros(num_classes, dtype=torch.long))
         self.register_buffer("heads", torch.zeros(num_classes, dtype=torch.long))
 
-    def keys(self, class_index: int) -> Tensor:
-        """All keys of a class, float32 [n, D], in no particular order. Reads n back: not for training steps."""
-        start = self.starts[class_index]
-        return self.storage[start : start + self.sizes[class_index]]
-
     @torch.no_grad()
     def push(self, class_index: int, vectors: Tensor, mask: Tensor) -> Tensor:
         """Append the vectors [P, D] in `mask`, bool [P], in order, over the oldest keys of a class.
