@@ -28,14 +28,12 @@ ARCHITECTURES = (
 
 
 def make_parser() -> cli.Parser:
-    """The command line of this benchmark."""
     parser = cli.Parser(__doc__)
     parser.add_argument("--architectures", default=ARCHITECTURES, metavar="LIST", help="timm's names, comma-separated")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print the table."""
     print("| network | parameters, M | GFLOPs, 512x512 | output stride (`--dilated`) | CAM of 97x131 |")
     print("|---|---|---|---|---|")
     for architecture in args.architectures.split(","):

@@ -22,7 +22,7 @@ from benchmarks.measuring import HERE, checkout, run
 from tools import cli
 from tools.history import read_curves
 
-PYTHON, ONE_THREAD = sys.executable, {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 STEPS = "--max_epoch 20 --max_steps 1 --batch_size 4 --image_size 65 --min_image_size 49 --max_image_size 97"
 NETWORK = "--architecture test_resnet --backbone_weights none --trainable_stem --device cpu --num_workers 0 --lr 0.01"
 TRAIN, VIEWS = f"{STEPS} {NETWORK} --domain_train train", "--scales 1,1.5 --device cpu"
@@ -41,7 +41,6 @@ CHAIN = (
 
 
 def make_parser() -> cli.Parser:
-    """The command line of this benchmark."""
     parser = cli.Parser(__doc__)
     parser.add_argument("revisions", nargs="+", metavar="REV", help="one or two, as git names them")
     return parser
@@ -51,8 +50,7 @@ def main(args: argparse.Namespace) -> None:
     """Run both, print what is equal, and say by the exit code whether all is."""
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "data")
-        make = f"{PYTHON} -m datasets.prepare.shapes --num_train 16 --num_val 8 --size 96 --data_dir {data}"
-        run(HERE, make.split(), **ONE_THREAD)
+        run(HERE, f"-m datasets.prepare.shapes --num_train 16 --num_val 8 --size 96 --data_dir {data}", **ONE_THREAD)
         first, second = (products(revision, Path(folder), data) for revision in (*args.revisions, None)[:2])
     differing = [name for name in sorted({*first, *second}) if first.get(name) != second.get(name)]
     for group in sorted({name.rpartition("/")[0] for name in (*first, *second)}):
@@ -66,8 +64,8 @@ def products(revision: str | None, folder: Path, data: Path) -> dict[str, object
     work = Path(tempfile.mkdtemp(dir=folder))
     code = checkout(revision, work / "code") if revision else HERE
     for command in CHAIN:
-        words = f"{PYTHON} {code}/{command} --dataset shapes --data_dir {data}".split()
-        run(work, [str(next(work.glob(word))) if "*" in word else word for word in words], **ONE_THREAD)
+        words = [str(next(work.glob(word))) if "*" in word else word for word in command.split()]
+        run(work, f"{code}/{' '.join(words)} --dataset shapes --data_dir {data}", **ONE_THREAD)
     found: dict[str, object] = {}
     for path in (path for kind in ("pth", "npz", "png") for path in work.glob(f"experiments/**/*.{kind}")):
         found[str(path.relative_to(work))] = digest(path)

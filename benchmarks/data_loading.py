@@ -1,10 +1,10 @@
 """Images per second that the loader alone delivers, by number of workers.
 
-    python -m benchmarks.data_loading                                             # random photographs of VOC's size
-    python -m benchmarks.data_loading --dataset voc12 --data_dir data/voc12 --num_images 2000 --workers 4,8,16
+    python -m benchmarks.data_loading
+    python -m benchmarks.data_loading --workers 4,8,16
 
-Reading, decoding, scaling, cropping and collating, as in CSRM's labeled half. Training on a GPU needs at least as many
-images per second as benchmarks.train_step reports without loading.
+Reading, decoding, scaling, cropping and collating, as in CSRM's labeled half, of random photographs of VOC's size.
+Training on a GPU needs at least as many images per second as benchmarks.train_step reports without loading.
 """
 
 import argparse
@@ -22,25 +22,19 @@ from tools import cli, options
 
 
 def make_parser() -> cli.Parser:
-    """The command line of this benchmark."""
     parser = cli.Parser(__doc__)
     add, workers = parser.add_argument, ",".join(map(str, sorted({0, 1, os.cpu_count() or 1})))
     add("--workers", default=workers, metavar="LIST", help="numbers of workers to try, comma-separated")
     add("--batch_size", type=cli.positive_int, default=16, help="images per batch")
     add("--num_images", type=cli.positive_int, default=128, help="images to time, after as many to warm up")
-    add("--dataset", choices=options.DATASETS, help="kind of dataset (default: random photographs)")
-    add("--data_dir", type=Path, help="its folder (default: data/DATASET)")
-    add("--domain", default="train", help="its split")
     options.add_images(parser)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print the table."""
     with tempfile.TemporaryDirectory() as folder:
-        data = options.data_dir(args) if args.dataset else write_photographs(Path(folder) / "data", args.num_images)
-        source = build_source(args.dataset or "folder", data)
-        dataset = ImageDataset(source, source.ids(args.domain), train_geometry(*options.image_sizes(args)))
+        source = build_source("folder", write_photographs(Path(folder) / "data", args.num_images))
+        dataset = ImageDataset(source, source.ids("train"), train_geometry(*options.image_sizes(args)))
         print(f"{args.image_size} pixels, batches of {args.batch_size}, {os.cpu_count()} cores")
         print_row("workers", "images/s")
         for workers in args.workers.split(","):

@@ -30,13 +30,7 @@ from tools.files import load_image
 SIZES = ((375, 500), (512, 512))
 
 
-Case = tuple[int, tuple[int, int], int, int, Path | None]
-"""Seed, size, labels, unaries and photograph of an image to solve; it is made where it is needed (`load`), as unaries
-of 21 labels are too big to send around."""
-
-
 def make_parser() -> cli.Parser:
-    """The command line of this benchmark."""
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--device", default="cpu", help="where tools.crf runs: cpu, cuda, cuda:1 ...")
@@ -47,7 +41,6 @@ def make_parser() -> cli.Parser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print a row per problem."""
     device = devices.select_device(args.device)
     photographs = sorted(args.images.glob("*.jpg"))[: args.num_images] if args.images else [None] * args.num_images
     on_gpu = device.type == "cuda"
@@ -63,24 +56,23 @@ def main(args: argparse.Namespace) -> None:
 
 
 def load(seed: int, size: tuple[int, int], labels: int, unaries: int, photograph: Path | None) -> tuple[Tensor, Tensor]:
-    """Image uint8 [1,3,H,W] and hard-label unaries float32 [1,U,C,H,W]."""
+    """Image uint8 [1,3,H,W] and hard-label unaries float32 [1,U,C,H,W]; not made before: those of 21 labels are big."""
     generator = np.random.default_rng(seed)
     blobs = measuring.smooth_noise(generator, size, labels, cell=90).argmax(axis=-1)
     maps = torch.from_numpy(np.stack([blobs, np.roll(blobs, 9, axis=1)])[:unaries])
+    image = measuring.random_photograph(generator, size)
     if photograph:
         image = cv2.resize(load_image(photograph), size[::-1], interpolation=cv2.INTER_AREA)
-    else:
-        image = measuring.random_photograph(generator, size)
     return torch.from_numpy(image).permute(2, 0, 1)[None].contiguous(), unary_from_labels(maps, labels)[None]
 
 
-def measure_cores(cases: list[Case], backend: str, workers: int) -> float:
+def measure_cores(cases: list[tuple], backend: str, workers: int) -> float:
     """Seconds per image with all `workers` busy."""
     with multiprocessing.get_context("fork").Pool(workers) as pool:
         return float(np.median(pool.map(functools.partial(solve_on_core, backend), cases, chunksize=1))) / workers
 
 
-def solve_on_core(backend: str, case: Case) -> float:
+def solve_on_core(backend: str, case: tuple) -> float:
     """Seconds on one thread of this process."""
     torch.set_num_threads(1)
     cpu = devices.select_device("cpu")  # as the scripts do
@@ -88,14 +80,14 @@ def solve_on_core(backend: str, case: Case) -> float:
     return measuring.seconds(cpu, lambda: mean_field(image, unary, backend=backend))
 
 
-def measure_gpu(cases: list[Case], device: torch.device) -> float:
+def measure_gpu(cases: list[tuple], device: torch.device) -> float:
     """Seconds per image of one call for all images, after a first call."""
     images, unaries = (torch.cat(parts).to(device) for parts in zip(*(load(*case) for case in cases), strict=True))
     mean_field(images, unaries)
     return measuring.seconds(device, lambda: mean_field(images, unaries)) / len(cases)
 
 
-def floor_of(case: Case, device: torch.device) -> tuple[float, float]:
+def floor_of(case: tuple, device: torch.device) -> tuple[float, float]:
     """Gigabytes that the operations move, and the seconds that a copy of them takes."""
     with measuring.ByteCounter() as moved:
         mean_field(*load(*case))

@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -118,11 +119,12 @@ def checkout(revision: str, folder: Path) -> Path:
     return folder
 
 
-def run(folder: Path, words: list[str], **environment: str) -> None:
-    """Run a command in a folder."""
+def run(folder: Path, command: str, **environment: str) -> None:
+    """Run Python in a folder; its arguments hold no blanks."""
+    words = [sys.executable, *command.split()]
     done = subprocess.run(words, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"{' '.join(words)}: {done.stderr.strip()[-400:]}. Correct it, then measure.")
+        raise UserError(f"{command}: {done.stderr.strip()[-400:]}. Correct it, then measure.")
 
 
 def random_photograph(generator: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
@@ -134,8 +136,7 @@ def random_photograph(generator: np.random.Generator, size: tuple[int, int]) -> 
 def smooth_noise(generator: np.random.Generator, size: tuple[int, int], channels: int, cell: int) -> np.ndarray:
     """Normal noise on a grid of `cell` pixels, interpolated to float [H,W,channels]."""
     coarse = generator.standard_normal((size[0] // cell + 2, size[1] // cell + 2, channels)).astype(np.float32)
-    planes = [cv2.resize(plane, size[::-1], interpolation=cv2.INTER_CUBIC) for plane in np.moveaxis(coarse, -1, 0)]
-    return np.stack(planes, axis=-1)
+    return cv2.resize(coarse, size[::-1], interpolation=cv2.INTER_CUBIC)
 
 
 def write_photographs(root: Path, count: int) -> Path:

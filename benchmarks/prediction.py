@@ -10,10 +10,8 @@ disturb processor time less than the clock. A line of each script says how many 
 import argparse
 import os
 import shutil
-import sys
 import tempfile
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +22,8 @@ from models import build_model
 from tools import cli
 from tools.checkpoint import save_checkpoint
 
-UNITS = ("images/s", "images/s of processor time")
-
 
 def make_parser() -> cli.Parser:
-    """The command line of this benchmark."""
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--revision", required=True, help="the one to compare with, as git names it")
@@ -49,25 +44,25 @@ def main(args: argparse.Namespace) -> None:
         prepare(args, folder / "data", works)
         flags = f"--tag csrm --dataset folder --data_dir {folder / 'data'} --domain train --device {args.device}"
         for command in ("inference.py", "train_segmentation.py --predict"):
-            commands = [[sys.executable, *f"{code}/{command} {flags}".split()] for code in codes]
+            commands = [f"{code}/{command} {flags}" for code in codes]
             runs = [[seconds(*each) for each in zip(works, commands, strict=True)] for _ in range(args.repeats)]
-            for unit, (before, here) in zip(UNITS, args.num_images / np.min(runs, axis=0).T, strict=True):
-                rates = f"{args.revision} {before:.2f}  here {here:.2f}  ratio {here / before:.2f}"
-                print(f"{command}: {unit} {rates}")
+            before, here = args.num_images / np.min(runs, axis=0)
+            for unit, b, h in zip(("images/s", "images/s of processor time"), before, here, strict=True):
+                print(f"{command}: {unit} {args.revision} {b:.2f}  here {h:.2f}  ratio {h / b:.2f}")
             files = [path.relative_to(works[1]) for path in works[1].rglob("*@*/*/*.*[gz]")]
             same = sum(len({(work / file).read_bytes() for work in works}) == 1 for file in files)
             print(f"{command}: {same} of {len(files)} files are equal")
 
 
-def seconds(folder: Path, words: list[str]) -> tuple[float, float]:
+def seconds(folder: Path, command: str) -> tuple[float, float]:
     """How long a command takes to make all predictions, and how much processor time."""
     shutil.rmtree(folder / "experiments" / "predictions", ignore_errors=True)
     start, used = time.perf_counter(), os.times().children_user
-    run(folder, words)
+    run(folder, command)
     return time.perf_counter() - start, os.times().children_user - used
 
 
-def prepare(args: argparse.Namespace, data: Path, works: Iterable[Path]) -> None:
+def prepare(args: argparse.Namespace, data: Path, works: list[Path]) -> None:
     """The first images of the split as a data set of their own; one network for both revisions."""
     source = build_source("folder", args.data_dir)
     (data / "splits").mkdir(parents=True)
@@ -77,8 +72,7 @@ def prepare(args: argparse.Namespace, data: Path, works: Iterable[Path]) -> None
     model = build_model("csrm", architecture="mobilenetv2_100", num_classes=source.info.num_classes)
     state = {"config": model.config, "model": model.state_dict(), "classes": list(source.info.classes), "epoch": 1}
     for work in works:
-        path = work / "experiments" / "models" / "csrm.pth"
-        save_checkpoint(path, **state, max_epoch=1, args={"image_size": 225})
+        save_checkpoint(work / "experiments/models/csrm.pth", **state, max_epoch=1, args={"image_size": 225})
 
 
 if __name__ == "__main__":

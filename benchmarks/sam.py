@@ -1,19 +1,18 @@
 """Speed and memory of `tools.proposals.generator` against SamAutomaticMaskGenerator, same model and images in one run.
 
     python -m benchmarks.sam                                                     # CPU, a tiny network: under a minute
-    python -m benchmarks.sam --device cuda --num_images 32 --checkpoint sam_vit_h_4b8939.pth --images photographs/
-    python -m benchmarks.sam --device cuda --num_images 32 --model_type vit_h    # random weights
+    python -m benchmarks.sam --device cuda --num_images 32 --model_type vit_h
 
 One row per generator: images per second, from the image in memory to its RLEs; peak memory (of the GPU; on a CPU, of
 the process so far, so the stock generator comes last); masks per image; and the share of masks that have a partner with
-an IoU above .95 among those of the stock generator. With random weights the networks cost what they always cost.
+an IoU above .95 among those of the stock generator. The weights are random: networks cost the same with any, but
+what follows them depends on the number of masks.
 """
 
 import argparse
 import functools
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from pycocotools import mask as coco_rle
@@ -22,21 +21,16 @@ from segment_anything import SamAutomaticMaskGenerator, sam_model_registry
 from benchmarks.measuring import peak_memory, print_row
 from tests.tiny_sam import SHARPENED_THRESHOLDS, build_tiny_sam, sharpen, synthetic_image
 from tools import cli, devices, options
-from tools.files import load_image
-from tools.proposals import load_sam
 from tools.proposals.generator import MaskGenerator, MaskOptions
 
 BATCHES = {"points_per_batch": 128, "images_per_batch": 2}  # of ours; the stock generator has 64 and 1
 
 
 def make_parser() -> cli.Parser:
-    """The command line of this benchmark."""
     parser = cli.Parser(__doc__)
     add, types = parser.add_argument, ["tiny", *options.SAM_TYPES]
     add("--device", default="cpu", help="cpu, cuda or cuda:N")
-    add("--checkpoint", type=Path, help="SAM's public weights; without them, random ones")
-    add("--model_type", choices=types, help="default: tiny, or vit_h with a checkpoint")
-    add("--images", type=Path, help="folder of photographs (.jpg); synthetic 375x500 images without it")
+    add("--model_type", choices=types, default="tiny", help="of the network")
     add("--num_images", type=cli.positive_int, default=2, help="images")
     add("--points_per_side", type=cli.positive_int, help="prompts per side (default: 32; tiny: 20)")
     options.add_precision(parser)
@@ -45,11 +39,8 @@ def make_parser() -> cli.Parser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Time the generators on the same images."""
     device, size = devices.select_device(args.device), BATCHES["images_per_batch"]
     images = [synthetic_image(seed, 375, 500) for seed in range(args.num_images)]
-    if args.images:
-        images = [load_image(path) for path in sorted(args.images.glob("*.jpg"))[: args.num_images]]
     rows = {name: measure(generate, images, size, device) for name, generate in build_generators(args, device).items()}
     print(f"{args.device}, {len(images)} images, up to {size} at a time")
     print_row("", "images/s", "peak GB", "masks", "agree")
@@ -59,22 +50,19 @@ def main(args: argparse.Namespace) -> None:
 
 def build_generators(args: argparse.Namespace, device: torch.device) -> dict[str, Callable]:
     """The rows of the table: functions from images to the COCO RLEs of each."""
-    kind = args.model_type or ("vit_h" if args.checkpoint else "tiny")
-    if args.checkpoint:
-        model, thresholds = load_sam(args.checkpoint, kind, device), {}
-    else:
-        torch.manual_seed(0)
-        network = {"tiny": build_tiny_sam, **sam_model_registry}[kind]()
-        model, thresholds = sharpen(network).to(device).eval(), SHARPENED_THRESHOLDS
-    prompts = args.points_per_side or (20 if kind == "tiny" else 32)
+    torch.manual_seed(0)
+    network = {"tiny": build_tiny_sam, **sam_model_registry}[args.model_type]()
+    model = sharpen(network).to(device).eval()
+    prompts = args.points_per_side or (20 if args.model_type == "tiny" else 32)
+    flags = {"points_per_side": prompts, **SHARPENED_THRESHOLDS}
     dtype = devices.autocast_dtype(args.mixed_precision, device)
-    ours = functools.partial(MaskGenerator, model, MaskOptions(points_per_side=prompts, **thresholds), **BATCHES)
+    ours = functools.partial(MaskGenerator, model, MaskOptions(**flags), **BATCHES)
     generators: dict[str, Callable] = {"ours, float32": ours()}
     if dtype:
         generators[f"ours, {dtype}".replace("torch.", "")] = ours(dtype=dtype)
     if args.compile:
         generators["ours, compiled"] = ours(dtype=dtype, compile=True)
-    stock = SamAutomaticMaskGenerator(model, points_per_side=prompts, output_mode="coco_rle", **thresholds)
+    stock = SamAutomaticMaskGenerator(model, output_mode="coco_rle", **flags)
     return {**generators, "stock": lambda images: [[m["segmentation"] for m in stock.generate(i)] for i in images]}
 
 

@@ -1,7 +1,6 @@
 """Where the time of a training step goes, and how near it comes to what the processor can do.
 
     python -m benchmarks.train_step                                     # CSRM; on a CPU the network of `make demo`
-    python -m benchmarks.train_step --script segmentation --architecture resnest269e --batch_size 16
     python -m benchmarks.train_step --script classifier --method puzzle --mode fix
     python -m benchmarks.train_step --architecture resnest101e --batch_size 32 --image_size 512 --count
 
@@ -63,7 +62,6 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Count, measure, and print the report."""
     device = devices.select_device(args.device)
     images = args.batch_size * (2 if args.script == "csrm" else 1)  # both halves
     print(f"{args.script}, {args.architecture}, {args.image_size} pixels, {images} images per step, {device}")

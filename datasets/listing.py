@@ -12,6 +12,7 @@ two characters). Hidden files and files of file managers are ignored.
 import os
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,13 +172,8 @@ def check_classes(path: Path, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def first_repeated(names: Iterable[str]) -> str | None:
-    """The first name that occurs a second time, None if all differ."""
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    return None
+    """A name that occurs more than once; None if all differ."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 class Likeness:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from xml.etree import ElementTree
 
-import pytest
-
 from tools import charts
 from tools.charts import line_chart
 
@@ -30,11 +28,6 @@ def test_only_round_values_inside_the_range_are_labelled():
     chart = parse({"a": [(1, 21.4), (16, 36.5)]})
     texts = [text.text for text in chart.iter("text")]
     assert texts == ["25", "30", "35", "5", "10", "15", "epoch", "loss"]
-
-
-@pytest.mark.parametrize("step, rounded", [(0.011, 0.02), (1, 1), (3, 5), (7, 10), (0.2, 0.2), (4999, 5000)])
-def test_steps_between_labels(step, rounded):
-    assert charts._round_step(step) == pytest.approx(rounded)
 
 
 def test_the_last_or_the_highest_point_is_marked_and_named():

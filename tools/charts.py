@@ -9,6 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from matplotlib.ticker import MaxNLocator
+
 COLOURS = 8
 WIDTH, HEIGHT = 420, 240
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 40  # margins, for the labels of the axes
@@ -51,18 +53,12 @@ class _Axis:
     def __init__(self, low: float, high: float, start: float, end: float) -> None:
         if low == high:
             low, high = low - 0.5, high + 0.5
-        step = _round_step((high - low) / 4)
-        self.ticks = [step * n for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+        slack, ticks = 1e-9 * (high - low), MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(low, high).tolist()
+        self.ticks = [tick for tick in ticks if low - slack <= tick <= high + slack]
         self.low, self.scale, self.start = low, (end - start) / (high - low), start
 
     def __call__(self, value: float) -> float:
         return round(self.start + (value - self.low) * self.scale, 1)
-
-
-def _round_step(step: float) -> float:
-    """The smallest of 1, 2 and 5 times a power of ten that is at least `step`."""
-    power = 10.0 ** math.floor(math.log10(step))
-    return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= step * (1 - 1e-9))
 
 
 def _curve(points: Points, marked: tuple[float, float], across: _Axis, up: _Axis, number: int) -> str:
