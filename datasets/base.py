@@ -24,6 +24,7 @@ from tools import identity
 from tools.errors import UserError
 from tools.files import file_orientation, load_image, load_mask, read_lines
 from tools.files import upright_size as _upright_size
+from tools.options import IGNORE_INDEX
 from tools.parallel import thread_map
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class DatasetInfo:
     classes: tuple[str, ...]  # class names by mask index, background first
     # uint8 [256, 3], the colours masks are saved with
     palette: np.ndarray = field(default_factory=voc_palette, compare=False, repr=False)
-    ignore_index: int = 255  # mask value of pixels that are neither trained on nor evaluated
+    ignore_index: int = IGNORE_INDEX
 
     @property
     def num_classes(self) -> int:

@@ -113,7 +113,6 @@ class FolderSource(DataSource):
         return image_id in self._read_table(self._table_path)
 
     def labelled_ids(self) -> Iterable[str]:
-        """The ids of all rows of the table; none without a table."""
         return () if self._table_path is None else self._read_table(self._table_path).keys()
 
     def _class_indices(self, image_id: str) -> list[int]:
@@ -175,7 +174,6 @@ class Photographs(DataSource):
         super().__init__(place, info=DatasetInfo(tuple(classes)), images=images, splits={}, masks_dirs=[])
 
     def has_label(self, image_id: str) -> bool:
-        """Never."""
         return False
 
     def _class_indices(self, image_id: str) -> list[int]:

@@ -61,11 +61,9 @@ class VOC12Source(DataSource):
         self._annotations = index_files([annotations] if annotations.is_dir() else [], (".xml",)).files
 
     def has_label(self, image_id: str) -> bool:
-        """Whether there is an annotation of that id."""
         return image_id in self._annotations
 
     def labelled_ids(self) -> Iterable[str]:
-        """The ids of all annotations."""
         return self._annotations.keys()
 
     def _id_of_line(self, line: str) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from tools.files import atomic_write
+from tools.options import IGNORE_INDEX
 
 OVERLAY_SIDE = 1280
 STRIP = 256  # rows painted at a time: colours as floats take ten times the memory of the photograph
@@ -31,7 +32,7 @@ def _painted(image: np.ndarray, mask: np.ndarray, palette: np.ndarray) -> np.nda
     grey = image.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
     paper = np.repeat((0.55 * grey + 70)[..., None], 3, axis=2)
     colours = palette.astype(np.float32).copy()
-    colours[255] = 255
+    colours[IGNORE_INDEX] = 255
     opacity = np.where(mask == 0, 0.0, 0.72)[..., None]
     return (opacity * colours[mask] + (1 - opacity) * paper).clip(0, 255).astype(np.uint8)
 

@@ -21,6 +21,9 @@ from tools.errors import UserError
 EXPERIMENTS = Path("experiments")
 """Everything runs produce lies below this folder, in the working directory."""
 
+IGNORE_INDEX = 255
+"""Value of mask pixels that are neither trained on nor evaluated."""
+
 PSEUDO_MASK_THRESHOLD = 0.4
 """Background threshold at which pseudo masks are made, unless inference.py is told another."""
 

@@ -22,6 +22,7 @@ from PIL import Image
 from tools.charts import Points, line_chart
 from tools.health import SIGNALS
 from tools.history import Command, Run
+from tools.options import IGNORE_INDEX
 
 TEMPLATE = Path(__file__).with_name("page.html")
 SIDE = 320  # pixels: the longer side of a photograph on the page
@@ -82,7 +83,7 @@ def mask_uri(mask: np.ndarray, size: tuple[int, int], palette: np.ndarray) -> st
     small = Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST)
     values, indices = np.unique(np.asarray(small), return_inverse=True)
     colours = palette.copy()
-    colours[255] = 255
+    colours[IGNORE_INDEX] = 255
     picture = Image.fromarray(indices.reshape(size).astype(np.uint8), mode="P")
     picture.putpalette(colours[values].astype(np.uint8).tobytes())
     opacity = bytes(0 if value == 0 else 255 for value in values)

@@ -23,6 +23,7 @@ from datasets.base import voc_palette
 from datasets.folder import BACKGROUND, write_lists
 from tools.errors import UserError
 from tools.files import atomic_write, check_writable, load_image, save_mask
+from tools.options import IGNORE_INDEX
 from tools.parallel import run_jobs
 
 COLOURS = {
@@ -33,7 +34,6 @@ COLOURS = {
     "water": (0, 0, 255),
     "barren": (255, 255, 255),
 }
-IGNORE = 255
 VAL_EVERY = 5  # the fifth, tenth, ... image with a mask is for validation
 
 
@@ -67,7 +67,7 @@ def convert(source: Path, root: Path, workers: int) -> None:
 
 def class_indices(colours: np.ndarray) -> np.ndarray:
     """The class mask, uint8 [H, W], of colours uint8 RGB [H, W, 3]: 1..6 in the order of `COLOURS`, 255 for others."""
-    table = np.full(8, IGNORE, np.uint8)  # by which of red, green and blue are on
+    table = np.full(8, IGNORE_INDEX, np.uint8)  # by which of red, green and blue are on
     for index, colour in enumerate(COLOURS.values(), 1):
         table[np.dot(np.greater(colour, 127), (4, 2, 1))] = index
     on = colours >= 128

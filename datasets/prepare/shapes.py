@@ -32,11 +32,11 @@ from datasets.voc12 import SHAPES_CLASSES
 from tools import cli
 from tools.errors import UserError
 from tools.files import check_writable, save_json, save_mask
+from tools.options import IGNORE_INDEX
 from tools.parallel import run_jobs
 
 CLASSES = ("background", *KINDS)
 assert CLASSES == SHAPES_CLASSES, "the reader and the generator name other classes"
-IGNORE_INDEX = 255
 MARKER = "generator.json"  # parameters of a complete set, the last file written
 VERSION = 5  # raised whenever the same seed no longer gives the same bytes
 
