@@ -224,12 +224,9 @@ def _find_splits(root: Path) -> dict[str, Path]:
 def write_lists(
     root: Path, classes: Sequence[str], labels: dict[str, Sequence[str]], splits: dict[str, Sequence[str]]
 ) -> None:
-    """Write `classes.txt`, `labels.csv`, and last the lists of ids, which mean that the dataset is complete.
+    """Write `classes.txt` (background first), `labels.csv` (class names by id), and last the lists of ids by domain.
 
-    Args:
-        classes: names, background first.
-        labels: class names by id.
-        splits: ids by domain.
+    The lists mean that the dataset is complete.
     """
     save_text(root / "classes.txt", "".join(f"{name}\n" for name in classes))
     with atomic_write(root / "labels.csv") as temporary, temporary.open("w", encoding="utf-8", newline="") as file:

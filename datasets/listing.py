@@ -177,11 +177,7 @@ def first_repeated(names: Iterable[str]) -> str | None:
 
 
 class Likeness:
-    """Finds the id that a wrong one stands for: one with a suffix, without leading zeros, in other case ...
-
-    Args:
-        ids: the ids that exist.
-    """
+    """Finds which of the `ids` a wrong one stands for: one with a suffix, without leading zeros, in other case ..."""
 
     def __init__(self, ids: Iterable[str]) -> None:
         self._ids: dict[str, str | None] = {}  # None: several look like that

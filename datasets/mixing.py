@@ -41,11 +41,7 @@ def classmix(images: Tensor, label_maps: Tensor, seg_logits: Tensor, image_label
 def cutmix(images: Tensor, label_maps: Tensor, seg_logits: Tensor, image_labels: Tensor) -> Mixed:
     """Paste a random rectangle of half the area of each partner, ignored pixels included.
 
-    Args:
-        images: uint8 [B, 3, H, W].
-        label_maps: int64 [B, H, W].
-        seg_logits: float [B, C, h, w] of any size; the pasted region is brought to it by nearest neighbour.
-        image_labels: float [B, K] in [0, 1].
+    Arguments as of `classmix`; image labels may be in [0, 1].
 
     Returns:
         The four, mixed. Image labels are mixed by area, so they are no longer multi-hot but in [0, 1].

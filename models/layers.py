@@ -56,12 +56,8 @@ def init_kaiming(module: nn.Module) -> None:
 class ASPP(nn.Module):
     """Atrous spatial pyramid pooling (DeepLabV3, section 3.3): 1x1, three dilated 3x3 and the image mean, projected.
 
-    With batch norm (`use_gn=False`) the image-mean branch cannot train on a batch of one.
-
-    Args:
-        channels: of every branch and of the output.
-        output_stride: of the input; the dilations 6, 12, 18 are for 16, double for 8 and half for 32.
-        dropout: probability after the projection.
+    The dilations 6, 12, 18 are for output stride 16, double for 8 and half for 32. With batch norm (`use_gn=False`) the
+    image-mean branch cannot train on a batch of one.
     """
 
     def __init__(self, in_channels: int, channels: int, *, output_stride: int, dropout: float, use_gn: bool) -> None:

@@ -180,11 +180,7 @@ def _is_made(path: Path) -> bool:
 
 
 def _examine(record: Path, made_by: dict[str, Any], made: set[str]) -> tuple[dict[str, Any], str]:
-    """The stored identity, {} if there is none; and what is wrong with it, "" if nothing is.
-
-    Args:
-        made: the images whose files exist.
-    """
+    """The stored identity, {} if there is none; and what is wrong with it for the images `made`, "" if nothing is."""
     try:
         stored = read_record(record)
     except UserError:

@@ -96,7 +96,7 @@ def kept_loss(logits: Tensor, labels: Tensor, kept: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor | Sequence[Tensor], labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross entropy over the pixels that are not 255; 0, where torch's own mean is NaN, if there is none.
+    """Mean cross entropy over the pixels that are not 255; 0 if there is none, where torch's own mean is NaN.
 
     Args:
         logits: float [B, C, h, w], upsampled to the size of the labels; or several such maps, of any sizes, whose

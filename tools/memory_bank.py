@@ -186,8 +186,7 @@ def entropy_masks(teacher_entropy: Tensor, labels: Tensor, alpha: float) -> tupl
     """The most and the least certain alpha per cent of the pixels that are not 255.
 
     Args:
-        teacher_entropy: float [B, h, w] of the unlabeled half.
-        labels: int64 [B, h, w].
+        teacher_entropy, labels: float and int64 [B, h, w] of the unlabeled half.
         alpha: in [0, 50] (`tools.losses.unreliable_percent`).
 
     Returns:

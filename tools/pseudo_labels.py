@@ -74,10 +74,8 @@ def mutual_promotion_labels(
 
     Args:
         background_probs: float [B, H, W] in [0, 1].
-        cams: float [B, K, h, w], raw CAM logits.
-        image_labels: float [B, K]; classes above 0 are in the image.
         sigma: in [0, 1], the least value of the winning map.
-        max_classes: as of `reliable_cam_labels`.
+        cams, image_labels, max_classes: as of `reliable_cam_labels`.
 
     Returns:
         int64 [B, H, W]: 0 background, 1..K classes, 255 ignore.

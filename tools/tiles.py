@@ -44,11 +44,7 @@ def blended_strips(
 
 
 class Rows:
-    """Strips as one map. It keeps only the rows that are still needed.
-
-    Args:
-        strips: f32[B,C,rows,W], from the top down.
-    """
+    """Strips f32[B,C,rows,W], from the top down, as one map. It keeps only the rows that are still needed."""
 
     def __init__(self, strips: Iterable[torch.Tensor]) -> None:
         self._strips, self._first, self._kept = iter(strips), 0, None

@@ -21,11 +21,7 @@ THRESHOLDS = threshold_range(0.05, 0.80, 0.05)
 
 
 def check_domain(source: Any, domain: str) -> None:
-    """Prove that `validate` will find its ids and masks, before an epoch is trained. '' stands for no validation.
-
-    Raises:
-        UserError: it will not.
-    """
+    """Check, before training, that `validate` will find ids and masks (UserError: it will not); '': no validation."""
     if domain:
         source.check_masks(source.ids(domain))
 

@@ -94,7 +94,7 @@ def _paint(path: Path, result: Sequence[dict], labels: Labels, decode: Callable[
 
 
 def _codec() -> tuple[Callable[[np.ndarray], list[int]], Callable[[list[int]], np.ndarray]]:
-    """Encoder and decoder of flat uint8 arrays."""
+    """Encoder and decoder of flat uint8 arrays (UserError: the SDK is not installed)."""
     try:
         from label_studio_sdk.converter.brush import decode_rle, encode_rle
     except ImportError as error:

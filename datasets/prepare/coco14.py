@@ -168,11 +168,9 @@ def _image_id(file: str) -> str:
 def _convert_image(
     masks: Path, index_of: dict[int, int], job: tuple[dict[str, Any], list[dict[str, Any]]]
 ) -> tuple[str, list[int]]:
-    """Write one mask unless it is there; return the image's id and its class indices, ascending.
+    """Write the mask of an element of "images" with its "annotations", unless it is there; `index_of` a category id.
 
-    Args:
-        index_of: category id -> class index 1..K.
-        job: one element of "images", and its "annotations".
+    Returns the image's id and its class indices 1..K, ascending.
     """
     image, annotations = job
     file = image["file_name"]

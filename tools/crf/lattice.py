@@ -88,10 +88,7 @@ def _connect(keys: Tensor, barycentric: Tensor, pixels: int) -> tuple[Tensor, li
 
 
 def _enclosing_simplex(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The simplex each point lies in, and where.
-
-    Args:
-        features: float32 [d,N].
+    """The simplex in which each point lies, and where; features are float32 [d,N].
 
     Returns:
         quotients: float32 [d+1,N]: d+1 times these is the vertex of remainder 0.
@@ -189,14 +186,11 @@ def _vertex_keys(quotients: Tensor, rank: Tensor, image: Tensor, digits: _Digits
 
 
 def _blur(vertices: Tensor, digits: _Digits) -> list[Bags]:
-    """The blur along each axis: vertices and their two neighbours, of which absent ones are row M, always zero.
+    """The blur along each axis: M vertices (keys, ascending) and their two neighbours; absent ones are row M, always 0.
 
     The neighbour before, along axis j, has 1 less in every coordinate but j, where it has d more. In quotients: for
     remainders above 0, the same but one more in j and the remainder one lower; for remainder 0, which becomes d, one
     less everywhere but in j.
-
-    Args:
-        vertices: distinct keys [M], ascending.
     """
     count = len(vertices)
     axes = len(digits.quotients)

@@ -32,22 +32,15 @@ class Bags:
     starts: Tensor | None = None  # int32 [B+1], ascending from 0 to E; None if all lists have K entries
 
     def __call__(self, rows: Tensor, base: Tensor | None = None) -> Tensor:
-        """The sum of each list, float32 [B,L], of the contiguous rows float32 [R,L]; an empty list gives 0.
-
-        Args:
-            base: float32 [B,L], what the sums are added to.
-        """
+        """The sum of each list of the contiguous rows float32 [R,L], added to `base`: float32 [B,L]. Empty lists: 0."""
         kernel = _kernel(rows.device) if rows.is_cuda else _embedding_bag
         return kernel(rows, self.index, self.weights, self.starts, base)
 
 
 def split(bags: Bags) -> list[Bags]:
-    """Bags with lists of at most `LONGEST` entries that, applied one after the other, give the sums of `bags`.
+    """Bags with lists of at most `LONGEST` entries that, one after the other, give the sums of `bags` (with `starts`).
 
     A flat region of an image puts thousands of pixels on one vertex of a lattice: a GPU would wait for that list alone.
-
-    Args:
-        bags: with `starts`.
     """
     assert bags.starts is not None
     cuts = torch.arange(0, len(bags.index), LONGEST, dtype=bags.starts.dtype, device=bags.index.device)
