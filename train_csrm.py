@@ -179,9 +179,17 @@ class Criterion(nn.Module):
         self.health = Health(options.self_training, warmup_epochs=options.warmup_epochs, max_epoch=options.max_epoch)
 
     def needs_teacher(self, epoch: int) -> bool:
-        """Whether this epoch's losses look at the teacher's uncertainty and representations."""
+        """Whether this epoch's losses look at the teacher's uncertainty or representations."""
         weights = self.options.weights
-        return epoch >= self.health.warmup_epochs(epoch) and bool(weights["u"] or weights["contra"])
+        return self.teaches_itself(epoch) and bool(weights["u"] or weights["contra"])
+
+    def needs_representations(self, epoch: int) -> bool:
+        """Whether they look at representations, the student's and the teacher's."""
+        return self.teaches_itself(epoch) and bool(self.options.weights["contra"])
+
+    def teaches_itself(self, epoch: int) -> bool:
+        """Whether there are more losses than L_c and L_c2s."""
+        return epoch >= self.health.warmup_epochs(epoch)
 
     @record_function("losses")
     def forward(self, student: dict[str, Tensor], teacher: dict[str, Tensor], targets: Targets, epoch: int) -> dict:
@@ -193,7 +201,7 @@ class Criterion(nn.Module):
         """
         options, warmup = self.options, self.health.warmup_epochs(epoch)
         terms = {"c": self.classification, "c2s": self.cam_to_segmentation}
-        if epoch >= warmup:
+        if self.teaches_itself(epoch):
             terms |= {"s2c": self.segmentation_to_cam, "u": self.unsupervised, "contra": self.contrast}
         losses = {name: term(student, teacher, targets, epoch) for name, term in terms.items() if options.weights[name]}
         w_s2c = options.weights["s2c"] * s2c_weight(epoch, options.max_epoch, warmup)
@@ -293,8 +301,8 @@ def train_step(
     """One step of CSRM up to its losses: teacher labels, mixing, student, losses."""
     # 1. The teacher sees both halves. If nothing is mixed, the losses use this pass, too.
     mixes = labels.mix != "none" and random.random() < labels.mix_prob
-    needs_teacher = criterion.needs_teacher(epoch)
-    teacher_out = teacher(normalize(batch.images), representations=needs_teacher and not mixes)
+    needs_representations = criterion.needs_representations(epoch)
+    teacher_out = teacher(normalize(batch.images), representations=needs_representations and not mixes)
     seg_logits, class_logits = teacher_out["seg_logits"], teacher_out["class_logits"]
 
     # 2. Its CAMs become reliable pixel labels. Those of the unlabeled half are needed for mixing only.
@@ -313,9 +321,9 @@ def train_step(
     # 5. Student and teacher see the mixed images.
     inputs = normalize(images)
     with record_function("student"):
-        student_out = student(inputs)
-    if mixes and needs_teacher:
-        teacher_out = teacher(inputs)
+        student_out = student(inputs, representations=needs_representations)
+    if mixes and criterion.needs_teacher(epoch):
+        teacher_out = teacher(inputs, representations=needs_representations)
 
     # 6. The five losses.
     targets = Targets(image_labels, cam_labels[: len(images) // 2], hard_labels, confidence)

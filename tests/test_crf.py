@@ -17,6 +17,7 @@ from tools.crf import (
     SEGMENTATION_SETTINGS,
     CRFSettings,
     field,
+    lattice,
     mean_field,
     unary_from_labels,
     unary_from_probabilities,
@@ -263,3 +264,17 @@ def test_energies_and_weights_of_any_size():
     torch.testing.assert_close(mean_field(images, unary - 500), expected, atol=1e-3, rtol=0)
     q = mean_field(images, unary, CRFSettings(3, 300, 50, 5, 1000))
     torch.testing.assert_close(q.sum(dim=1), torch.ones(1, 12, 15))
+
+
+@pytest.mark.parametrize("link", [lattice._link_by_search, lattice._link_by_merging])
+@pytest.mark.parametrize("count, dtype", [(1, torch.int32), (2, torch.int64), (700, torch.int32), (701, torch.int64)])
+def test_neighbours_of_vertices(link, count, dtype):
+    keys = torch.randperm(3 * count, generator=torch.Generator().manual_seed(count))
+    vertices = keys[:count].sort().values.to(dtype)
+    before = (vertices + 5) % (3 * count)  # in two ascending runs, as in a lattice
+    rows = torch.full((count + 1, 3), count, dtype=torch.int32)
+    link(vertices, before, rows)
+    place = {key: i for i, key in enumerate(vertices.tolist())}
+    found = [place.get(key, count) for key in before.tolist()]
+    assert rows[:, 1].tolist() == [*found, count]
+    assert rows[:, 2].tolist() == [found.index(i) if i in found else count for i in range(count)] + [count]

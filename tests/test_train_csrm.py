@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -301,16 +302,23 @@ def test_the_classifier_is_new_unless_the_prior_brings_it(folder_root, tmp_path,
     assert rates == [pytest.approx(10), pytest.approx(10), pytest.approx(1)]
 
 
-@pytest.mark.parametrize("probability, passes", [(0, [True]), (1, [False, True])])
-def test_a_step_that_does_not_mix_asks_the_teacher_once(monkeypatch, probability, passes):
-    """One pass with representations serves labels and losses; its outputs are those of a second look."""
-    step, asked = Step("--cutmix_prob", probability), []
-    forward = step.teacher.module.forward
-
-    def counting(x, *, representations=True):
-        asked.append(representations)
-        return forward(x, representations=representations)
-
-    monkeypatch.setattr(step.teacher.module, "forward", counting)
-    step()
-    assert asked == passes
+@pytest.mark.parametrize(
+    "probability, flags, epoch, of_teacher, of_student",
+    [
+        (0, [], 1, [True], [True]),  # one pass serves labels and losses; its outputs are those of a second look
+        (1, [], 1, [False, True], [True]),
+        (1, ["--w_contra", 0], 1, [False, False], [False]),
+        (1, ["--w_contra", 0, "--w_u", 0], 1, [False], [False]),
+        (1, [], 0, [False], [False]),  # warm-up
+    ],
+)
+def test_passes_of_a_step_and_whether_they_give_representations(
+    monkeypatch, probability, flags, epoch, of_teacher, of_student
+):
+    step = Step("--cutmix_prob", probability, *flags)
+    forwards = [mock.Mock(side_effect=network.forward) for network in (step.teacher.module, step.student)]
+    for network, forward in zip((step.teacher.module, step.student), forwards, strict=True):
+        monkeypatch.setattr(network, "forward", forward)
+    step(epoch)
+    asked = [[call.kwargs["representations"] for call in forward.call_args_list] for forward in forwards]
+    assert asked == [of_teacher, of_student]

@@ -25,7 +25,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from tools.errors import UserError
@@ -138,6 +137,8 @@ def share_model(model: nn.Module) -> None:
     PyTorch has no such batch norm on CPUs: there it is over a process's share of the batch.
     """
     if world_size() > 1 and next(model.parameters()).is_cuda:
+        from timm.layers import convert_sync_batchnorm  # takes seconds, of which evaluate.py and report.py need none
+
         convert_sync_batchnorm(model)
     broadcast(model.state_dict().values())
 

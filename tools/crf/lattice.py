@@ -197,15 +197,33 @@ def _blur(vertices: Tensor, digits: _Digits) -> list[Bags]:
     wrapped = (axes - 1) * digits.remainder - sum(digits.quotients)
     down = vertices + torch.where(vertices < digits.remainder, wrapped, -digits.remainder).to(digits.dtype)
     stencil = torch.full((axes, count + 1, 3), count, dtype=torch.int32, device=vertices.device)
-    index = torch.arange(count, dtype=torch.int32, device=vertices.device)
-    stencil[:, :count, 0] = index
+    stencil[:, :count, 0] = torch.arange(count, dtype=torch.int32, device=vertices.device)
+    link = _link_by_search if vertices.is_cuda else _link_by_merging
     for place, rows in zip(digits.quotients, stencil, strict=True):
-        wanted = down + place
-        found = torch.searchsorted(vertices, wanted).clamp_(max=count - 1)
-        before = torch.where(vertices.index_select(0, found) == wanted, found, count)
-        rows[:count, 1] = before
-        rows[before, 2] = index
-        rows[count:, 2] = count
+        link(vertices, down + place, rows)
     weights = torch.full((count + 1, 3), 0.5, device=vertices.device)
     weights[:, 0] = 1
     return [Bags(rows, weights) for rows in stencil]
+
+
+def _link_by_search(vertices: Tensor, before: Tensor, rows: Tensor) -> None:
+    """Enter neighbours into `rows`, int32 [M+1,3], columns 1 and 2, which are M at first. Nothing waits for a GPU.
+
+    Args:
+        vertices: distinct keys [M], ascending.
+        before: key [M] of each vertex's neighbour before it, whether there is such a vertex or not.
+    """
+    count = len(vertices)
+    found = torch.searchsorted(vertices, before).clamp_(max=count - 1)
+    found = torch.where(vertices.index_select(0, found) == before, found, count)
+    rows[:count, 1] = found
+    rows[found, 2] = torch.arange(count, dtype=rows.dtype, device=rows.device)
+    rows[count:, 2] = count
+
+
+def _link_by_merging(vertices: Tensor, before: Tensor, rows: Tensor) -> None:
+    """`_link_by_search`, on a CPU in half the time: NumPy merges what is sorted in runs, as both lists of keys are."""
+    _, found, own = np.intersect1d(vertices.numpy(), before.numpy(), assume_unique=True, return_indices=True)
+    neighbours = rows.numpy()
+    neighbours[own, 1] = found
+    neighbours[found, 2] = own

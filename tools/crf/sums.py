@@ -33,8 +33,18 @@ class Bags:
 
     def __call__(self, rows: Tensor, base: Tensor | None = None) -> Tensor:
         """The sum of each list of the contiguous rows float32 [R,L], added to `base`: float32 [B,L]. Empty lists: 0."""
-        kernel = _kernel(rows.device) if rows.is_cuda else _embedding_bag
-        return kernel(rows, self.index, self.weights, self.starts, base)
+        if rows.is_cuda:
+            return _kernel(rows.device)(rows, self.index, self.weights, self.starts, base)
+        return _embedding_bag(rows, *self._flat, base)
+
+    @functools.cached_property
+    def _flat(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Index, weights and starts; of lists of one length `embedding_bag` would make the starts in each call."""
+        starts = self.starts
+        if starts is None:
+            bags, length = self.index.shape
+            starts = torch.arange(0, bags * length + 1, length, dtype=self.index.dtype)
+        return self.index.flatten(), self.weights.flatten(), starts
 
 
 def split(bags: Bags) -> list[Bags]:
