@@ -255,8 +255,8 @@ FAULTS = (
     Fault(
         "the teacher's uncertainty is that of the images from before mixing",
         "train_csrm.py",
-        "teacher_out = teacher(inputs)",
-        "teacher_out = teacher(normalize(batch.images))",
+        "teacher_out = teacher(inputs, ",
+        "teacher_out = teacher(normalize(batch.images), ",
         "test_joints.py::test_student_and_teacher_see_the_mixed_images",
     ),
     Fault(

@@ -139,8 +139,6 @@ def working_photograph(photograph: torch.Tensor, views: Views) -> torch.Tensor:
 
 def enlarged_argmax(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Argmax over C of maps f32[1,C,h,w] enlarged to size (H, W): int64 [H,W], one map of full size at a time."""
-    if tuple(maps.shape[-2:]) == tuple(size):
-        return maps[0].argmax(dim=0)
     best = resize_maps(maps[:, :1], size)[0, 0]
     index = torch.zeros(size, dtype=torch.long, device=maps.device)
     for c in range(1, maps.shape[1]):

@@ -60,7 +60,7 @@ def reliable_cam_labels(
         channels = classes.shape[1]
         unaries = [unary_from_labels(reading, num_labels, gt_prob, channels=channels) for reading in readings]
         q = mean_field(images, torch.stack(unaries, dim=1), CAM_SETTINGS, crf_iterations, backend=backend)
-        readings = q.argmax(dim=2).unbind(dim=1)
+        readings = q.max(dim=2).indices.unbind(dim=1)  # argmax takes ten times as long on a CPU
     foreground, background = readings
     doubtful = (foreground == 0) & (background != 0)
     return _look_up(classes, foreground).masked_fill(doubtful, IGNORE_INDEX)
