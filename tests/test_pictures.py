@@ -358,6 +358,14 @@ def save_palette(path: Path, mask: np.ndarray, colours) -> None:
 
 
 VOC, GREY = voc_palette().tolist(), [[i, i, i] for i in range(256)]
+
+
+def test_a_colour_that_is_a_grey_too_stands_for_its_class(tmp_path):
+    """VOC's colour of class 7 is the grey of class 128."""
+    save_palette(tmp_path / "a.png", np.array([[7]], np.uint8), VOC)
+    assert load_mask(tmp_path / "a.png", voc_palette(), 200).tolist() == [[7]]
+
+
 BLACK, WHITE, RED, BLUE = [0, 0, 0], [255] * 3, [250, 10, 20], [20, 10, 250]
 
 

@@ -419,7 +419,9 @@ def _check_palette(
         meant = {index: colour_map.get(colour) for index, colour in entries.items()}
         distinct = len(set(meant.values())) == len(meant)
         moved = [(index, other) for index, other in meant.items() if index != other]
-        if distinct and moved and None not in meant.values():
+        if not moved:
+            return  # VOC's colour of class 7 is also the grey of class 128
+        if distinct and None not in meant.values():
             index, other = moved[0]
             raise FileError(
                 f"{path}: index {index} has the colour of class {other}. Its palette was sorted by an optimiser or "
