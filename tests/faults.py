@@ -234,8 +234,8 @@ FAULTS = (
     Fault(
         "warm-up lasts an epoch longer",
         "train_csrm.py",
-        "        if epoch >= warmup:",
-        "        if epoch > warmup:",
+        "return epoch >= self.health.warmup_epochs(epoch)",
+        "return epoch > self.health.warmup_epochs(epoch)",
         "test_train_csrm.py::test_losses_golden",
     ),
     Fault(
