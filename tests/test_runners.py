@@ -259,6 +259,16 @@ def test_the_size_of_a_run_on_your_own_photographs_follows_the_machine(tmp_path,
     assert process.returncode == 2 and "PRESET=huge: choose small or standard" in process.stderr
 
 
+def test_the_final_model_of_a_small_run_starts_from_csrm_if_there_is_one(tmp_path):
+    flags = {"DATASET": "folder", "DATA_DIR": "birds", "DEVICE": "cpu", "MASKS": "masks"}
+    for name, start in (("other", []), ("csrm", [models("csrm-csrm")])):
+        path = tmp_path / models("csrm-csrm")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        called, _ = commands(tmp_path, "4-segmentation", NAME=name, **flags)
+        assert called[0].split() == ["train_segmentation.py", f"{name}-deeplab-masks", *start]
+
+
 def folders(folder: Path, **environment: str) -> dict[str, str]:
     """What stages 3 and 4 read and write: "pseudo", "refined tag", "masks", "tag", "report"."""
     commands(folder, "3-sam-refinement", **environment)
