@@ -38,6 +38,11 @@ class MaskLook:
     blended: bool = False  # shows classes that the image label lacks, but along edges only
 
 
+def is_systematic(count: int, total: int) -> bool:
+    """Whether `count` of `total` images share a fault that so many do not have by chance: several, and a third."""
+    return count >= SEVERAL and 3 * count >= total
+
+
 def look_at_mask(source: DataSource, image_id: str, label: np.ndarray | None = None) -> MaskLook:
     """Read the mask of an id, and compare it with the image label, f32 [K], if there is one.
 
@@ -130,7 +135,7 @@ class Masks:
         blended = "show, along edges only, classes that their image labels lack. They were resized with blending, or "
         blended += "saved as JPEG: make them again, with nearest neighbour"
         for masks, fault in ((self.strange, strange), (self.blended, blended)):
-            if len(masks) >= SEVERAL and 3 * len(masks) >= self.labelled:
+            if is_systematic(len(masks), self.labelled):
                 yield f"{masks[0]}: one of {len(masks)} masks (of {self.labelled}) that {fault}"
 
 

@@ -39,7 +39,7 @@ from datasets import build_source
 from datasets.base import DatasetInfo, DataSource
 from datasets.leftovers import leftovers, unlisted
 from datasets.listing import first_repeated
-from datasets.masks import SEVERAL, MaskLook, Masks, look_at_mask
+from datasets.masks import MaskLook, Masks, is_systematic, look_at_mask
 from tools import cli, options
 from tools.errors import UserError
 from tools.files import atomic_write, check_writable, save_json
@@ -213,7 +213,7 @@ def verify(
             copies[look.digest].append((image_id, b"" if look.label is None else look.label.tobytes()))
     for kind, text in masks.findings():
         findings[kind].append(text)
-    if len(findings["dark"]) >= SEVERAL and 3 * len(findings["dark"]) >= len(domains_of):
+    if is_systematic(len(findings["dark"]), len(domains_of)):
         findings["unreadable"].append(f"{findings['dark'][0]} (one of {len(findings['dark'])} photographs)")
     add_copies(copies.values(), domains_of, splits, findings["copies"])
     if not published:
