@@ -201,7 +201,7 @@ class Predictor:
 
 def cam_forward(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """A function from images to the model's CAM logits. The other branches of CSRM are not computed."""
-    options = {"segmentation": False} if model.config["kind"] == "csrm" else {}
+    options = {"segmented": 0} if model.config["kind"] == "csrm" else {}
     return lambda views: model(views, **options)["cams"]
 
 

@@ -215,7 +215,7 @@ class Criterion(nn.Module):
 
     def cam_to_segmentation(self, student: dict, teacher: dict, targets: Targets, epoch: int) -> Tensor:
         """L_c2s: reliable CAM labels teach the segmentation branch, labeled half."""
-        labeled, _ = student["seg_logits"].chunk(2)
+        labeled = student["seg_logits"][: len(targets.cam_labels)]
         return c2s_loss(labeled, targets.cam_labels, self.options.label_smoothing)
 
     def segmentation_to_cam(self, student: dict, teacher: dict, targets: Targets, epoch: int) -> Tensor:
@@ -318,10 +318,11 @@ def train_step(
     # 4. The teacher labels each pixel with the background or a class of the image.
     hard_labels, confidence = teacher_labels(seg_logits, image_labels, images.shape[-2:], labels.reading)
 
-    # 5. Student and teacher see the mixed images.
+    # 5. Student and teacher see the mixed images. In warm-up no loss asks how the unlabeled half is segmented.
     inputs = normalize(images)
+    segmented = None if criterion.teaches_itself(epoch) else len(images) // 2
     with record_function("student"):
-        student_out = student(inputs, representations=needs_representations)
+        student_out = student(inputs, segmented=segmented, representations=needs_representations)
     if mixes and criterion.needs_teacher(epoch):
         teacher_out = teacher(inputs, representations=needs_representations)
 
@@ -381,7 +382,7 @@ def cam_thresholds(student: nn.Module, source: DataSource, args: argparse.Namesp
         )
     if automatic:
         views = options.Views(scales=(1.0,), hflip=True, long_side=args.image_size)
-        forward = lambda images: student(images, segmentation=False)["cams"]  # noqa: E731
+        forward = lambda images: student(images, segmented=0)["cams"]  # noqa: E731
         device = next(student.parameters()).device
         middle = auto_threshold(forward, source, source.ids(args.domain_train), views, device)
         thresholds |= {name: round(middle * {"bg": 0.5, "fg": 1.25}[name], 3) for name in automatic}

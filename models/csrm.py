@@ -2,7 +2,7 @@
 
     model = build_model("csrm", architecture="resnest101e", num_classes=21, batch_norm="fix", trainable_stem=False)
     output = model(images)
-    output = model(images, segmentation=False)    # CAMs only: no more work than the classifier
+    output = model(images, segmented=0)    # CAMs only: no more work than the classifier
 
 The classification branch reads the last stage directly; the others share an ASPP trunk at stride 4.
 """
@@ -41,21 +41,26 @@ class CSRM(nn.Module):
             init_kaiming(self.saliency)
 
     def forward(
-        self, x: torch.Tensor, *, segmentation: bool = True, representations: bool = True
+        self, x: torch.Tensor, *, segmented: int | None = None, representations: bool = True
     ) -> dict[str, torch.Tensor]:
-        """Run the branches on ImageNet-normalised float32 [B,3,H,W]; without `segmentation`, only that of the CAMs.
+        """Run the branches on ImageNet-normalised float32 [B,3,H,W].
+
+        Args:
+            segmented: n, how many of the images, from the first, all branches see: by default all, so n = B. The other
+                images go through the branch of the CAMs alone.
+            representations: whether the representation branch runs.
 
         Returns:
-            "class_logits" [B,K]; "cams" [B,K,h,w], signed logits at the output stride; and at stride 4 "seg_logits"
-            [B,K+1,H/4,W/4] and, if the network has these heads, "representations" [B,D,H/4,W/4] (not normalised) and
-            "saliency" [B,1,H/4,W/4] (logits).
+            "class_logits" [B,K]; "cams" [B,K,h,w], signed logits at the output stride; and, unless n is 0, at stride 4
+            "seg_logits" [n,K+1,H/4,W/4] and, if the network has these heads, "representations" [n,D,H/4,W/4] (not
+            normalised) and "saliency" [n,1,H/4,W/4] (logits).
         """
         low, high = self.backbone(x)
         cams = self.classifier(high)
         output = {"class_logits": cams.mean(dim=(2, 3)), "cams": cams}
-        if not segmentation:
+        if segmented == 0:
             return output
-        trunk = self.trunk(low, high, x.shape[-2:])
+        trunk = self.trunk(low[:segmented], high[:segmented], x.shape[-2:])
         output["seg_logits"] = self.segmentation(trunk)
         if representations and self.representation is not None:
             output["representations"] = self.representation(trunk)

@@ -71,9 +71,17 @@ def test_csrm_computes_only_what_is_asked_for():
     without_representations = model(x, representations=False)
     assert set(everything) == {"class_logits", "cams", "seg_logits", "representations"}
     assert set(without_representations) == set(everything) - {"representations"}
-    assert set(model(x, segmentation=False)) == {"class_logits", "cams"}
+    assert set(model(x, segmented=0)) == {"class_logits", "cams"}
     assert set(build("csrm", use_rep_head=False)(x)) == {"class_logits", "cams", "seg_logits"}
     torch.testing.assert_close(without_representations["seg_logits"], everything["seg_logits"])
+
+
+def test_csrm_segments_the_first_images_only():
+    model, x = build("csrm").eval(), images(3, 3, 48, 48)
+    everything, first = model(x), model(x, segmented=2)
+    for name, maps in everything.items():
+        wanted = maps[:2] if name in ("seg_logits", "representations") else maps
+        torch.testing.assert_close(first[name], wanted)
 
 
 @pytest.mark.parametrize("kind", ["classifier", "csrm"])

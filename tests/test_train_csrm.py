@@ -322,3 +322,21 @@ def test_passes_of_a_step_and_whether_they_give_representations(
     step(epoch)
     asked = [[call.kwargs["representations"] for call in forward.call_args_list] for forward in forwards]
     assert asked == [of_teacher, of_student]
+
+
+@pytest.mark.parametrize("augment", ["classmix", "none"])
+def test_in_warm_up_the_student_segments_the_labeled_half_with_the_same_losses(monkeypatch, augment):
+    step, losses = Step("--augment", augment, "--cutmix_prob", 1), []
+    for layer in step.student.modules():
+        if isinstance(layer, torch.nn.Dropout):
+            layer.p = 0.0  # two passes of other sizes draw other masks
+    forward = step.student.forward
+    looks_at_all = lambda images, segmented, representations: forward(images, representations=representations)  # noqa: E731
+    for of_student in (forward, looks_at_all):
+        student = mock.Mock(side_effect=of_student)
+        monkeypatch.setattr(step.student, "forward", student)
+        training.seed_everything(0)
+        losses.append(step(epoch=0))
+        assert student.call_args.kwargs["segmented"] == 2
+    torch.testing.assert_close(losses[0], losses[1])
+    assert losses[0]["c2s"] > 0
