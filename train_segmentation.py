@@ -36,6 +36,7 @@ import argparse
 import csv
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -100,7 +101,7 @@ from tools.files import atomic_write, load_mask, locked, save_mask, save_png
 from tools.left_out import LeftOut
 from tools.losses import cross_entropy
 from tools.maps import normalize, resize_maps
-from tools.tiles import Place, Rows, blended_strips, windows
+from tools.tiles import Place, Rows, blended_strips
 from tools.training import Trainer, seed_everything
 from tools.validation import check_domain, validate
 
@@ -248,14 +249,14 @@ def tiled(
         working = working_photograph(tile, how.views).shape[-2:]
         return resize_maps(refined(tile, resize_maps(before, working), how), tile.shape[-2:])
 
-    def finish(top: int, end: int, after: torch.Tensor) -> tuple[np.ndarray, np.ndarray | None]:
-        before = blended[top:end, :] if how.crf.iterations else after
+    def finish(rows: slice, after: torch.Tensor) -> tuple[np.ndarray, np.ndarray | None]:
+        before = blended[rows, :] if how.crf.iterations else after
         return class_indices(before, after, after.shape[-2:], how)
 
-    strips, edges = blended_strips(look, size, how.tile), [*windows(size[0], how.tile)[0], size[0]]
+    strips = blended_strips(look, size, how.tile)
     blended = Rows(strips)
     final = blended_strips(refine, size, how.tile) if how.crf.iterations else strips
-    return map(finish, edges, edges[1:], final)  # a loop would keep a strip in memory while the next one is made
+    return itertools.starmap(finish, final)  # a loop would keep a strip in memory while the next one is made
 
 
 class Predictor:

@@ -156,6 +156,16 @@ def test_relative_reading_pixel_by_pixel(seed, batch, num_classes):
             )
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 24), st.integers(1, 40))
+def test_of_equal_channels_max_takes_the_first_as_argmax_does(seed, channels, width):
+    """Hard labels are found by the faster of the two; also where nothing but -inf is left."""
+    maps = torch.randint(0, 3, (2, channels, 17, width), generator=torch.Generator().manual_seed(seed)).float()
+    maps[maps == 2] = -torch.inf
+    for dim in range(4):
+        assert torch.equal(maps.max(dim=dim).indices, maps.argmax(dim=dim))
+
+
 def test_what_similar_absent_classes_share_is_background_in_one_reading_and_object_in_the_other():
     """The cow of a photograph: background .39, cow .13, absent animals .48."""
     logits = torch.tensor([0.39, 0.13, 0.24, 0.24]).log().view(1, 4, 1, 1)

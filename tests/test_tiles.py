@@ -22,8 +22,13 @@ def photograph_of(size):
 
 
 def strips(predict, photograph, tile):
-    """`blended_strips` of a function of tiles, not of places."""
-    return list(blended_strips(lambda place: predict(photograph[(..., *place)]), tuple(photograph.shape[-2:]), tile))
+    """`blended_strips` of a function of tiles, not of places. The rows of the strips follow one another, to the end."""
+    size = tuple(photograph.shape[-2:])
+    rows, maps = zip(*blended_strips(lambda place: predict(photograph[(..., *place)]), size, tile), strict=True)
+    starts = [*windows(size[0], tile)[0], size[0]]
+    assert list(rows) == [slice(start, end) for start, end in zip(starts, starts[1:], strict=False)]
+    assert [len(range(size[0])[each]) for each in rows] == [strip.shape[-2] for strip in maps]
+    return maps
 
 
 def plain(predict, photograph, tile):
@@ -96,7 +101,7 @@ def test_there_is_no_seam_between_tiles():
 def test_strips_are_one_map_to_a_second_pass_over_the_tiles(size, tile):
     photograph, places = photograph_of(size), []
     whole = pixelwise(photograph)
-    rows = Rows(strips(pixelwise, photograph, tile))
+    rows = Rows(blended_strips(lambda place: pixelwise(photograph[(..., *place)]), size, tile))
 
     def again(place):
         places.append(place)
@@ -104,6 +109,6 @@ def test_strips_are_one_map_to_a_second_pass_over_the_tiles(size, tile):
         assert rows._kept.shape[-2] <= 2 * tile
         return rows[place]
 
-    maps = torch.cat(list(blended_strips(again, size, tile)), dim=2)
+    maps = torch.cat([strip for _, strip in blended_strips(again, size, tile)], dim=2)
     torch.testing.assert_close(maps, whole, atol=1e-6, rtol=0)
     assert len(places) == len(windows(size[0], tile)[0]) * len(windows(size[1], tile)[0])

@@ -60,7 +60,7 @@ def reliable_cam_labels(
         channels = classes.shape[1]
         unaries = [unary_from_labels(reading, num_labels, gt_prob, channels=channels) for reading in readings]
         q = mean_field(images, torch.stack(unaries, dim=1), CAM_SETTINGS, crf_iterations, backend=backend)
-        readings = q.max(dim=2).indices.unbind(dim=1)  # argmax takes ten times as long on a CPU
+        readings = q.max(dim=2).indices.unbind(dim=1)  # the same as argmax, in a tenth of its time on a CPU
     foreground, background = readings
     doubtful = (foreground == 0) & (background != 0)
     return _look_up(classes, foreground).masked_fill(doubtful, IGNORE_INDEX)
@@ -127,7 +127,7 @@ def _read_present(logits: Tensor, absent: Tensor) -> tuple[Tensor, Tensor]:
 
 def _read_foreground(logits: Tensor, absent: Tensor) -> tuple[Tensor, Tensor]:
     background = logits.softmax(dim=1)[:, 0].where((~absent[:, 1:]).any(dim=1), 1.0)
-    best = 1 + logits[:, 1:].masked_fill(absent[:, 1:], -torch.inf).argmax(dim=1)
+    best = 1 + logits[:, 1:].masked_fill(absent[:, 1:], -torch.inf).max(dim=1).indices
     return best * (background < 0.5), background.maximum(1 - background)
 
 

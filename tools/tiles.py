@@ -1,7 +1,7 @@
 """Large photographs, one tile after the other: maps of overlapping tiles blended to maps of the whole.
 
-    for strip in blended_strips(predict, (height, width), tile=1024):      # f32[B,C,rows,W], from the top down
-        masks.append(strip.argmax(dim=1))
+    for rows, strip in blended_strips(predict, (height, width), tile=1024):      # f32[B,C,rows,W], from the top down
+        mask[rows] = strip.max(dim=1).indices
 
 Only the rows that the current tiles reach are kept, so memory does not grow with the height of the photograph.
 """
@@ -13,10 +13,11 @@ import torch
 Place = tuple[slice, slice]
 """Rows and columns of a tile."""
 
+Strip = tuple[slice, torch.Tensor]
+"""Rows of a photograph, and a map of them: f32[B,C,rows,W]."""
 
-def blended_strips(
-    predict: Callable[[Place], torch.Tensor], size: tuple[int, int], tile: int
-) -> Iterator[torch.Tensor]:
+
+def blended_strips(predict: Callable[[Place], torch.Tensor], size: tuple[int, int], tile: int) -> Iterator[Strip]:
     """Class maps of a photograph from those of its tiles, in strips of rows.
 
     Args:
@@ -25,7 +26,7 @@ def blended_strips(
         tile: side of a tile, pixels; tiles overlap by a quarter.
 
     Yields:
-        The mean of the maps of all tiles that hold a pixel, each weighted by `windows`: f32[B,C,rows,W].
+        The rows, and there the mean of the maps of all tiles that hold a pixel, each weighted by `windows`.
     """
     (tops, row_weights), (lefts, column_weights) = (windows(side, tile) for side in size)
     height, width = row_weights.shape[1], column_weights.shape[1]
@@ -39,14 +40,14 @@ def blended_strips(
             strip[..., left : left + width] += maps * (rows[:, None] * columns).to(maps.device)
         if unfinished is not None:
             strip[..., : unfinished.shape[-2], :] += unfinished
-        yield strip[..., : end - top, :]
+        yield slice(top, end), strip[..., : end - top, :]
         unfinished = strip[..., end - top :, :].clone()
 
 
 class Rows:
-    """Strips f32[B,C,rows,W], from the top down, as one map. It keeps only the rows that are still needed."""
+    """Strips, from the top down, as one map. It keeps only the rows that are still needed."""
 
-    def __init__(self, strips: Iterable[torch.Tensor]) -> None:
+    def __init__(self, strips: Iterable[Strip]) -> None:
         self._strips, self._first, self._kept = iter(strips), 0, None
 
     def __getitem__(self, place: Place) -> torch.Tensor:
@@ -55,7 +56,7 @@ class Rows:
         if rows.start > self._first:  # first: their memory is free when strips come
             self._kept, self._first = self._kept[..., rows.start - self._first :, :].clone(), rows.start
         while self._kept is None or self._first + self._kept.shape[-2] < rows.stop:
-            strip = next(self._strips)
+            _, strip = next(self._strips)
             self._kept = strip if self._kept is None else torch.cat([self._kept, strip], dim=-2)
         return self._kept[..., : rows.stop - rows.start, columns]
 

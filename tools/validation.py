@@ -55,7 +55,7 @@ def validate(model: nn.Module, source: Any, domain: str, device: torch.device, l
             keys, _, cams = multi_scale_cams(lambda _, maps=maps: maps, image, label, scales=[1], hflip=False)
             sweep.update(truth, keys, cams)
         if "seg_logits" in outputs:
-            prediction = resize_maps(outputs["seg_logits"], truth.shape)[0].argmax(dim=0)
+            prediction = resize_maps(outputs["seg_logits"], truth.shape)[0].max(dim=0).indices
             seen[1] += 1
             matrix.update(torch.tensor(truth), prediction.cpu())
     counts, sweep.histogram, logits, seen = (
