@@ -57,7 +57,7 @@ def make_parser() -> cli.Parser:
     group.add_argument(
         "--package", choices=list(PACKAGES), help="write the archive for VOC's server, no scores (--output FILE.tar.gz)"
     )
-    options.add_workers(group)
+    options.add_shared(group, "num_workers")
     return parser
 
 
@@ -68,13 +68,14 @@ import numpy as np
 import torch
 
 from datasets import build_source
-from datasets.base import DatasetInfo, DataSource, check_shown, read_mask
+from datasets.base import DatasetInfo, DataSource, read_mask
 from datasets.exchange.voc_server import write_package
 from tools import distributed, identity
 from tools.cam import load_cams
-from tools.files import atomic_write, check_writable, save_json
+from tools.files import atomic_write, check_present, check_writable, save_json
 from tools.metrics import ConfusionMatrix, Scores, ThresholdSweep, scores, threshold_range
 
+PREDICT = "Finish the stage that writes the predictions, or check --pred_dir, --mode and --domain."
 IDS_PER_JOB = 16  # small, so that the progress bar moves; not 1, because every job sends all counts between processes
 
 
@@ -90,15 +91,13 @@ def main(args: argparse.Namespace) -> None:
     source = build_source(args.dataset, options.data_dir(args), args.masks_dir)
     ids = source.ids(args.domain)
     suffix = f".{args.cam_format}" if args.mode == "cams" else ".png"
-    check_masks(source, ids)
-    check_predictions(args.pred_dir, ids, suffix)
+    source.check_masks(ids)
+    check_present(args.pred_dir, ids, suffix, PREDICT)
     made_by = identity.read_record(args.pred_dir / "settings.json")
     origin = identity.sentence(made_by) if made_by else f"{args.pred_dir}, without a record of what made them"
     print(f"Predictions: {origin}")
 
     counts = count(source, ids, args.pred_dir, suffix, thresholds, parallel.own_workers(args.num_workers))
-    if not counts[0, 1:].any():
-        check_shown(map(source.mask_path, ids), source.info)  # says what the masks hold instead
     curve = [scores(matrix) for matrix in counts]
     best = int(np.argmax([score.miou for score in curve]))
 
@@ -129,7 +128,7 @@ def package(args: argparse.Namespace) -> None:
         raise UserError("--package: needs masks of the test split. Pass --domain test and --mode png.")
     source = build_source(args.dataset, options.data_dir(args))
     ids = source.ids(args.domain)
-    check_predictions(args.pred_dir, ids, ".png")
+    check_present(args.pred_dir, ids, ".png", PREDICT)
     write_package(path, PACKAGES[args.package], args.pred_dir, source, ids)
     print(f"{len(ids)} masks ({PACKAGES[args.package]}) are in {path}. Send it to http://host.robots.ox.ac.uk:8080/")
 
@@ -161,29 +160,6 @@ def select_thresholds(args: argparse.Namespace) -> np.ndarray | None:
             "Choose min_th <= max_th and step_th > 0."
         )
     return threshold_range(args.min_th, args.max_th, args.step_th)
-
-
-def check_masks(source: DataSource, ids: Sequence[str]) -> None:
-    """Raise UserError if an image has no ground truth."""
-    paths = [source.mask_path(i) for i in ids]
-    without = [i for i, path in zip(ids, paths, strict=True) if path is None or not path.is_file()]
-    if without:
-        raise UserError(
-            f"{without[0]}: no ground-truth mask ({len(without)} of {len(ids)} images have none). "
-            "Choose a --domain that has masks, or pass their folder with --masks_dir."
-        )
-
-
-def check_predictions(pred_dir: Path, ids: Sequence[str], suffix: str) -> None:
-    """Raise UserError if an image has no prediction."""
-    if not pred_dir.is_dir():
-        raise UserError(f"{pred_dir}: no such folder. Pass the folder of the predictions with --pred_dir.")
-    missing = [i for i in ids if not (pred_dir / f"{i}{suffix}").is_file()]
-    if missing:
-        raise UserError(
-            f"{pred_dir / (missing[0] + suffix)}: no such prediction ({len(missing)} of {len(ids)} are missing). "
-            "Finish the stage that writes them, or check --pred_dir, --mode and --domain."
-        )
 
 
 def count(

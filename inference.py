@@ -36,8 +36,7 @@ def make_parser() -> cli.Parser:
     options.add_dataset(parser, domain=("train_aug", "split to predict"))
     group = parser.add_argument_group("inference")
     group.add_argument("--weights", type=Path, help="checkpoint (default: experiments/models/TAG.pth)")
-    options.add_views(group)
-    options.add_on_error(group)
+    options.add_shared(group, "scales", "hflip", "on_error")
     cli.add_switch(group, "--save_cams", True, "write cams/")
     cli.add_switch(group, "--save_masks", False, "write masks/ (a classifier has none)")
     cli.add_switch(group, "--save_pseudos", True, "write pseudos-.../")
@@ -47,7 +46,7 @@ def make_parser() -> cli.Parser:
     group.add_argument("--pseudos_from", choices=["cams", "masks"], default="cams", help="maps that they are made from")
     default, text = options.PSEUDO_MASK_THRESHOLD, "background threshold on CAMs; auto: computed from the CAMs"
     group.add_argument("--threshold", type=cli.fraction_or_auto, default=default, help=text)
-    options.add_crf(group)
+    options.add_shared(group, "crf_t", "crf_gt_prob", "crf_backend")
     return parser
 
 

@@ -31,12 +31,10 @@ def make_parser() -> cli.Parser:
     group = parser.add_argument_group("run")
     group.add_argument("--tag", required=True, help="name of the run whose pseudo masks are refined")
     group.add_argument("--stage", choices=["propose", "merge", "all"], default="all", help="which steps to run")
-    options.add_device(group)
+    options.add_shared(group, "device")
     text = "do part I of N of the images, I from 0 to N-1; default: torchrun's rank, else all"
     group.add_argument("--shard", type=shard, metavar="I/N", help=text)
-    options.add_workers(group)
-    options.add_overwrite(group)
-    options.add_on_error(group)
+    options.add_shared(group, "num_workers", "overwrite", "on_error")
     data = options.add_dataset(parser, domain=("train_aug", "split to refine"))
     data.add_argument("--pseudo_dir", type=Path, help="folder of the ID.png pseudo masks (needed to merge)")
     add_proposals(parser)
@@ -80,7 +78,7 @@ def add_sam(parser: cli.Parser) -> None:
     add("--points_per_side", type=cli.positive_int, default=32, help="prompts along each side of the image")
     add("--points_per_batch", type=cli.positive_int, default=128, help="prompts at a time; fewer need less memory")
     add("--images_per_batch", type=cli.positive_int, default=2, help="images encoded at a time; likewise")
-    options.add_precision(group)
+    options.add_shared(group, "mixed_precision")
     cli.add_switch(group, "--compile", False, "sam: compile the networks: slower to start, then faster")
     add("--pred_iou_thresh", type=cli.fraction, default=0.88, help="lowest predicted IoU of a mask")
     add("--stability_score_thresh", type=cli.fraction, default=0.95, help="lowest stability of a mask")
@@ -106,11 +104,11 @@ import torch
 from datasets import DataSource, build_source
 from datasets.base import DatasetInfo, check_shown, read_mask
 from tools import devices, distributed, identity
-from tools.files import load_image, save_mask
+from tools.files import check_present, load_image, save_mask
 from tools.left_out import LeftOut
 from tools.merging import merge_masks
-from tools.proposals import ProposalGenerator, SamGenerator, load_proposals, load_sam, save_proposals
-from tools.proposals.files import MaskFiles, mask_file
+from tools.proposals import Propose, load_proposals, load_sam, save_proposals
+from tools.proposals.files import mask_file, read_masks
 from tools.proposals.generator import MaskGenerator, MaskOptions
 from tools.proposals.later_sams import LaterMaskGenerator, load_later_sam, weights_file
 from tools.proposals.regions import RegionGenerator
@@ -121,7 +119,8 @@ class Backend:
     """What makes the proposals."""
 
     settings: dict[str, object]  # flags that change its masks
-    build: Callable[[], ProposalGenerator]  # makes the generator, if an image needs it
+    build: Callable[[], Propose]  # loads what makes them, if an image needs it
+    images_per_call: int = 1  # how many images that takes at a time
     threads: int = 0  # of this process; 0: helper processes are used instead
     mask_files: Path | None = None  # the folder of --proposals files
 
@@ -190,13 +189,6 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--mask_files: missing. Pass the folder that holds the masks of --proposals files.")
 
 
-def check_present(folder: Path, ids: Sequence[str], suffix: str, remedy: str, *, some: bool) -> None:
-    """Raise UserError unless `folder` has a file of every id, or of at least one if `some` are enough."""
-    missing = [image_id for image_id in ids if not (folder / f"{image_id}{suffix}").is_file()]
-    if missing and (not some or len(missing) == len(ids)):
-        raise UserError(f"{folder}: {missing[0]}{suffix} is missing ({len(missing)} of {len(ids)} are). {remedy}")
-
-
 def select_folders(args: argparse.Namespace) -> Folders:
     """Where files are read and written; the refined masks' folder is named after what makes them."""
     folder = options.predictions_dir(args.tag, args.domain)
@@ -215,33 +207,29 @@ def select_backend(args: argparse.Namespace) -> Backend:
         regions = RegionGenerator(max_size=args.region_max_size, min_contrast=args.region_min_contrast)
         return Backend(name | dataclasses.asdict(regions), lambda: regions)
     if args.proposals == "files":
-        return Backend(name, lambda: MaskFiles(args.mask_files), mask_files=args.mask_files)
-    sought = MaskOptions(
-        points_per_side=args.points_per_side,
-        pred_iou_thresh=args.pred_iou_thresh,
-        stability_score_thresh=args.stability_score_thresh,
-        box_nms_thresh=args.box_nms_thresh,
-        crop_n_layers=args.crop_n_layers,
-        min_mask_region_area=args.min_mask_region_area,
-    )
+        return Backend(name, lambda: functools.partial(read_masks, args.mask_files), mask_files=args.mask_files)
+    sought = options.from_flags(MaskOptions, args)
     device = devices.select_device(args.device)
     dtype = devices.autocast_dtype(args.mixed_precision, device)
     running = {"images_per_batch": args.images_per_batch, "points_per_batch": args.points_per_batch, "dtype": dtype}
     if args.proposals == "sam":
         weights = {"checkpoint": args.checkpoint, "model_type": args.model_type}
-
-        def build() -> MaskGenerator:
-            sam = load_sam(args.checkpoint, args.model_type, device)
-            return MaskGenerator(sam, sought, **running, compile=args.compile)
     else:
         weights = {"checkpoint": weights_file(args.checkpoint)}
 
-        def build() -> MaskGenerator:
-            return LaterMaskGenerator(*load_later_sam(str(args.checkpoint), args.proposals, device), sought, **running)
+    def build() -> Propose:
+        if args.proposals == "sam":
+            sam = load_sam(args.checkpoint, args.model_type, device)
+            generator = MaskGenerator(sam, sought, **running, compile=args.compile)
+        else:
+            later = load_later_sam(str(args.checkpoint), args.proposals, device)
+            generator = LaterMaskGenerator(*later, sought, **running)
+        return lambda image_ids, images: generator(images)
 
     return Backend(
         name | weights | dataclasses.asdict(sought) | {"precision": str(dtype)},
-        lambda: SamGenerator(build()),
+        build,
+        images_per_call=args.images_per_batch,
         # While one thread uses the GPU, another reads and writes files.
         threads=2 if device.type == "cuda" and args.num_workers else 1,
     )
@@ -253,20 +241,19 @@ def propose(
     """Write the proposals of the images that have none yet."""
     what = f"Proposals: {len(ids)} images"
     if pending := parallel.pending(ids, lambda i: (folder / f"{i}.json").exists(), what, folder):
-        generator = backend.build()
-        size = generator.images_per_call
+        size = backend.images_per_call
         jobs = [pending[start : start + size] for start in range(0, len(pending), size)]
         unit = "image" if size == 1 else f"x{size} images"
-        work = functools.partial(propose_batch, generator, source, folder)
+        work = functools.partial(propose_batch, backend.build(), source, folder)
         for _ in left_out.results(work, jobs, "proposals", unit=unit, workers=workers, threads=backend.threads):
             pass
     print(f"Proposals are in {folder}")
 
 
-def propose_batch(generator: ProposalGenerator, source: DataSource, folder: Path, ids: Sequence[str]) -> None:
+def propose_batch(make: Propose, source: DataSource, folder: Path, ids: Sequence[str]) -> None:
     """Write the proposals of some images."""
     images = [load_image(source.image_path(image_id)) for image_id in ids]
-    for image_id, image, masks in zip(ids, images, generator(ids, images), strict=True):
+    for image_id, image, masks in zip(ids, images, make(ids, images), strict=True):
         save_proposals(folder / f"{image_id}.json", masks, image.shape[:2])
 
 

@@ -26,7 +26,6 @@ shows the first ones, and as many from all over the rest.
 import argparse
 import dataclasses
 import functools
-import json
 import math
 import re
 import time
@@ -51,7 +50,7 @@ def make_parser() -> cli.Parser:
     add("--review", metavar="TITLE", help="column whose masks are to be looked over (default: the last)")
     add("--page_images", type=cli.positive_int, default=200, help="pictures per split on the page")
     add("--tags", nargs="*", default=[], metavar="TAG", help="trainings whose curves the page shows")
-    options.add_workers(group)
+    options.add_shared(group, "num_workers")
     return parser
 
 
@@ -67,8 +66,9 @@ from datasets import build_source
 from datasets.base import DatasetInfo, DataSource
 from tools.cam import cam_labels, load_cams
 from tools.drawing import legend, overlay
-from tools.files import atomic_write, check_writable, load_mask, save_json, save_text
+from tools.files import check_writable, load_mask, save_json, save_png, save_text
 from tools.history import read_commands, read_run
+from tools.metrics import load_scores
 from tools.page import Card, Layer, Page, heat_uri, mask_uri, photograph_uri, render, shares_text
 from tools.review import Row, doubt, image_iou, queue, save_queue
 
@@ -97,9 +97,7 @@ def main(args: argparse.Namespace) -> None:
         source = build_source(args.dataset, options.data_dir(args))
         shown = {domain: complete(source.ids(domain), columns) for domain in args.domain}
         blocks = {domain: pick_images(source, ids, args.num_images) for domain, ids in shown.items()}
-        sheet = gallery(source, blocks, columns)
-        with atomic_write(args.output_dir / "gallery.png") as temporary:
-            sheet.save(temporary, format="PNG")
+        save_png(args.output_dir / "gallery.png", gallery(source, blocks, columns))
         print(f"Picture sheet: {args.output_dir / 'gallery.png'}")
         page = add_images(page, source, args, columns, reviewed)
     save_text(args.output_dir / "report.html", render(page))
@@ -111,19 +109,6 @@ def _pair(text: str) -> tuple[str, str]:
     if not (name and equals and value):
         raise UserError(f"'{text}': not of the form NAME=PATH. Quote names that have spaces.")
     return name, value
-
-
-def load_scores(path: Path) -> dict:
-    """Read a file written by `evaluate.py --output` (UserError: missing, or not such a file)."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file. Write it with evaluate.py --output {path}.") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}). Write it again with evaluate.py --output.") from error
-    if not isinstance(content, dict) or not {"miou", "miou_foreground", "threshold"} <= content.keys():
-        raise UserError(f"{path}: not a file of scores. Write it with evaluate.py --output.")
-    return content
 
 
 def stage_table(stages: dict[str, dict]) -> str:

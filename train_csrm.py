@@ -64,7 +64,7 @@ def add_labels(parser: cli.Parser) -> None:
     add("--c2s_sigma", type=cli.fraction, default=0.75, help="mp: probability below which a pixel is ignored")
     add("--teacher_labels", choices=options.READINGS, default="present", help=reading)
     add("--s2c_sigma", type=cli.fraction, default=0.5, help="teacher probability that L_s2c asks for")
-    options.add_crf(group)
+    options.add_shared(group, "crf_t", "crf_gt_prob", "crf_backend")
 
 
 def add_losses(parser: cli.Parser) -> None:

@@ -68,10 +68,7 @@ def make_parser() -> cli.Parser:
     group.add_argument("--tile", type=cli.positive_int, metavar="PIXELS", help=text)
     group.add_argument("--weights", type=Path, help="checkpoint, of CSRM too (default: experiments/models/TAG.pth)")
     group.add_argument("--max_images", type=cli.positive_int, help="stop after the first N images of the split")
-    options.add_views(group)
-    options.add_on_error(group)
-    group.add_argument("--crf_t", type=cli.count, default=10, help="mean-field iterations of the dense CRF; 0: no CRF")
-    options.add_crf_backend(group)
+    options.add_shared(group, "scales", "hflip", "on_error", "crf_t", "crf_backend")
     return parser
 
 

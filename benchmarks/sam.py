@@ -33,7 +33,7 @@ def make_parser() -> cli.Parser:
     add("--model_type", choices=types, default="tiny", help="of the network")
     add("--num_images", type=cli.positive_int, default=2, help="images")
     add("--points_per_side", type=cli.positive_int, help="prompts per side (default: 32; tiny: 20)")
-    options.add_precision(parser)
+    options.add_shared(parser, "mixed_precision")
     cli.add_switch(parser, "--compile", False, "also time ours with compiled networks")
     return parser
 

@@ -16,7 +16,7 @@ last four import PyTorch.
 from pathlib import Path
 
 from datasets.base import DatasetInfo, DataSource
-from datasets.folder import COCO14Source, FolderSource, Photographs
+from datasets.folder import COCO14_PARTS, FolderSource, Photographs
 from datasets.voc12 import SHAPES_CLASSES, VOC12Source
 from tools.errors import UserError
 from tools.options import DATASETS
@@ -42,7 +42,7 @@ def build_source(dataset: str, data_dir: str | Path, masks_dir: str | Path | Non
     if dataset == "shapes":
         return VOC12Source(data_dir, masks_dir, SHAPES_CLASSES)
     if dataset == "coco14":
-        return COCO14Source(data_dir, masks_dir)
+        return FolderSource(data_dir, masks_dir, COCO14_PARTS)
     if dataset in ("folder", "deepglobe"):
         return FolderSource(data_dir, masks_dir)
     raise UserError(f"--dataset {dataset}: unknown. Choose one of: {', '.join(DATASETS)}.")

@@ -206,7 +206,10 @@ class DataSource(ABC):
             raise UserError(f"{self.root}: this dataset has no masks. Give a folder of ID.png masks.")
         missing = [image_id for image_id in ids if not self.has_mask(image_id)]
         if missing:
-            raise UserError(f"{self.mask_path(missing[0])}: no such mask ({len(missing)} of {len(ids)} are missing).")
+            raise UserError(
+                f"{self.mask_path(missing[0])}: no such mask ({len(missing)} of {len(ids)} are missing). Choose "
+                "another split, or pass the folder of its masks."
+            )
 
     def image_label(self, image_id: str) -> np.ndarray:
         """Multi-hot float32 [K]: 1 for the foreground classes in the image. Read once, then kept.

@@ -47,6 +47,7 @@ SPLIT_FOLDERS = ("train", "training", "val", "valid", "validation", "test", "tes
 MASK_FOLDERS = ("mask", "masks", "labels", "annotations", "gt", "groundtruth", "segmentationclass")
 OTHER_FOLDERS = {*SPLIT_FOLDERS, *MASK_FOLDERS, "image", "images", "img", "imgs", "photos", "jpegimages"}
 COCO14_PARTS = ("train2014", "val2014")
+"""Where COCO 2014 keeps its photographs; otherwise it is in the layout `folder`."""
 
 
 class FolderSource(DataSource):
@@ -145,13 +146,6 @@ class FolderSource(DataSource):
         return [self.info.classes.index(name)]
 
 
-class COCO14Source(FolderSource):
-    """COCO 2014 in the `folder` layout, with the photographs where COCO keeps them: `train2014/` and `val2014/`."""
-
-    def __init__(self, root: Path, masks_dir: Path | None = None) -> None:
-        super().__init__(root, masks_dir, image_folders=COCO14_PARTS)
-
-
 class Photographs(DataSource):
     """Photographs without labels, to be segmented: all are in the only domain, `train`.
 
@@ -219,6 +213,11 @@ def _find_splits(root: Path) -> dict[str, Path]:
     if beside and not splits:
         raise UserError(f"{beside[0]}: lists of ids are read from splits/. Move it there.")
     return splits
+
+
+def is_written(root: Path, domains: Iterable[str]) -> bool:
+    """Whether `write_lists` has finished there: the lists of ids are its last files."""
+    return all((root / "splits" / f"{domain}.txt").is_file() for domain in domains)
 
 
 def write_lists(

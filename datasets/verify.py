@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -43,6 +42,7 @@ from datasets.masks import MaskLook, Masks, is_systematic, look_at_mask
 from tools import cli, options
 from tools.errors import UserError
 from tools.files import atomic_write, check_writable, save_json
+from tools.identity import file_fingerprint
 from tools.parallel import run_jobs
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class Look:
 
     found: bool  # there is a photograph
     findings: list[tuple[str, str]] = field(default_factory=list)  # kind and text of what is wrong
-    digest: bytes = b""  # hash of the photograph's file; empty if it is unreadable
+    digest: str = ""  # hash of the photograph's file; empty if it is unreadable
     label: np.ndarray | None = None  # image label, f32 [K]; None if absent or bad
     mask: MaskLook | None = None  # None if absent or bad
     has_label: bool = False  # there is one, good or bad
@@ -152,7 +152,7 @@ def make_parser() -> cli.Parser:
     group = options.add_dataset(parser)
     group.add_argument("--scored", nargs="*", default=[], metavar="DOMAIN", help="splits that must have all masks")
     group.add_argument("--output_dir", type=Path, help="folder of the report (default: experiments/data/DATASET)")
-    options.add_workers(group)
+    options.add_shared(group, "num_workers")
     return parser
 
 
@@ -199,7 +199,7 @@ def verify(
             domains_of[image_id].append(domain)
     for kind, text in leftovers(source, lists):  # before the workers start: what it lists and reads, they inherit
         findings[kind].append(text)
-    copies: dict[bytes, list[tuple[str, bytes]]] = defaultdict(list)
+    copies: dict[str, list[tuple[str, bytes]]] = defaultdict(list)
     masks = Masks(source.info)
     looks = run_jobs(functools.partial(look_at, source), list(domains_of), workers, "verifying", "image")
     for (image_id, domains), look in zip(domains_of.items(), looks, strict=True):
@@ -289,7 +289,7 @@ def look_at(source: DataSource, image_id: str) -> Look:
     path = source.image_path(image_id)
     image = _try(look, "unreadable", lambda: source.image(image_id))
     if image is not None:
-        look.digest = hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
+        look.digest = file_fingerprint(path)
         if image.max() <= DARKEST:
             remedy = "If it holds 12 bits in 16, stretch them; if it is black, replace it"
             look.findings.append(("dark", f"{path}: no value above {image.max()} of 255. {remedy}"))

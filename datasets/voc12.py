@@ -97,7 +97,5 @@ def read_object_names(path: Path) -> set[str]:
 
 def find_devkit(data_dir: Path) -> Path | None:
     """The folder in or below `data_dir` that holds `JPEGImages/`."""
-    for root in (data_dir, data_dir / "VOC2012", data_dir / "VOCdevkit" / "VOC2012"):
-        if (root / "JPEGImages").is_dir():
-            return root
-    return None
+    places = (data_dir, data_dir / "VOC2012", data_dir / "VOCdevkit" / "VOC2012")
+    return next((root for root in places if (root / "JPEGImages").is_dir()), None)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from models import KINDS, load_model
+from models import KINDS, load_model, segmentation_forward
 from models.hub import describe, export_hub, export_safetensors, require
 from tools import cli, options
 from tools.errors import UserError
@@ -82,8 +82,7 @@ class Exported(nn.Module):
         if self.model.config["kind"] == "classifier":
             result = self.model(views)
             return result["class_logits"], resize_maps(result["cams"], size)
-        only = {"representations": False} if self.model.config["kind"] == "csrm" else {}
-        logits = resize_maps(self.model(views, **only)["seg_logits"], size)
+        logits = resize_maps(segmentation_forward(self.model)(views), size)
         return logits.argmax(dim=1).to(torch.uint8) if self.graph.argmax else logits
 
 

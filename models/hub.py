@@ -8,7 +8,6 @@ config.json holds the checkpoint without its tensors and without what only a res
 """
 
 import importlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +18,7 @@ from torch import nn
 
 from tools.errors import UserError
 from tools.files import atomic_write, save_json, save_text
+from tools.metrics import load_scores
 
 FILES = ["model.safetensors", "config.json", "README.md"]
 INSTALLS = {"onnx": "onnx onnxruntime", "onnxruntime": "onnx onnxruntime"}
@@ -63,7 +63,7 @@ def export_hub(
     Raises:
         UserError: `scores` cannot be read; huggingface_hub is missing; or the upload fails.
     """
-    card = model_card(checkpoint, _read_scores(scores) if scores else None, push)
+    card = model_card(checkpoint, load_scores(scores) if scores else None, push)
     export_safetensors(model, checkpoint, folder)
     save_text(folder / "README.md", card)
     if push is None:
@@ -91,14 +91,6 @@ def download(repository: str, revision: str | None = None) -> Path:
     except (OSError, ValueError) as error:
         raise UserError(f"{repository}: could not be downloaded. Check the name and the network.") from error
     return Path(folder) / "model.safetensors"
-
-
-def _read_scores(path: Path) -> dict[str, Any]:
-    try:
-        scores = json.loads(path.read_text(encoding="utf-8"))
-        return {"miou": float(scores["miou"]), "iou": {str(k): float(v) for k, v in scores["iou"].items()}}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"--scores {path}: not the JSON of evaluate.py. Pass what its --output wrote.") from error
 
 
 CARD = """---

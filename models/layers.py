@@ -7,9 +7,12 @@ They start from Kaiming-normal weights and are normalised in groups, because sma
 batch statistics.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import Conv2dNormActivation
 
 from models.backbone import LOW_LEVEL_STRIDE, Backbone, cells
 from models.config import DecoderConfig
@@ -31,17 +34,10 @@ def normalization(channels: int, use_gn: bool) -> nn.Module:
     return nn.GroupNorm(GROUPS, channels) if use_gn else nn.BatchNorm2d(channels)
 
 
-def conv_norm_relu(
-    in_channels: int, out_channels: int, kernel_size: int, *, dilation: int = 1, use_gn: bool
-) -> nn.Module:
-    """Convolution that keeps the size, normalisation, ReLU."""
-    return nn.Sequential(
-        nn.Conv2d(
-            in_channels, out_channels, kernel_size, padding=dilation * (kernel_size // 2), dilation=dilation, bias=False
-        ),
-        normalization(out_channels, use_gn),
-        nn.ReLU(inplace=True),
-    )
+def conv_norm_relu(inputs: int, outputs: int, kernel_size: int, *, dilation: int = 1, use_gn: bool) -> nn.Sequential:
+    """Convolution that keeps the size, normalisation, ReLU; `inputs` and `outputs` are channels."""
+    norm = functools.partial(normalization, use_gn=use_gn)
+    return Conv2dNormActivation(inputs, outputs, kernel_size, norm_layer=norm, dilation=dilation)
 
 
 def init_kaiming(module: nn.Module) -> None:

@@ -341,8 +341,8 @@ FAULTS = (
     Fault(
         "refine_sam.py ignores --stability_score_thresh",
         "refine_sam.py",
-        "        stability_score_thresh=args.stability_score_thresh,\n",
-        "",
+        "sought = options.from_flags(MaskOptions, args)",
+        "sought = options.from_flags(MaskOptions, args, stability_score_thresh=0.95)",
         "test_joints.py::test_every_flag_of_sam_counts",
     ),
     Fault(
@@ -449,8 +449,8 @@ FAULTS = (
     Fault(
         "a flag of the schedule is not passed on",
         "tools/options.py",
-        'prefixed = ("alpha_scratch", "alpha_bias", "poly_power")',
-        'prefixed = ("alpha_scratch", "alpha_bias")',
+        "weight_decay=args.wd, **prefixed)",
+        'weight_decay=args.wd, **{**prefixed, "poly_power": 0.9})',
         "test_joints.py::test_every_flag_of_the_optimisation_counts",
     ),
     Fault(

@@ -15,7 +15,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from datasets import build_source
-from datasets.prepare.coco14 import convert, is_converted, paint
+from datasets.folder import COCO14_PARTS, is_written
+from datasets.prepare.coco14 import convert, paint
 from tools.errors import UserError
 from tools.files import load_mask, read_lines
 
@@ -35,9 +36,9 @@ def write(root: Path, change: Callable[[dict], object] = lambda content: None) -
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = write(tmp_path_factory.mktemp("coco"))
-    assert not is_converted(root)
+    assert not is_written(root, COCO14_PARTS)
     convert(root, workers=2)
-    assert is_converted(root)
+    assert is_written(root, COCO14_PARTS)
     return root
 
 
@@ -195,7 +196,7 @@ def test_a_json_that_contradicts_itself_is_one_line(tmp_path, mistake):
     root = write(tmp_path / "coco", lambda content: change(content))
     with pytest.raises(UserError, match=message) as caught:
         convert(root, workers=0)
-    assert "\n" not in str(caught.value) and not is_converted(root)
+    assert "\n" not in str(caught.value) and not is_written(root, COCO14_PARTS)
     assert sorted(os.listdir(root)) == ["annotations", "masks"]
 
 

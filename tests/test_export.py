@@ -203,7 +203,8 @@ def folder_as_hub(tmp_path, monkeypatch) -> Path:
 
 def test_what_is_pushed_can_be_downloaded(tmp_path, folder_as_hub, capsys):
     weights, out = checkpoint_of(tmp_path, "csrm"), tmp_path / "out"
-    (tmp_path / "val.json").write_text(json.dumps({"miou": 61.25, "iou": {"background": 80.0, "cat": 42.54}}))
+    scores = {"miou": 61.25, "miou_foreground": 42.54, "threshold": None, "iou": {"background": 80.0, "cat": 42.54}}
+    (tmp_path / "val.json").write_text(json.dumps(scores))
     run(weights, out, "--format", "hub", "--push", "me/pets", "--scores", str(tmp_path / "val.json"))
     assert "uploaded to https://hub/me/pets" in capsys.readouterr().out
     assert {path.name for path in (folder_as_hub / "me/pets").iterdir()} == set(hub.FILES)
@@ -221,7 +222,7 @@ def test_what_is_pushed_can_be_downloaded(tmp_path, folder_as_hub, capsys):
     "flags, message",
     [
         (["--format", "hub", "--push", "them/pets"], r"--push them/pets: 403 Forbidden: not yours\. Log in"),
-        (["--format", "hub", "--scores", "none.json"], "--scores none.json: not the JSON of evaluate.py"),
+        (["--format", "hub", "--scores", "none.json"], "none.json: no such file. Write it with evaluate.py --output."),
         (["--format", "safetensors", "--push", "me/pets"], "--scores / --push: of --format hub only"),
         (["--format", "hub", "--argmax", "false"], "--input / --argmax: of --format onnx only"),
     ],

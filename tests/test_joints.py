@@ -513,15 +513,16 @@ def test_every_flag_of_the_network_counts():
 
 def test_every_flag_of_sam_counts(monkeypatch):
     monkeypatch.setattr(refine_sam, "load_sam", lambda *args: args)
-    monkeypatch.setattr(refine_sam, "MaskGenerator", lambda model, sought, **running: (model, sought, running))
-    monkeypatch.setattr(refine_sam, "SamGenerator", lambda generator: generator)
+    made = lambda model, sought, **running: lambda images: (model, sought, running)  # noqa: E731
+    monkeypatch.setattr(refine_sam, "MaskGenerator", made)
     values = {"points_per_side": 3, "pred_iou_thresh": 0.4, "stability_score_thresh": 0.5, "box_nms_thresh": 0.6}
     values |= {"crop_n_layers": 1, "min_mask_region_area": 7}
     running = {"points_per_batch": 9, "images_per_batch": 8}
     flags = [part for name, value in {**values, **running}.items() for part in (f"--{name}", value)]
     flags += ["--checkpoint", "sam.pth", "--model_type", "vit_l", "--device", "cpu", "--mixed_precision", "bf16"]
     backend = refine_sam.select_backend(parse("refine_sam", "--tag", "t", *flags))
-    model, sought, given = backend.build()
+    model, sought, given = backend.build()([], [])
+    assert backend.images_per_call == 8
     assert model == (Path("sam.pth"), "vit_l", torch.device("cpu")) and vars(sought) == values
     assert given == {"dtype": torch.bfloat16, "compile": False, "images_per_batch": 8, "points_per_batch": 9}
     assert backend.settings.items() >= values.items()

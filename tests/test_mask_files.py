@@ -12,7 +12,7 @@ from pycocotools import mask as coco_rle
 from segment_anything.utils.amg import mask_to_rle_pytorch
 
 from tools.errors import UserError
-from tools.proposals.files import MaskFiles
+from tools.proposals.files import read_masks
 from tools.rle import encode
 
 SIZE = (9, 14)
@@ -36,7 +36,7 @@ def records(masks):
 
 
 def read(root):
-    (masks,) = MaskFiles(root)(["a"], [IMAGE])
+    (masks,) = read_masks(root, ["a"], [IMAGE])
     return masks if isinstance(masks, np.ndarray) else coco_rle.decode(masks).transpose(2, 0, 1)
 
 
@@ -61,7 +61,7 @@ def test_rle_in_json(tmp_path, layout):
 
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(UserError, match="nowhere: no such folder"):
-        MaskFiles(tmp_path / "nowhere")
+        read(tmp_path / "nowhere")
     (tmp_path / "a").mkdir()
     with pytest.raises(UserError, match=r"no masks of a: neither a/metadata.csv nor a.json"):
         read(tmp_path)

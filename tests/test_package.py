@@ -98,4 +98,4 @@ def test_flags_that_do_not_fit(command, capsys, flags, message):
 
 def test_a_missing_mask(command, tmp_path, capsys):
     (tmp_path / "deeplab@test/masks/d.png").unlink()
-    assert "d.png: no such prediction (1 of 3 are missing)" in refusal(capsys, *command)
+    assert "d.png is missing (1 of 3 are)" in refusal(capsys, *command)

@@ -13,7 +13,7 @@ from pycocotools import mask as coco_rle
 
 from tests.tiny_sam import build_tiny_sam
 from tools.errors import UserError
-from tools.proposals import SamGenerator, load_proposals, load_sam, save_proposals
+from tools.proposals import load_proposals, load_sam, save_proposals
 from tools.proposals.generator import MaskGenerator, MaskOptions
 from tools.proposals.regions import RegionGenerator, merge_regions
 from tools.rle import encode
@@ -95,9 +95,8 @@ def test_masks_of_another_size_and_missing_files_are_named(tmp_path):
 def test_sam_takes_a_batch_of_images(checkpoint):
     images = [np.full((height, 30, 3), 99, np.uint8) for height in (20, 40, 25)]
     model = load_sam(checkpoint, "vit_b", torch.device("cpu"))
-    generator = SamGenerator(MaskGenerator(model, MaskOptions(points_per_side=2), images_per_batch=2))
-    assert generator.images_per_call == 2 and generator.generator.images_per_batch == 2
-    assert [isinstance(masks, list) for masks in generator(["a", "b", "c"], images)] == [True] * 3
+    generator = MaskGenerator(model, MaskOptions(points_per_side=2), images_per_batch=2)
+    assert [isinstance(masks, list) for masks in generator(images)] == [True] * 3
 
 
 class Trap:

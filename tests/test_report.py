@@ -40,7 +40,9 @@ def data(tmp_path):
 
 def scores_file(path, **changes):
     save_json(
-        path, {"miou": 61.238, "miou_foreground": 58.0, "threshold": 0.25, "domain": "train", "images": 3} | changes
+        path,
+        {"miou": 61.238, "miou_foreground": 58.0, "threshold": 0.25, "iou": {}, "domain": "train", "images": 3}
+        | changes,
     )
     return path
 

@@ -217,9 +217,14 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
 
 
+def switch(default: bool) -> dict[str, object]:
+    """What makes a flag read `--name`, `--name true` or `--name false`, for `add_argument`."""
+    return {"type": boolean, "nargs": "?", "const": True, "default": default, "metavar": "BOOL"}
+
+
 def add_switch(group: argparse._ActionsContainer, name: str, default: bool, text: str) -> None:
-    """A flag that reads `--name`, `--name true` or `--name false`."""
-    group.add_argument(name, type=boolean, nargs="?", const=True, default=default, metavar="BOOL", help=text)
+    """Add a flag that is a `switch`."""
+    group.add_argument(name, **switch(default), help=text)
 
 
 def _number(fault: str, holds: Callable[[float], bool]) -> Callable[[str], float]:

@@ -14,9 +14,9 @@ import re
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import simplejpeg
@@ -102,6 +102,13 @@ def check_writable(folder: str | os.PathLike) -> Path:
     return folder
 
 
+def check_present(folder: Path, ids: Sequence[str], suffix: str, remedy: str, *, some: bool = False) -> None:
+    """Raise UserError unless `folder` has a file of every id, or of at least one if `some` are enough."""
+    missing = [image_id for image_id in ids if not (folder / f"{image_id}{suffix}").is_file()]
+    if missing and (not some or len(missing) == len(ids)):
+        raise UserError(f"{folder}: {missing[0]}{suffix} is missing ({len(missing)} of {len(ids)} are). {remedy}")
+
+
 @contextlib.contextmanager
 def locked(folder: Path, seconds: float = 60) -> Iterator[bool]:
     """Lock an existing folder for this process. The operating system releases the lock when the process ends.
@@ -158,6 +165,16 @@ def read_text(path: str | os.PathLike) -> str:
 def read_lines(path: str | os.PathLike) -> list[str]:
     """The non-empty lines of a text file, stripped (UserError: see `read_text`)."""
     return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+
+
+def read_json(path: str | os.PathLike, remedy: str) -> Any:
+    """The content of a JSON file (UserError, with the remedy: it cannot be read as such)."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file. {remedy}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}). {remedy}") from error
 
 
 def load_image(path: str | os.PathLike) -> np.ndarray:

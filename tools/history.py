@@ -9,7 +9,6 @@ exit code, command.
 """
 
 import csv
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tools import options
 from tools.checkpoint import load_checkpoint
 from tools.errors import UserError
+from tools.files import read_json
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ def read_run(tag: str) -> Run:
     weights, logs = options.model_path(tag), options.EXPERIMENTS / "logs" / tag
     curves, seconds = read_curves(logs)
     settings = load_checkpoint(weights).get("args", {}) if weights.exists() else {}
-    return Run(tag, curves, seconds, settings, _read_health(weights.with_suffix(".health.json")))
+    health = weights.with_suffix(".health.json")
+    signals = read_json(health, "Delete it; training writes it again.") if health.exists() else None
+    return Run(tag, curves, seconds, settings, signals)
 
 
 def read_curves(logs: Path) -> tuple[dict[str, list[tuple[float, float]]], float | None]:
@@ -63,15 +65,6 @@ def read_curves(logs: Path) -> tuple[dict[str, list[tuple[float, float]]], float
         for name, values in scalars.items():
             curves.setdefault(name, {}).update((value.step, value.value) for value in values)
     return {name: sorted(values.items()) for name, values in curves.items()}, sum(spans) if spans else None
-
-
-def _read_health(path: Path) -> dict[str, object] | None:
-    if not path.exists():
-        return None
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}). Delete it; training writes it again.") from error
 
 
 def read_commands(path: Path) -> list[Command]:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.errors import UserError
-from tools.files import check_writable, locked, save_json
+from tools.files import check_writable, locked, read_json, save_json
 from tools.options import plain
 from tools.parallel import thread_map
 
@@ -79,7 +79,7 @@ def describe(
 def digest(made_by: dict[str, Any]) -> dict[str, Any]:
     """The identity with one hash for each kind of input, {"images", "sha256"}, over all images in their order."""
     inputs = {
-        kind: {"images": len(each), "sha256": _short(json.dumps(list(each.items())).encode())}
+        kind: {"images": len(each), "sha256": hashlib.sha256(json.dumps(list(each.items())).encode()).hexdigest()[:16]}
         for kind, each in made_by["inputs"].items()
     }
     return {**made_by, "inputs": inputs}
@@ -194,15 +194,13 @@ def _examine(record: Path, made_by: dict[str, Any], made: set[str]) -> tuple[dic
 
 def read_record(record: Path) -> dict[str, Any]:
     """The identity in a folder's settings.json; {} if there is none (UserError: the file is damaged)."""
-    try:
-        content = json.loads(record.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not record.exists():
         return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{record}: damaged. Delete {record.parent} and make it again.") from error
+    remedy = f"Delete {record.parent} and make it again."
+    content = read_json(record, remedy)
     files = content.get("files", {}).values() if isinstance(content, dict) else [{}]
     if not all({"file", "sha256"} <= each.keys() for each in files):
-        raise UserError(f"{record}: holds no settings. Delete {record.parent} and make it again.")
+        raise UserError(f"{record}: holds no settings. {remedy}")
     return content
 
 
@@ -250,10 +248,6 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return -1
-
-
-def _short(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _is_file(value: Any) -> bool:

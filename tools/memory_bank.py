@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tools.distributed import all_reduce_sum, gather_batch
-from tools.losses import masked_percentile
+from tools.losses import certain_pixels, masked_percentile
 from tools.maps import IGNORE_INDEX
 from tools.parallel import world_size
 
@@ -193,7 +193,7 @@ def entropy_masks(teacher_entropy: Tensor, labels: Tensor, alpha: float) -> tupl
         Two bool [B, h, w]: below the alpha-th percentile; at or above the (100 - alpha)-th.
     """
     labelled = labels != IGNORE_INDEX
-    low = labelled & (teacher_entropy < masked_percentile(teacher_entropy, labelled, alpha))
+    low = certain_pixels(labels, teacher_entropy, alpha)
     high = labelled & (teacher_entropy >= masked_percentile(teacher_entropy, labelled, 100 - alpha))
     return low, high
 

@@ -17,10 +17,14 @@ positive of none. Pixels whose ground truth is `IGNORE_INDEX` are not counted at
 """
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from tools.errors import UserError
+from tools.files import read_json
 from tools.maps import IGNORE_INDEX
 
 
@@ -67,6 +71,14 @@ def scores(counts: np.ndarray | torch.Tensor) -> Scores:
         false_negative=100 * (truth - hits) / divisor,
         absent=tuple(np.flatnonzero(union == 0).tolist()),
     )
+
+
+def load_scores(path: Path) -> dict[str, Any]:
+    """Read a file written by `evaluate.py --output` (UserError: missing, or not such a file)."""
+    content = read_json(path, "Write it with evaluate.py --output.")
+    if not isinstance(content, dict) or not {"miou", "miou_foreground", "threshold", "iou"} <= content.keys():
+        raise UserError(f"{path}: not a file of scores. Write it with evaluate.py --output.")
+    return content
 
 
 class ConfusionMatrix:

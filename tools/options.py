@@ -11,12 +11,16 @@ Nothing here imports PyTorch, so that --help answers at once.
 """
 
 import argparse
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from tools import cli, parallel
 from tools.errors import UserError
+
+Options = TypeVar("Options")
 
 EXPERIMENTS = Path("experiments")
 """Everything runs produce lies below this folder, in the working directory."""
@@ -97,39 +101,49 @@ class Training:
     overwrite: bool = False  # start again if the checkpoint is another run's
 
 
+SHARED = {
+    "device": {"default": "auto", "help": "auto (the GPU if there is one), cpu, cuda or cuda:N (not with torchrun)"},
+    "num_workers": {
+        "type": cli.count,
+        "default": min(8, os.cpu_count() or 1),
+        "help": "helpers on this machine: processes that load, or images predicted at a time; 0: none",
+    },
+    "overwrite": {
+        **cli.switch(False),
+        "help": "replace what was made with other flags or data; what the same command made is kept and continued",
+    },
+    "on_error": {
+        "choices": ["stop", "skip"],
+        "default": "stop",
+        "help": "if a file of an image cannot be used: stop, or skip the image, list it in left-out-SCRIPT.json, "
+        "exit code 3",
+    },
+    "mixed_precision": {
+        "choices": ["auto", "bf16", "fp16", "off"],
+        "default": "auto",
+        "help": "auto: bf16 on GPUs, off on CPUs",
+    },
+    "scales": {"type": cli.numbers, "default": [0.5, 1.0, 1.5, 2.0], "help": "image scales, comma-separated"},
+    "hflip": {**cli.switch(True), "help": "also use mirrored images"},
+    "crf_t": {"type": cli.count, "default": 10, "help": "mean-field iterations of the dense CRF; 0: no CRF"},
+    "crf_gt_prob": {"type": cli.fraction, "default": 0.7, "help": "confidence of the hard-label unary"},
+    "crf_backend": {"choices": CRF_BACKENDS, "default": "torch", "help": "pydensecrf: one image at a time, on the CPU"},
+}
+"""Flags that scripts take one by one."""
+
+
+def add_shared(group: argparse._ActionsContainer, *names: str) -> None:
+    """Add some flags of `SHARED`."""
+    for name in names:
+        group.add_argument(f"--{name}", **SHARED[name])
+
+
 def add_common(parser: cli.Parser) -> None:
-    """--tag --seed --device --num_workers."""
+    """--tag --seed --device --num_workers --overwrite."""
     group = parser.add_argument_group("run")
     group.add_argument("--tag", required=True, help="name of this run; its files are called after it")
     group.add_argument("--seed", type=cli.count, default=0, help="seed of all random numbers")
-    add_device(group)
-    add_workers(group)
-    add_overwrite(group)
-
-
-def add_on_error(group: argparse._ActionsContainer) -> None:
-    """--on_error."""
-    text = "if a file of an image cannot be used: stop, or skip the image, list it in left-out-SCRIPT.json, exit code 3"
-    group.add_argument("--on_error", choices=["stop", "skip"], default="stop", help=text)
-
-
-def add_device(group: argparse._ActionsContainer) -> None:
-    """--device."""
-    text = "auto (the GPU if there is one), cpu, cuda or cuda:N (not with torchrun)"
-    group.add_argument("--device", default="auto", help=text)
-
-
-def add_overwrite(group: argparse._ActionsContainer) -> None:
-    """--overwrite."""
-    text = "replace what was made with other flags or data; what the same command made is kept and continued"
-    cli.add_switch(group, "--overwrite", False, text)
-
-
-def add_workers(group: argparse._ActionsContainer) -> None:
-    """--num_workers."""
-    default = min(8, os.cpu_count() or 1)
-    text = "helpers on this machine: processes that load, or images predicted at a time; 0: none"
-    group.add_argument("--num_workers", type=cli.count, default=default, help=text)
+    add_shared(group, "device", "num_workers", "overwrite")
 
 
 def add_dataset(parser: cli.Parser, **domains: tuple[str, str]) -> argparse._ArgumentGroup:
@@ -186,7 +200,7 @@ def add_optimization(
     add("--max_epoch", type=cli.positive_int, default=max_epoch, help="epochs")
     add("--max_steps", type=cli.positive_int, help="steps per epoch (default: one pass over the images)")
     add("--accumulate_steps", type=cli.positive_int, default=1, help="steps per optimiser update")
-    add_precision(group)
+    add_shared(group, "mixed_precision")
     cli.add_switch(group, "--compile", False, "have torch.compile fuse the networks: slow first steps, fast later ones")
     add("--optimizer", choices=OPTIMIZERS, default="sgd", help="momentum: without Nesterov")
     add("--lr", type=cli.positive, default=lr, help="learning rate of pretrained weights")
@@ -200,39 +214,13 @@ def add_optimization(
     add("--label_smoothing", type=cli.fraction, default=0.1, help="label smoothing of every loss")
 
 
-def add_precision(group: argparse._ActionsContainer) -> None:
-    """--mixed_precision."""
-    choices = ["auto", "bf16", "fp16", "off"]
-    group.add_argument("--mixed_precision", choices=choices, default="auto", help="auto: bf16 on GPUs, off on CPUs")
-
-
-def add_views(group: argparse._ActionsContainer) -> None:
-    """--scales --hflip: the views of an image that are averaged at test time."""
-    group.add_argument("--scales", type=cli.numbers, default=[0.5, 1.0, 1.5, 2.0], help="image scales, comma-separated")
-    cli.add_switch(group, "--hflip", True, "also use mirrored images")
-
-
-def add_crf(group: argparse._ActionsContainer) -> None:
-    """Dense CRF flags of pseudo labels and pseudo masks."""
-    group.add_argument("--crf_t", type=cli.count, default=10, help="mean-field iterations of the dense CRF; 0: no CRF")
-    group.add_argument("--crf_gt_prob", type=cli.fraction, default=0.7, help="confidence of the hard-label unary")
-    add_crf_backend(group)
-
-
-def add_crf_backend(group: argparse._ActionsContainer) -> None:
-    """--crf_backend."""
-    text = "pydensecrf: one image at a time, on the CPU"
-    group.add_argument("--crf_backend", choices=CRF_BACKENDS, default="torch", help=text)
-
-
 def network_arguments(args: argparse.Namespace) -> dict[str, object]:
     """The flags of `add_network` and `add_decoder` (those the script has) as arguments of `models.build_model`."""
-    renamed = {"architecture": "architecture", "backbone_weights": "weights", "mode": "batch_norm"}
-    freezing = ("trainable_stem", "trainable_stage4", "trainable_backbone")
-    kept = ("dilate_stage4", *freezing, "use_gn", "dropout", "decoder_channels")
-    arguments = {**renamed, **{name: name for name in kept}}
-    given = {argument: getattr(args, flag) for flag, argument in arguments.items() if hasattr(args, flag)}
-    return {**given, "output_stride": 8 if args.dilated else 16}
+    names = ("architecture", "dilate_stage4", "trainable_stem", "trainable_stage4", "trainable_backbone")
+    decoder = ("use_gn", "dropout", "decoder_channels")
+    given = {name: getattr(args, name) for name in (*names, *decoder) if hasattr(args, name)}
+    stride = 8 if args.dilated else 16
+    return {**given, "weights": args.backbone_weights, "batch_norm": args.mode, "output_stride": stride}
 
 
 def loader_arguments(args: argparse.Namespace) -> dict[str, object]:
@@ -249,35 +237,31 @@ def loader_arguments(args: argparse.Namespace) -> dict[str, object]:
 
 
 def crf(args: argparse.Namespace) -> CRF:
-    """The flags of `add_crf`."""
+    """--crf_t, --crf_gt_prob and --crf_backend."""
     return CRF(iterations=args.crf_t, gt_prob=args.crf_gt_prob, backend=args.crf_backend)
 
 
 def views(args: argparse.Namespace, long_side: float) -> Views:
-    """The flags of `add_views`."""
+    """--scales and --hflip."""
     return Views(scales=tuple(args.scales), hflip=args.hflip, long_side=long_side)
 
 
 def training(args: argparse.Namespace, made_by: dict[str, object]) -> Training:
     """The flags of `add_common` and `add_optimization`, and the identity of the run."""
-    names = ("tag", "seed", "batch_size", "max_epoch", "mixed_precision", "compile", "overwrite")
-    return Training(
-        made_by=made_by,
-        **{name: getattr(args, name) for name in names},
-        optimization=optimization(args),
-        flags={name: plain(value) for name, value in vars(args).items() if name != "overwrite"},
-    )
+    flags = {name: plain(value) for name, value in vars(args).items() if name != "overwrite"}
+    return from_flags(Training, args, made_by=made_by, optimization=optimization(args), flags=flags)
 
 
 def optimization(args: argparse.Namespace) -> Optimization:
     """The flags of `add_optimization` that concern the weights."""
-    same = ("optimizer", "lr", "momentum", "nesterov", "grad_max_norm", "accumulate_steps")
-    prefixed = ("alpha_scratch", "alpha_bias", "poly_power")
-    return Optimization(
-        weight_decay=args.wd,
-        **{name: getattr(args, name) for name in same},
-        **{name: getattr(args, f"lr_{name}") for name in prefixed},
-    )
+    prefixed = {name: getattr(args, f"lr_{name}") for name in ("alpha_scratch", "alpha_bias", "poly_power")}
+    return from_flags(Optimization, args, weight_decay=args.wd, **prefixed)
+
+
+def from_flags(kind: type[Options], args: argparse.Namespace, **given: object) -> Options:
+    """Options of a `kind` of dataclass: the fields `given`; the others are the flags of the same name."""
+    names = {field.name for field in dataclasses.fields(kind)} - given.keys()
+    return kind(**given, **{name: getattr(args, name) for name in names})
 
 
 def plain(value: object) -> object:

@@ -23,7 +23,7 @@ from torch.profiler import record_function
 
 from tools import distributed
 from tools.losses import multilabel_loss
-from tools.maps import resize_maps
+from tools.maps import resize_maps, unit_maximum
 from tools.optim import Update
 from tools.options import PRIOR_METHODS, Optimization
 
@@ -193,5 +193,5 @@ def hide_class(images: Tensor, cams: Tensor, hidden: Tensor, threshold: float | 
         threshold: None: m is the CAM in [0,1], its values divided by its maximum; else m is 1 where that is above.
     """
     cam = (cams.float() * hidden[:, :, None, None]).sum(dim=1, keepdim=True).relu()
-    cam = resize_maps(cam / (cam.amax(dim=(2, 3), keepdim=True) + 1e-5), images.shape[-2:])
+    cam = resize_maps(unit_maximum(cam), images.shape[-2:])
     return images * (1 - (cam if threshold is None else (cam > threshold).float()))

@@ -20,7 +20,7 @@ from skimage.filters import threshold_otsu
 from tools import distributed, identity, parallel
 from tools.cam import Forward, load_cams, multi_scale_cams, working_photograph
 from tools.errors import UserError
-from tools.files import save_mask
+from tools.files import check_present, save_mask
 from tools.maps import normalize
 from tools.options import CRF, PSEUDO_MASK_THRESHOLD, Views
 from tools.pseudo_labels import reliable_cam_labels
@@ -75,12 +75,8 @@ def label_folder(
         UserError: a file is missing, or cannot be read; or `made` holds other labels.
     """
     suffix = next((s for s in (".png", ".npz", ".npy") if (folder / f"{ids[0]}{s}").is_file()), None)
-    missing = [i for i in ids if suffix is None or not (folder / f"{i}{suffix}").is_file()]
-    if missing:
-        raise UserError(
-            f"--c2s_labels {folder}: no {missing[0]}{suffix or '.png or .npz'} in it ({len(missing)} of {len(ids)} are "
-            "missing). Make the labels of every image of --domain_train."
-        )
+    remedy = "--c2s_labels needs ID.png or ID.npz of every image of --domain_train: make them."
+    check_present(folder, ids, suffix or ".png", remedy)
     if suffix == ".png":
         return folder
     inputs = {

@@ -30,7 +30,7 @@ from datasets.exchange import coco, cvat, label_studio
 from datasets.exchange.labels import Item, Labels
 from tools import cli, options
 from tools.errors import UserError
-from tools.files import atomic_write, check_writable, load_mask, save_mask
+from tools.files import atomic_write, check_writable, load_mask, save_mask, save_png
 from tools.review import load_queue
 
 FORMATS = {"cvat": cvat, "coco": coco, "labelstudio": label_studio}
@@ -92,8 +92,7 @@ def save_photograph(source: DataSource, image_id: str, folder: Path) -> str:
         with atomic_write(folder / name) as temporary:
             shutil.copyfile(path, temporary)
         return name
-    with atomic_write(folder / f"{image_id}.png", durable=False) as temporary:
-        Image.fromarray(source.image(image_id)).save(temporary, format="PNG")
+    save_png(folder / f"{image_id}.png", Image.fromarray(source.image(image_id)))
     return f"{image_id}.png"
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from datasets.base import voc_palette
 from datasets.exchange.labels import Item, Labels, hexadecimal
 from tools.errors import UserError
-from tools.files import atomic_write, save_json
+from tools.files import atomic_write, mask_image, save_json
 
 CLASSES, OBJECTS, LABEL_MAP = "SegmentationClass/", "SegmentationObject/", "labelmap.txt"
 
@@ -51,10 +51,8 @@ def write(folder: Path, items: Sequence[Item], labels: Labels) -> list[Path]:
 
 
 def _png(indices: np.ndarray, palette: np.ndarray) -> bytes:
-    picture = Image.fromarray(indices, mode="P")
-    picture.putpalette(palette.tobytes())
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
+    mask_image(indices, palette).save(buffer, format="PNG")
     return buffer.getvalue()
 
 

@@ -11,6 +11,7 @@ their official names first. Given again, the command goes on where it stopped, a
 import argparse
 from pathlib import Path
 
+from datasets.folder import COCO14_PARTS, is_written
 from datasets.prepare import coco14, deepglobe, sbd
 from datasets.prepare.download import Archive, fetch, unpack
 from datasets.voc12 import find_devkit
@@ -75,7 +76,7 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--data_dir", type=Path, help="where to (default: data/DATASET)")
     parser.add_argument("--download_dir", type=Path, help="folder of the archives (default: DATA_DIR/downloads)")
     parser.add_argument("--mirror", metavar="URL", help="address that serves files of the same names")
-    options.add_workers(parser)
+    options.add_shared(parser, "num_workers")
     return parser
 
 
@@ -110,7 +111,7 @@ def prepare_coco14(data_dir: Path, downloads: Path, mirror: str | None, workers:
     annotations, *photographs = COCO14
     for archive in photographs:
         provide(archive, data_dir, downloads, mirror)
-    if coco14.is_converted(data_dir):
+    if is_written(data_dir, COCO14_PARTS):
         print(f"{data_dir}: is converted")
     else:
         provide(annotations, data_dir, downloads, mirror)
@@ -119,7 +120,7 @@ def prepare_coco14(data_dir: Path, downloads: Path, mirror: str | None, workers:
 
 def prepare_deepglobe(data_dir: Path, downloads: Path, mirror: str | None, workers: int) -> None:
     """Convert what lies in `downloads`, folders or zip files; nobody serves DeepGlobe without a login."""
-    if deepglobe.is_converted(data_dir):
+    if is_written(data_dir, ("train", "val")):
         print(f"{data_dir}: is converted")
         return
     source = downloads

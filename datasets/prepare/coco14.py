@@ -44,11 +44,6 @@ FIELDS = {
 """The lists of a json, and what each of their elements must have."""
 
 
-def is_converted(root: Path) -> bool:
-    """Whether `convert` has finished there: the lists of ids are the last files it writes."""
-    return all((root / "splits" / f"{part}.txt").is_file() for part in COCO14_PARTS)
-
-
 def convert(root: Path, workers: int) -> None:
     """Write everything the reader needs besides the photographs. Masks that are there already are kept.
 

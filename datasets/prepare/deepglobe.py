@@ -37,11 +37,6 @@ COLOURS = {
 VAL_EVERY = 5  # the fifth, tenth, ... image with a mask is for validation
 
 
-def is_converted(root: Path) -> bool:
-    """Whether `convert` has finished there: the lists of ids are the last files it writes."""
-    return all((root / "splits" / f"{domain}.txt").is_file() for domain in ("train", "val"))
-
-
 def convert(source: Path, root: Path, workers: int) -> None:
     """Write the dataset; files that are there already are kept. Photographs are linked where the file system allows.
 

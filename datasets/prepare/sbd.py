@@ -19,7 +19,7 @@ import scipy.io
 from datasets.base import voc_palette
 from datasets.voc12 import AUGMENTED_MASKS, VOC_CLASSES
 from tools.errors import UserError
-from tools.files import atomic_write, read_lines, save_mask, save_text
+from tools.files import atomic_write, check_present, read_lines, save_mask, save_text
 from tools.parallel import run_jobs
 
 
@@ -35,11 +35,7 @@ def convert(sbd: Path, devkit: Path, workers: int) -> None:
         UserError: a list, a mask or an image is missing, or a .mat file is damaged.
     """
     ids = augmented_ids(sbd, devkit)
-    missing = [image_id for image_id in ids if not (devkit / "JPEGImages" / f"{image_id}.jpg").is_file()]
-    if missing:
-        raise UserError(
-            f"{devkit / 'JPEGImages'}: {len(missing)} images of SBD are missing, the first is {missing[0]}.jpg."
-        )
+    check_present(devkit / "JPEGImages", ids, ".jpg", "It is an image of SBD: unpack VOC 2012 again.")
     for _ in run_jobs(functools.partial(_write_mask, sbd, devkit), ids, workers, "masks of train_aug", "image"):
         pass
     save_text(_list(devkit), "".join(f"{image_id}\n" for image_id in ids))

@@ -43,25 +43,19 @@ VERSION = 5  # raised whenever the same seed no longer gives the same bytes
 NUM_TRAIN, NUM_VAL, SIZE = 800, 200, 128  # defaults: what the demo learns from in two or three minutes on two cores
 
 
-@dataclass(frozen=True)
-class Composition:
-    """What goes into a picture. Probabilities are per image; lengths are fractions of its longer side."""
-
-    home_scene: float = 0.8  # the first object stands in a scene of its class: a context that helps, but can mislead
-    first_home: float = 0.5  # given that: in its own scene, not in one it shares with other classes
-    second_class: float = 0.36  # an object of another class: image labels alone no longer say which pixels are whose
-    same_class: float = 0.22  # a second object of the first class
-    third_object: float = 0.3  # given two
-    overlap: float = 0.3  # given two: objects may hide each other
-    occluder: float = 0.4  # something of the scene stands in front
-    scale_single: tuple[float, float] = (0.29, 0.47)  # half the length of an object: 8-35 % of the image's area
-    scale_several: tuple[float, float] = (0.21, 0.34)
-    min_visible: float = 0.012  # of the image's area: objects with less are neither listed nor evaluated
-    short_side: float = 0.84  # images are up to this much narrower or lower than `size`, so odd sizes occur
-    supersampling: int = 2  # drawn larger, then averaged: clean edges, and masks that agree with them
-
-
-COMPOSITION = Composition()
+# What goes into a picture. Probabilities are per image; lengths are fractions of its longer side.
+HOME_SCENE = 0.8  # the first object stands in a scene of its class: a context that helps, but can mislead
+FIRST_HOME = 0.5  # given that: in its own scene, not in one it shares with other classes
+SECOND_CLASS = 0.36  # an object of another class: image labels alone no longer say which pixels are whose
+SAME_CLASS = 0.22  # a second object of the first class
+THIRD_OBJECT = 0.3  # given two
+OVERLAP = 0.3  # given two: objects may hide each other
+OCCLUDER = 0.4  # something of the scene stands in front
+SCALE_SINGLE = (0.29, 0.47)  # half the length of an object: 8-35 % of the image's area
+SCALE_SEVERAL = (0.21, 0.34)
+MIN_VISIBLE = 0.012  # of the image's area: objects with less are neither listed nor evaluated
+SHORT_SIDE = 0.84  # images are up to this much narrower or lower than `size`, so odd sizes occur
+SUPERSAMPLING = 2  # drawn larger, then averaged: clean edges, and masks that agree with them
 
 
 # ----------------------------------------------------------------------------------------------------- composition
@@ -109,7 +103,7 @@ def draw(rng: np.random.Generator, size: int) -> Sample:
 
 def _draw_once(rng: np.random.Generator, size: int) -> Sample:
     height, width = _choose_shape(rng, size)
-    factor = COMPOSITION.supersampling
+    factor = SUPERSAMPLING
     w, h, pixels = width / size, height / size, size * factor
     canvas = Canvas(np.zeros((height * factor, width * factor, 3), np.float32), rng)
     scenery = Brush(canvas, np.float32([[pixels, 0, 0], [0, pixels, 0]]))
@@ -121,7 +115,7 @@ def _draw_once(rng: np.random.Generator, size: int) -> Sample:
         if not KINDS[placement.name].floats:
             _cast_shadow(scenery, placement)
         KINDS[placement.name].draw(Brush(canvas, placement.matrix(pixels), index), rng)
-    if rng.random() < COMPOSITION.occluder:
+    if rng.random() < OCCLUDER:
         hidden = placements[int(rng.integers(len(placements)))]
         occlude(scenery, rng, scene, hidden.x + rng.uniform(-0.7, 0.7) * hidden.scale, hidden.lower_end)
     mask, objects = _annotate(canvas.visible, [placement.name for placement in placements], (width, height))
@@ -130,7 +124,7 @@ def _draw_once(rng: np.random.Generator, size: int) -> Sample:
 
 def _choose_shape(rng: np.random.Generator, size: int) -> tuple[int, int]:
     """Height and width."""
-    short = round(size * rng.uniform(COMPOSITION.short_side, 1))
+    short = round(size * rng.uniform(SHORT_SIDE, 1))
     return (short, size) if rng.random() < 0.6 else (size, short)
 
 
@@ -139,25 +133,25 @@ def _choose_contents(rng: np.random.Generator) -> tuple[list[str], str]:
     first = str(rng.choice(CLASSES[1:]))
     names = [first]
     chance = rng.random()
-    if chance < COMPOSITION.second_class:
+    if chance < SECOND_CLASS:
         names.append(str(rng.choice(KINDS[first].companions)))
-    elif chance < COMPOSITION.second_class + COMPOSITION.same_class:
+    elif chance < SECOND_CLASS + SAME_CLASS:
         names.append(first)
-    if len(names) == 2 and rng.random() < COMPOSITION.third_object:
+    if len(names) == 2 and rng.random() < THIRD_OBJECT:
         names.append(str(rng.choice(names)))
     return names, _choose_scene(rng, KINDS[first].homes)
 
 
 def _choose_scene(rng: np.random.Generator, homes: tuple[str, ...]) -> str:
-    if rng.random() > COMPOSITION.home_scene:
+    if rng.random() > HOME_SCENE:
         return str(rng.choice(list(SCENES)))
-    return homes[0] if rng.random() < COMPOSITION.first_home else str(rng.choice(homes[1:]))
+    return homes[0] if rng.random() < FIRST_HOME else str(rng.choice(homes[1:]))
 
 
 def _place(rng: np.random.Generator, names: list[str], w: float, h: float, horizon: float) -> list[Placement]:
     """Positions and sizes, farthest first (what stands lower in the picture is nearer, and drawn later)."""
-    low, high = COMPOSITION.scale_single if len(names) == 1 else COMPOSITION.scale_several
-    distance = rng.uniform(0.9, 1.2) if rng.random() < COMPOSITION.overlap else 1.75
+    low, high = SCALE_SINGLE if len(names) == 1 else SCALE_SEVERAL
+    distance = rng.uniform(0.9, 1.2) if rng.random() < OVERLAP else 1.75
     placements: list[Placement] = []
     for name in names:
         tries = [_propose(rng, name, rng.uniform(low, high), w, h, horizon) for _ in range(12)]
@@ -200,7 +194,7 @@ def _annotate(visible: list[np.ndarray], names: list[str], size: tuple[int, int]
     mask, objects = np.zeros_like(owner), []
     for index, name in enumerate(names, start=1):
         rows, columns = np.nonzero(owner == index)
-        listed = rows.size >= COMPOSITION.min_visible * owner.size
+        listed = rows.size >= MIN_VISIBLE * owner.size
         mask[rows, columns] = CLASSES.index(name) if listed else IGNORE_INDEX
         if listed:
             box = (columns.min() + 1, rows.min() + 1, columns.max() + 1, rows.max() + 1)

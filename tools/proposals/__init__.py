@@ -1,8 +1,8 @@
 """Mask proposals: the backends that make them, and the files that keep them, one per image.
 
     sam = load_sam("sam_vit_h_4b8939.pth", "vit_h", device)
-    generator = SamGenerator(MaskGenerator(sam, MaskOptions(), dtype=torch.bfloat16))
-    for image_id, masks in zip(ids, generator(ids, images)):
+    generator = MaskGenerator(sam, MaskOptions(), dtype=torch.bfloat16)
+    for image_id, masks in zip(ids, generator(images)):
         save_proposals(f"proposals-sam/{image_id}.json", masks, size)
     masks = load_proposals("proposals-sam/ID.json", size)  # what tools.merging takes
 
@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,7 +27,6 @@ from pycocotools import mask as coco_rle
 
 from tools.errors import FileError, UserError
 from tools.files import atomic_write
-from tools.proposals.generator import MaskGenerator
 from tools.rle import check_counts, encode
 from tools.weights import common_prefix, load_weights
 
@@ -38,25 +37,9 @@ if TYPE_CHECKING:
 SAM_WIDTHS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}  # channels of the image encoder
 
 
-class ProposalGenerator(Protocol):
-    """A backend: anything that turns images into class-agnostic masks. A new one is one such class."""
-
-    images_per_call: int  # how many images it takes at a time; fewer at the end
-
-    def __call__(self, image_ids: Sequence[str], images: Sequence[np.ndarray]) -> Sequence[np.ndarray | list[dict]]:
-        """The masks of each image, uint8 RGB HxWx3: bool [N, H, W] or COCO RLE dicts; they may overlap, N may be 0."""
-
-
-class SamGenerator:
-    """Segment Anything (ICCV 2023), or a later one, prompted with a grid of points."""
-
-    def __init__(self, generator: MaskGenerator) -> None:
-        self.images_per_call = generator.images_per_batch
-        self.generator = generator
-
-    def __call__(self, image_ids: Sequence[str], images: Sequence[np.ndarray]) -> list[list[dict]]:
-        """The masks of each image, uint8 RGB HxWx3, as COCO RLE."""
-        return self.generator(images)
+Propose = Callable[[Sequence[str], Sequence[np.ndarray]], Sequence[np.ndarray | list[dict]]]
+"""A backend: from ids and images, uint8 RGB HxWx3, to class-agnostic masks of each image, bool [N, H, W] or COCO RLE.
+They may overlap, and N may be 0."""
 
 
 def load_sam(checkpoint: str | os.PathLike, model_type: str, device: torch.device) -> Sam:

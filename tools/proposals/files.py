@@ -1,6 +1,6 @@
 """Mask proposals that another program made: a folder of Segment Anything's `amg.py`, or RLE files in JSON.
 
-    masks = MaskFiles("sam_masks")(["2007_000032"], [image])
+    masks = read_masks(Path("sam_masks"), ["2007_000032"], [image])
 
 Either of these is read for the image ID:
 
@@ -10,7 +10,6 @@ Either of these is read for the image ID:
 """
 
 import csv
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,38 +26,27 @@ def mask_file(root: Path, image_id: str) -> Path:
     return pictures if pictures.is_file() else root / f"{image_id}.json"
 
 
-class MaskFiles:
-    """Proposals read from files. Satisfies `tools.proposals.ProposalGenerator`."""
+def read_masks(root: Path, image_ids: Sequence[str], images: Sequence[np.ndarray]) -> list[np.ndarray | list[dict]]:
+    """The masks of each image, uint8 RGB HxWx3: bool [N, H, W] from pictures, COCO RLE from JSON.
 
-    images_per_call = 1
+    Args:
+        root: the folder with an ID/ or an ID.json for every image.
 
-    def __init__(self, root: str | os.PathLike) -> None:
-        """
-        Args:
-            root: the folder with an ID/ or an ID.json for every image.
+    Raises:
+        UserError: no such folder, an image has no masks, a file is damaged, or is made for another size of image.
+    """
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder of masks. Pass the output folder of amg.py to --mask_files.")
+    return [_read(root, image_id, image.shape[:2]) for image_id, image in zip(image_ids, images, strict=True)]
 
-        Raises:
-            UserError: no such folder.
-        """
-        self.root = Path(root)
-        if not self.root.is_dir():
-            raise UserError(f"{root}: no such folder of masks. Pass the output folder of amg.py to --mask_files.")
 
-    def __call__(self, image_ids: Sequence[str], images: Sequence[np.ndarray]) -> list[np.ndarray | list[dict]]:
-        """The masks of each image, uint8 RGB HxWx3: bool [N, H, W] from pictures, COCO RLE from JSON.
-
-        Raises:
-            UserError: an image has no masks, a file is damaged, or is made for another size of image.
-        """
-        return [self._read(image_id, image.shape[:2]) for image_id, image in zip(image_ids, images, strict=True)]
-
-    def _read(self, image_id: str, size: tuple[int, int]) -> np.ndarray | list[dict]:
-        file = mask_file(self.root, image_id)
-        if file.suffix == ".csv":
-            return _read_pictures(file.parent, size)
-        if file.is_file():
-            return load_proposals(file, size)
-        raise FileError(f"{self.root}: no masks of {image_id}: neither {image_id}/metadata.csv nor {image_id}.json.")
+def _read(root: Path, image_id: str, size: tuple[int, int]) -> np.ndarray | list[dict]:
+    file = mask_file(root, image_id)
+    if file.suffix == ".csv":
+        return _read_pictures(file.parent, size)
+    if file.is_file():
+        return load_proposals(file, size)
+    raise FileError(f"{root}: no masks of {image_id}: neither {image_id}/metadata.csv nor {image_id}.json.")
 
 
 def _read_pictures(folder: Path, size: tuple[int, int]) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Segment Anything 2 and 3: the networks of transformers in `MaskGenerator`.
 
     model, processor = load_later_sam("facebook/sam2.1-hiera-large", "sam2", device)
-    generator = SamGenerator(LaterMaskGenerator(model, processor, MaskOptions(), dtype=torch.bfloat16))
+    generator = LaterMaskGenerator(model, processor, MaskOptions(), dtype=torch.bfloat16)
 
 transformers has a generator of its own, the mask-generation pipeline. It is not used, because of an image that is not
 square it prompts a part only (5.24): these networks stretch images to a square, and the pipeline's grid is still that

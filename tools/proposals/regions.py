@@ -10,7 +10,6 @@ stand-in for Segment Anything on machines without its weights: its edges are goo
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -38,9 +37,8 @@ class RegionTree:
 
 @dataclass(frozen=True, kw_only=True)
 class RegionGenerator:
-    """Regions of a merge hierarchy as mask proposals. Satisfies `tools.proposals.ProposalGenerator`."""
+    """Regions of a merge hierarchy as mask proposals. A `tools.proposals.Propose`."""
 
-    images_per_call: ClassVar[int] = 1
     scale: float = 50.0  # of the leaves: larger gives fewer and larger ones
     sigma: float = 0.8  # Gaussian smoothing before the leaves are found, in pixels
     min_size: float = 0.002  # smallest region, as a fraction of the image's area
