@@ -97,7 +97,7 @@ def test_masks_are_taken_as_they_are_and_none_may_be_missing(folder_root, tmp_pa
         save_mask(tmp_path / "masks" / f"{image_id}.png", np.zeros(SIZES[image_id], np.uint8), voc_palette())
     assert label_folder(source, SPLITS["train"], tmp_path / "masks", tmp_path, **options) == tmp_path / "masks"
     (tmp_path / "masks" / f"{SPLITS['train'][-1]}.png").unlink()
-    with pytest.raises(UserError, match=f"no {SPLITS['train'][-1]}.png in it .1 of "):
+    with pytest.raises(UserError, match=f"{SPLITS['train'][-1]}.png is missing .1 of "):
         label_folder(source, SPLITS["train"], tmp_path / "masks", tmp_path, **options)
     with pytest.raises(UserError, match="png or .npz in it"):
         label_folder(source, SPLITS["train"], tmp_path / "none", tmp_path, **options)
