@@ -99,7 +99,7 @@ def test_masks_are_taken_as_they_are_and_none_may_be_missing(folder_root, tmp_pa
     (tmp_path / "masks" / f"{SPLITS['train'][-1]}.png").unlink()
     with pytest.raises(UserError, match=f"{SPLITS['train'][-1]}.png is missing .1 of "):
         label_folder(source, SPLITS["train"], tmp_path / "masks", tmp_path, **options)
-    with pytest.raises(UserError, match="png or .npz in it"):
+    with pytest.raises(UserError, match="a.png is missing .3 of 3 are.. --c2s_labels needs ID.png or ID.npz"):
         label_folder(source, SPLITS["train"], tmp_path / "none", tmp_path, **options)
 
 
