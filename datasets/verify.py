@@ -98,16 +98,14 @@ class Split:
     """What was found in one list of ids."""
 
     images: int  # ids in the list
-    label_counts: np.ndarray  # int64 [C], images by class in their label (index 0: 0)
-    pixel_counts: np.ndarray  # int64 [C], mask pixels by class, without the ignored ones
+    classes: int  # C
     counts: Counter = field(default_factory=Counter)  # images with "labels", with "masks", with each kind of finding
     # ids of photographs without "labels", without "masks"
     without: dict[str, list[str]] = field(default_factory=lambda: {"labels": [], "masks": []})
 
-    @classmethod
-    def of(cls, ids: Sequence[str], info: DatasetInfo) -> Split:
-        """A list of ids of which nothing is known yet."""
-        return cls(len(set(ids)), np.zeros(info.num_classes, np.int64), np.zeros(info.num_classes, np.int64))
+    def __post_init__(self) -> None:
+        # int64 [C], images by class in their label (index 0: 0); mask pixels by class, without the ignored ones
+        self.label_counts, self.pixel_counts = np.zeros((2, self.classes), np.int64)
 
     def add(self, image_id: str, look: Look) -> None:
         """Count one of its images."""
@@ -191,7 +189,7 @@ def verify(
     """
     findings: dict[str, list[str]] = {kind: [] for kind in (*ERRORS, *WARNINGS)}
     lists = {domain: source.listed_ids(domain) for domain in source.domains()}
-    splits = {domain: Split.of(ids, source.info) for domain, ids in lists.items()}
+    splits = {domain: Split(len(set(ids)), source.info.num_classes) for domain, ids in lists.items()}
     domains_of: dict[str, list[str]] = defaultdict(list)
     for domain, ids in lists.items():
         findings["list"] += [f"split '{domain}' {fault}" for fault in list_faults(ids, published.get(domain))]

@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 from datasets.base import DatasetInfo, DataSource
 from datasets.listing import index_files, index_images, index_splits
 from tools.errors import UserError
+from tools.files import reading
 
 VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
@@ -86,12 +87,8 @@ def read_object_names(path: Path) -> set[str]:
     Raises:
         UserError: the file is missing or is not XML.
     """
-    try:
+    with reading(path, "annotation", "It holds the labels of the image: unpack the dataset again."):
         objects = ElementTree.fromstring(path.read_bytes()).iterfind("object")
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such annotation, so the image has no labels.") from error
-    except ElementTree.ParseError as error:
-        raise UserError(f"{path}: not a readable annotation ({error}). Unpack the dataset again.") from error
     return {item.findtext("name", default="").strip() for item in objects}
 
 

@@ -26,12 +26,13 @@ import torch
 from torch import nn
 
 from models import KINDS, load_model, segmentation_forward
-from models.hub import describe, export_hub, export_safetensors, require
+from models.hub import describe, export_hub, export_safetensors
 from tools import cli, options
-from tools.errors import UserError
+from tools.errors import UserError, require
 from tools.files import atomic_write
 from tools.maps import normalize, resize_maps
 
+ONNX = "onnx onnxruntime"  # packages
 OPSET = 18
 CHECKED_SIZES = ((1, 97, 131), (2, 64, 50), (1, 113, 81))
 """Batch, height and width of the images on which PyTorch and onnxruntime must agree."""
@@ -101,7 +102,7 @@ def export_onnx(
     Raises:
         UserError: onnx or onnxruntime is missing; the network has an operation that ONNX lacks; or both disagree.
     """
-    onnx, _ = require("onnx"), require("onnxruntime")
+    onnx, _ = require("onnx", ONNX), require("onnxruntime", ONNX)
     network = Exported(model, graph).eval().requires_grad_(False).to(memory_format=torch.contiguous_format)
     with atomic_write(path) as temporary:
         _write_graph(network, temporary)
@@ -150,7 +151,7 @@ def compare(network: Exported, path: Path) -> float:
 
     The class is the largest of a pixel's logits. 0 where an output has another shape.
     """
-    session = require("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = require("onnxruntime", ONNX).InferenceSession(str(path), providers=["CPUExecutionProvider"])
     shares = []
     for size in CHECKED_SIZES:
         images = example(network.graph, *size)

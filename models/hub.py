@@ -7,29 +7,18 @@
 config.json holds the checkpoint without its tensors and without what only a resumed run needs.
 """
 
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import nn
 
-from tools.errors import UserError
+from tools.errors import UserError, require
 from tools.files import atomic_write, save_json, save_text
 from tools.metrics import load_scores
 
 FILES = ["model.safetensors", "config.json", "README.md"]
-INSTALLS = {"onnx": "onnx onnxruntime", "onnxruntime": "onnx onnxruntime"}
-
-
-def require(name: str) -> ModuleType:
-    """Import an optional package (UserError: it is not installed; names the command that installs it)."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f"{name}: not installed. Run: pip install {INSTALLS.get(name, name)}") from error
 
 
 def describe(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,7 +57,7 @@ def export_hub(
     save_text(folder / "README.md", card)
     if push is None:
         return None
-    hub = require("huggingface_hub")
+    hub = require("huggingface_hub", "huggingface_hub")
     try:
         api = hub.HfApi()
         address = api.create_repo(push, exist_ok=True)
@@ -85,7 +74,7 @@ def download(repository: str, revision: str | None = None) -> Path:
     Raises:
         UserError: huggingface_hub is missing, or there is no such repository.
     """
-    hub = require("huggingface_hub")
+    hub = require("huggingface_hub", "huggingface_hub")
     try:
         folder = hub.snapshot_download(repository, revision=revision, allow_patterns=FILES)
     except (OSError, ValueError) as error:

@@ -176,9 +176,9 @@ MISTAKES: dict[str, tuple[Callable[[dict], object], str]] = {
     "no segmentation": (lambda c: c["annotations"][3].pop("segmentation"), r"element 4 of 'annotations' lacks \['segm"),
     "captions": (
         lambda c: [a.pop("category_id") for a in c["annotations"]],
-        r"not objects as COCO has them \(KeyError\('category_id'\)\)",
+        r"not a readable json of COCO's objects \('category_id'\)",
     ),
-    "list of numbers": (lambda c: c.update(images=[1, 2]), "not objects as COCO has them"),
+    "list of numbers": (lambda c: c.update(images=[1, 2]), "not a readable json of COCO's objects"),
     "odd polygon": (
         lambda c: c["annotations"][0].update(segmentation="x"),
         r"COCO_train2014_\d+\.jpg: an object of this image is dam",
@@ -203,7 +203,9 @@ def test_a_json_that_contradicts_itself_is_one_line(tmp_path, mistake):
 def test_a_truncated_json_is_one_line(tmp_path):
     path = write(tmp_path) / "annotations" / "instances_train2014.json"
     path.write_bytes(path.read_bytes()[:-2000])
-    with pytest.raises(UserError, match=r"instances_train2014\.json: damaged \(.*\)\. Unpack it again") as caught:
+    with pytest.raises(
+        UserError, match=r"instances_train2014\.json: not a readable json of COCO's objects \(.*\)\. Unpack"
+    ) as caught:
         convert(tmp_path, workers=0)
     assert "\n" not in str(caught.value)
 
@@ -214,5 +216,5 @@ def test_categories_of_two_releases_and_a_missing_file(tmp_path):
     with pytest.raises(UserError, match="other categories than in instances_train2014"):
         convert(tmp_path, workers=0)
     path.unlink()
-    with pytest.raises(UserError, match=r"instances_val2014\.json: no such file"):
+    with pytest.raises(UserError, match=r"instances_val2014\.json: no such json"):
         convert(tmp_path, workers=0)

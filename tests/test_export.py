@@ -222,7 +222,10 @@ def test_what_is_pushed_can_be_downloaded(tmp_path, folder_as_hub, capsys):
     "flags, message",
     [
         (["--format", "hub", "--push", "them/pets"], r"--push them/pets: 403 Forbidden: not yours\. Log in"),
-        (["--format", "hub", "--scores", "none.json"], "none.json: no such file. Write it with evaluate.py --output."),
+        (
+            ["--format", "hub", "--scores", "none.json"],
+            "none.json: no such JSON file. Write it with evaluate.py --output.",
+        ),
         (["--format", "safetensors", "--push", "me/pets"], "--scores / --push: of --format hub only"),
         (["--format", "hub", "--argmax", "false"], "--input / --argmax: of --format onnx only"),
     ],

@@ -47,7 +47,7 @@ def test_settings_and_health_lie_beside_each_other(tmp_path, monkeypatch):
     run = read_run("a")
     assert run.settings == {"lr": 0.1} and run.health == {"kept": [0.1, 0.2]}
     path.with_suffix(".health.json").write_text("{")
-    with pytest.raises(UserError, match=r"a\.health\.json: not readable"):
+    with pytest.raises(UserError, match=r"a\.health\.json: not a readable JSON file"):
         read_run("a")
 
 
@@ -60,5 +60,5 @@ def test_commands(tmp_path):
         Command("2026-11-26T00:41:16Z", 3.0, 2, "python b.py"),
     ]
     path.write_text("something else\n")
-    with pytest.raises(UserError, match=r"commands\.tsv: not a list of commands"):
+    with pytest.raises(UserError, match=r"commands\.tsv: not a readable list of commands"):
         read_commands(path)

@@ -85,12 +85,12 @@ def test_masks_of_another_image_are_named(tmp_path):
 @pytest.mark.parametrize("text", ["", "[1]", '{"masks": []}', '[{"segmentation": {"size": [9, 14], "counts": "z5"}}]'])
 def test_damaged_rle_is_named(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
-    with pytest.raises(UserError, match=r"a.json: not masks as COCO RLE"):
+    with pytest.raises(UserError, match=r"a.json: not a readable file of masks as COCO RLE"):
         read(tmp_path)
 
 
 def test_another_table_is_named(tmp_path):
     write_folder(tmp_path / "a", MASKS)
     (tmp_path / "a" / "metadata.csv").write_text("name\n0\n")
-    with pytest.raises(UserError, match=r"metadata.csv: not a list of masks"):
+    with pytest.raises(UserError, match=r"metadata.csv: not a readable list of masks"):
         read(tmp_path)

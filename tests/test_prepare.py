@@ -148,7 +148,7 @@ def test_a_damaged_mask_of_sbd_is_one_line(voc, tmp_path):
         (tmp_path / "a.mat").write_bytes(content)
         with pytest.raises(UserError, match=r"a\.mat: not a readable mask of SBD"):
             read_mat(tmp_path / "a.mat")
-    with pytest.raises(UserError, match=r"b\.mat: no such file"):
+    with pytest.raises(UserError, match=r"b\.mat: no such mask of SBD"):
         read_mat(tmp_path / "b.mat")
 
 

@@ -70,7 +70,7 @@ def test_rle_and_arrays_make_the_same_file(tmp_path):
 def test_a_damaged_file_is_named(tmp_path, text):
     path = tmp_path / "broken.json"
     path.write_text(text, encoding="latin-1")
-    with pytest.raises(UserError, match="broken.json: not masks as COCO RLE"):
+    with pytest.raises(UserError, match="broken.json: not a readable file of masks as COCO RLE"):
         load_proposals(path, (2, 2))
 
 
@@ -80,7 +80,7 @@ def test_damaged_counts_are_named(tmp_path, counts):
     path = tmp_path / "broken.json"
     masks = [{"segmentation": {"size": [2, 2], "counts": each}} for each in ([1, 3], counts)]
     path.write_text(json.dumps({"annotations": masks}))
-    with pytest.raises(UserError, match="broken.json: not masks as COCO RLE"):
+    with pytest.raises(UserError, match="broken.json: not a readable file of masks as COCO RLE"):
         load_proposals(path, (2, 2))
 
 
@@ -88,7 +88,7 @@ def test_masks_of_another_size_and_missing_files_are_named(tmp_path):
     save_proposals(tmp_path / "a.json", np.ones((1, 4, 5), bool))
     with pytest.raises(UserError, match="a.json: masks of 5x4 pixels, but the image has 4x5"):
         load_proposals(tmp_path / "a.json", (5, 4))
-    with pytest.raises(UserError, match="b.json: no such file"):
+    with pytest.raises(UserError, match="b.json: no such file of masks"):
         load_proposals(tmp_path / "b.json", (5, 4))
 
 

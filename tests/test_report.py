@@ -210,7 +210,7 @@ def test_files_that_are_not_scores(data, tmp_path, content):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--summary", "x=nowhere.json"], "nowhere.json: no such file"),
+        (["--summary", "x=nowhere.json"], "nowhere.json: no such JSON file"),
         (["--summary", "prior.json"], "not of the form NAME=PATH"),
         (["--columns", "X=nowhere:0.3"], "nowhere: no such folder"),
         (["--columns", "X=.", "Y=.", "--review", "Z"], "--review Z: no such column. Choose one of: X, Y"),

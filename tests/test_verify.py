@@ -199,9 +199,10 @@ def test_what_is_wrong_ends_in_one_line_and_code_2(folder_copy, tmp_path, monkey
 
 def test_the_histogram_shows_shares_to_scale():
     info = DatasetInfo(("background", "cat", "dog"))
-    split = Split(4, np.array([0, 4, 1]), np.array([60, 30, 10]))
+    split = Split(4, classes=3)
+    split.label_counts[:], split.pixel_counts[:] = [0, 4, 1], [60, 30, 10]
     split.counts["labels"] = 4
-    axes = histogram(info, {"train": split, "val": Split.of([], info)}).axes
+    axes = histogram(info, {"train": split, "val": Split(0, classes=3)}).axes
     bars = [[patch.get_width() for patch in axis.patches] for axis in axes]
     np.testing.assert_allclose(bars[0], [np.nan, 100, 25, np.nan, 0, 0])  # three classes of train, then of val
     np.testing.assert_allclose(bars[1], [60, 30, 10, 0, 0, 0])

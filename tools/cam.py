@@ -12,8 +12,6 @@ import io
 import math
 import os
 import pickle
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,17 +19,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from tools.errors import FileError
-from tools.files import atomic_write
+from tools.files import atomic_write, reading
 from tools.maps import fit, resize_maps, unit_maximum
 from tools.options import Views
 
 WORKING_SIDE = 1024
 """Pixels; longer photographs are reduced to this before anything looks at them."""
-
-_DAMAGED = (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, ImportError)
-_DAMAGED += (RuntimeError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError)
-"""What NumPy raises for files that are truncated, of another format, or pickles of something else."""
 
 _IN_PICKLES = {"numpy.ndarray", "numpy.dtype", "numpy._core.multiarray._reconstruct", "numpy._core.multiarray.scalar"}
 _IN_PICKLES |= {"_codecs.encode", "collections.OrderedDict", "torch._utils._rebuild_tensor_v2"}
@@ -176,16 +169,12 @@ def load_cams(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray, np.ndarr
         UserError: missing, truncated, or not a CAM file.
     """
     path = Path(path)
-    try:
+    with reading(path, "CAM file", "Run inference.py again; if the file is there, delete it first."):
         if path.suffix == ".npy":
             content = _unpickle(path)
             return np.asarray(content["keys"]), np.asarray(content["cam"]), np.asarray(content["hr_cam"])
         with np.load(path, allow_pickle=False) as content:
             return content["keys"], content["cam"], content["hr_cam"]
-    except FileNotFoundError as error:
-        raise FileError(f"{path}: no such CAM file. Run inference.py again: it adds what is missing.") from error
-    except _DAMAGED as error:
-        raise FileError(f"{path}: not a readable CAM file. Delete it and run inference.py again.") from error
 
 
 class _ArraysOnly(pickle.Unpickler):

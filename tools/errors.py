@@ -5,6 +5,9 @@
 `tools.cli.run` turns it into that line. Anything else that escapes a script is our fault and keeps its traceback.
 """
 
+import importlib
+from types import ModuleType
+
 
 class UserError(Exception):
     """A mistake of the user's. The message names the file or flag, and the remedy."""
@@ -16,3 +19,11 @@ class FileError(UserError):
 
 class Incomplete(UserError):
     """All is done but the images that were left out: exit code 3."""
+
+
+def require(name: str, package: str) -> ModuleType:
+    """Import an optional module (UserError: not installed; `package` is what pip calls it)."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"{name}: not installed. Run: pip install {package}") from error

@@ -169,12 +169,8 @@ def read_lines(path: str | os.PathLike) -> list[str]:
 
 def read_json(path: str | os.PathLike, remedy: str) -> Any:
     """The content of a JSON file (UserError, with the remedy: it cannot be read as such)."""
-    try:
+    with reading(path, "JSON file", remedy):
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file. {remedy}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}). {remedy}") from error
 
 
 def load_image(path: str | os.PathLike) -> np.ndarray:
@@ -188,7 +184,7 @@ def load_image(path: str | os.PathLike) -> np.ndarray:
         UserError: the file is missing, cannot be decoded to its end, holds several pictures, or holds numbers of an
             unknown range (signed, of 32 bits).
     """
-    with _reading(path, "image"):
+    with reading(path, "image"):
         data = Path(path).read_bytes()
         image = _open(io.BytesIO(data))
         _check_single(path, image)
@@ -226,7 +222,7 @@ def upright_size(path: str | os.PathLike) -> tuple[int, int]:
     Raises:
         UserError: the file is missing, or is no image.
     """
-    with _reading(path, "image"), open(path, "rb") as file:
+    with reading(path, "image"), open(path, "rb") as file:
         image = _open(file)
         if image.format == "TIFF":  # before decoding, some versions of Pillow give the size of the unturned image
             image.load()
@@ -236,7 +232,7 @@ def upright_size(path: str | os.PathLike) -> tuple[int, int]:
 
 def file_orientation(path: str | os.PathLike) -> int:
     """`orientation` of a photograph's file (UserError: the file is missing, or is no image)."""
-    with _reading(path, "image"), open(path, "rb") as file:
+    with reading(path, "image"), open(path, "rb") as file:
         return orientation(_open(file))
 
 
@@ -263,14 +259,14 @@ def _open(file: BinaryIO) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _reading(path: str | os.PathLike, what: str) -> Iterator[None]:
-    """Turn any error of a decoder into a FileError that names the file."""
+def reading(path: str | os.PathLike, what: str, remedy: str = "") -> Iterator[None]:
+    """Turn any error of a decoder into a FileError that names the file, `what` it should be, and the remedy."""
     try:
         yield
     except UserError:
         raise
     except FileNotFoundError as error:
-        raise FileError(f"{path}: no such {what}.") from error
+        raise FileError(f"{path}: no such {what}. {remedy}".rstrip()) from error
     except Exception as error:  # for damaged files, decoders raise many kinds: struct.error, KeyError, zlib.error
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
@@ -278,7 +274,7 @@ def _reading(path: str | os.PathLike, what: str) -> Iterator[None]:
                 start = file.read(64)
             known = (text for form, text in _UNKNOWN.items() if re.match(form, start, re.DOTALL))
             reason = next(known, "of no known format")
-        raise FileError(f"{path}: not a readable {what} ({reason}). Replace or remove it.") from error
+        raise FileError(f"{path}: not a readable {what} ({reason}). {remedy or 'Replace or remove it.'}") from error
 
 
 def _check_single(path: str | os.PathLike, image: Image.Image) -> None:
@@ -365,7 +361,7 @@ def load_mask(path: str | os.PathLike, palette: np.ndarray | None = None, num_cl
     Raises:
         UserError: the file is missing, unreadable, or not such a mask.
     """
-    with _reading(path, "mask"):
+    with reading(path, "mask"):
         data = Path(path).read_bytes()
         image = _open(io.BytesIO(data))
         if image.format != "PNG":
@@ -395,7 +391,7 @@ def mask_colours(path: str | os.PathLike) -> np.ndarray | None:
     Raises:
         UserError: the file is missing or unreadable.
     """
-    with _reading(path, "mask"), Image.open(path) as image:
+    with reading(path, "mask"), Image.open(path) as image:
         return _palette_of(image)
 
 

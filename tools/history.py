@@ -16,8 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tools import options
 from tools.checkpoint import load_checkpoint
-from tools.errors import UserError
-from tools.files import read_json
+from tools.files import read_json, reading
 
 
 @dataclass(frozen=True)
@@ -71,9 +70,7 @@ def read_commands(path: Path) -> list[Command]:
     """The rows of `commands.tsv`; none if there is no such file (UserError: not such a file)."""
     if not path.exists():
         return []
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    remedy = "Delete it; the runners write it again."
+    with reading(path, "list of commands", remedy), path.open(newline="", encoding="utf-8") as file:
+        rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         return [Command(start, float(seconds), int(code), text) for start, seconds, code, text in rows]
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{path}: not a list of commands ({error}). Delete it; the runners write it again.") from error

@@ -148,27 +148,25 @@ def claim_folder(folder: Path, made_by: dict[str, Any], suffix: str, *, overwrit
     """
     record = check_writable(folder) / "settings.json"
     with locked(folder):
-        _enter(folder, record, made_by, suffix, overwrite)
+        products = _products(folder, made_by, suffix)
+        made = {image_id for image_id, path in products.items() if _is_made(path)}
+        stored, fault = _examine(record, made_by, made)
+        if fault and not overwrite:
+            raise UserError(f"{folder}: {fault}. Choose another --tag, or pass --overwrite to make it anew.")
+        if fault:
+            for path in {**products, **(_products(folder, stored, suffix) if "inputs" in stored else {})}.values():
+                path.unlink(missing_ok=True)
+            stored = {}
+        old = stored.get("inputs", {})
+        inputs = {kind: dict(sorted({**old.get(kind, {}), **each}.items())) for kind, each in made_by["inputs"].items()}
+        if (
+            inputs != old
+        ):  # written after the deletions: so, if the process is killed, the record is true of the files left
+            save_json(record, {**made_by, **stored, "inputs": inputs})
 
 
 def _products(folder: Path, made_by: dict[str, Any], suffix: str) -> dict[str, Path]:
     return {image_id: folder / f"{image_id}{suffix}" for kind in made_by["inputs"].values() for image_id in kind}
-
-
-def _enter(folder: Path, record: Path, made_by: dict[str, Any], suffix: str, overwrite: bool) -> None:
-    products = _products(folder, made_by, suffix)
-    made = {image_id for image_id, path in products.items() if _is_made(path)}
-    stored, fault = _examine(record, made_by, made)
-    if fault and not overwrite:
-        raise UserError(f"{folder}: {fault}. Choose another --tag, or pass --overwrite to make it anew.")
-    if fault:
-        for path in {**products, **(_products(folder, stored, suffix) if "inputs" in stored else {})}.values():
-            path.unlink(missing_ok=True)
-        stored = {}
-    old = stored.get("inputs", {})
-    inputs = {kind: dict(sorted({**old.get(kind, {}), **each}.items())) for kind, each in made_by["inputs"].items()}
-    if inputs != old:  # written after the deletions: so, if the process is killed, the record is true of the files left
-        save_json(record, {**made_by, **stored, "inputs": inputs})
 
 
 def _is_made(path: Path) -> bool:

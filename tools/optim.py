@@ -7,7 +7,6 @@
 A model says which of its modules are new (not pretrained) with `scratch_modules() -> list[nn.Module]`.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,18 +52,14 @@ def build_optimizer(model: nn.Module, options: Optimization) -> torch.optim.Opti
     Raises:
         UserError: Nesterov momentum without momentum.
     """
+    assert options.optimizer in OPTIMIZERS, f"unknown optimiser {options.optimizer!r}, expected one of {OPTIMIZERS}"
     name, momentum, nesterov = options.optimizer, options.momentum, options.nesterov
     if name == "sgd" and nesterov and momentum <= 0:
         raise UserError(f"--nesterov: needs --momentum above 0, not {momentum:g}. Set it, or pass --nesterov false.")
     groups = parameter_groups(model, options)
-    builders: dict[str, Callable[[], torch.optim.Optimizer]] = {
-        "sgd": lambda: _fused_sgd(groups, momentum, nesterov),
-        "momentum": lambda: _fused_sgd(groups, momentum, nesterov=False),
-        "adamw": lambda: torch.optim.AdamW(groups, fused=True),
-        "lion": lambda: Lion(groups),
-    }
-    assert name in builders, f"unknown optimiser {name!r}, expected one of {OPTIMIZERS}"
-    return builders[name]()
+    if name in ("sgd", "momentum"):
+        return _fused_sgd(groups, momentum, nesterov and name == "sgd")
+    return torch.optim.AdamW(groups, fused=True) if name == "adamw" else Lion(groups)
 
 
 def _fused_sgd(groups: list[dict], momentum: float, nesterov: bool) -> torch.optim.Optimizer:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from tools.errors import UserError
-from tools.files import atomic_write
+from tools.files import atomic_write, reading
 from tools.maps import IGNORE_INDEX
 
 SMALLEST_SHARE = 0.002
@@ -96,11 +96,8 @@ def save_queue(path: Path, rows: Sequence[Row], titles: Sequence[str]) -> None:
 
 def load_queue(path: Path) -> list[str]:
     """The ids of `review.csv`, the most doubtful first (UserError: missing, or not such a file)."""
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not a readable review queue ({error}). Write it with report.py.") from error
+    with reading(path, "review queue", "Write it with report.py."), path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
     if not rows or rows[0].keys().isdisjoint(["id"]) or "doubt" not in rows[0]:
         raise UserError(f"{path}: no review queue (columns id, doubt, ...). Write it with report.py.")
     return [row["id"] for row in rows]

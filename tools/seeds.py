@@ -7,7 +7,6 @@ Labels from elsewhere are masks ID.png (255: ignored), taken as they are, or CAM
 makes reliable labels of the network's own CAMs. docs/seeds.md has recipes.
 """
 
-import collections
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -92,8 +91,8 @@ def label_folder(
         save_mask(made / f"{image_id}.png", labels.numpy(), source.info.palette)
 
     pending = parallel.share(ids, [i for i in ids if not (made / f"{i}.png").exists()])
-    done = parallel.progress(map(make, pending), desc="labels of CAM files", unit="image", total=len(pending))
-    collections.deque(done, maxlen=0)
+    for _ in parallel.run_jobs(make, pending, name="labels of CAM files"):
+        pass
     distributed.wait()
     return made
 

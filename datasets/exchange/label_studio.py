@@ -13,20 +13,21 @@ from xml.sax.saxutils import quoteattr
 import numpy as np
 
 from datasets.exchange.labels import Item, Labels, hexadecimal
-from tools.errors import UserError
+from tools.errors import UserError, require
 from tools.files import save_json, save_text
 
+CODEC = ("label_studio_sdk.converter.brush", "label-studio-sdk")
 OPAQUE = 128  # a pixel belongs to a brush stroke from this opacity on; its edge may be blurred
 
 
 def write(folder: Path, items: Sequence[Item], labels: Labels) -> list[Path]:
     """Write `tasks.json` and `config.xml` (UserError: the SDK is not installed)."""
-    encode, _ = _codec()
+    codec = require(*CODEC)
     tasks = []
     for item in items:
         indices = labels.indices(item.mask)
         strokes = [
-            _stroke(f"{item.image_id}-{index}", indices == index, labels.names[index], encode)
+            _stroke(f"{item.image_id}-{index}", indices == index, labels.names[index], codec.encode_rle)
             for index in np.unique(indices[indices > 0]).tolist()
         ]
         data = {"image": f"/data/local-files/?d=images/{quote(item.file)}", "id": item.image_id}
@@ -70,12 +71,12 @@ def read(path: Path, labels: Labels) -> Iterator[tuple[str, np.ndarray]]:
     Raises:
         UserError: no such export, something else than brush strokes in it, or the SDK is not installed.
     """
-    _, decode = _codec()
+    codec = require(*CODEC)
     try:
         for task in json.loads(path.read_text(encoding="utf-8")):
             done = [one for one in task["annotations"] if not one.get("was_cancelled")]
             if done and done[-1]["result"]:
-                yield task["data"]["id"], labels.values(_paint(path, done[-1]["result"], labels, decode))
+                yield task["data"]["id"], labels.values(_paint(path, done[-1]["result"], labels, codec.decode_rle))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file.") from error
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -91,12 +92,3 @@ def _paint(path: Path, result: Sequence[dict], labels: Labels, decode: Callable[
         opacity = decode(stroke["value"]["rle"]).reshape(*indices.shape, 4)[..., 3]
         indices[opacity >= OPAQUE] = labels.index(name, path)
     return indices
-
-
-def _codec() -> tuple[Callable[[np.ndarray], list[int]], Callable[[list[int]], np.ndarray]]:
-    """Encoder and decoder of flat uint8 arrays (UserError: the SDK is not installed)."""
-    try:
-        from label_studio_sdk.converter.brush import decode_rle, encode_rle
-    except ImportError as error:
-        raise UserError("--format labelstudio needs Label Studio's SDK: pip install label-studio-sdk") from error
-    return encode_rle, decode_rle

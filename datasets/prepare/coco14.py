@@ -33,7 +33,7 @@ from datasets.base import voc_palette
 from datasets.folder import COCO14_PARTS, write_lists
 from datasets.listing import BACKGROUND, check_classes
 from tools.errors import UserError
-from tools.files import check_writable, save_mask
+from tools.files import check_writable, reading, save_mask
 from tools.parallel import run_jobs
 
 FIELDS = {
@@ -81,15 +81,10 @@ def read_annotations(path: Path) -> COCO:
         UserError: missing or damaged; an element lacks a field, is there twice, or refers to one that is not there.
     """
     print(f"{path}: reading")
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints what it does
-            coco = COCO(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file. Unpack COCO's annotations_trainval2014.zip there.") from error
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error}). Unpack it again.") from error
-    except (KeyError, TypeError, AssertionError) as error:
-        raise UserError(f"{path}: not objects as COCO has them ({error!r}). Use COCO's instances_*.json.") from error
+    remedy = "Unpack COCO's annotations_trainval2014.zip there."
+    # pycocotools prints what it does
+    with reading(path, "json of COCO's objects", remedy), contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(path)
     for key, fields in FIELDS.items():
         if not coco.dataset.get(key):
             raise UserError(f"{path}: no '{key}' in it. Use COCO's instances_*.json.")

@@ -19,7 +19,7 @@ import scipy.io
 from datasets.base import voc_palette
 from datasets.voc12 import AUGMENTED_MASKS, VOC_CLASSES
 from tools.errors import UserError
-from tools.files import atomic_write, check_present, read_lines, save_mask, save_text
+from tools.files import atomic_write, check_present, read_lines, reading, save_mask, save_text
 from tools.parallel import run_jobs
 
 
@@ -54,13 +54,8 @@ def read_mat(path: Path) -> np.ndarray:
     Raises:
         UserError: missing, damaged, or not such a file.
     """
-    try:
-        with path.open("rb") as file:
-            mask = scipy.io.loadmat(file)["GTcls"]["Segmentation"][0, 0]
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file. Unpack SBD's benchmark.tgz again.") from error
-    except Exception as error:  # for damaged files, scipy raises many kinds
-        raise UserError(f"{path}: not a readable mask of SBD ({error}). Unpack benchmark.tgz again.") from error
+    with reading(path, "mask of SBD", "Unpack SBD's benchmark.tgz again."), path.open("rb") as file:
+        mask = scipy.io.loadmat(file)["GTcls"]["Segmentation"][0, 0]
     if mask.ndim != 2 or mask.max(initial=0) >= len(VOC_CLASSES):
         raise UserError(f"{path}: not a mask of the 20 VOC classes. Unpack benchmark.tgz again.")
     return mask.astype(np.uint8)

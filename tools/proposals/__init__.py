@@ -26,7 +26,7 @@ import torch
 from pycocotools import mask as coco_rle
 
 from tools.errors import FileError, UserError
-from tools.files import atomic_write
+from tools.files import atomic_write, reading
 from tools.rle import check_counts, encode
 from tools.weights import common_prefix, load_weights
 
@@ -101,7 +101,8 @@ def load_proposals(path: str | os.PathLike, size: tuple[int, int]) -> list[dict]
     Raises:
         UserError: the file is missing, damaged, not such a file, or its masks are of another size.
     """
-    try:
+    remedy = "Run refine_sam.py --stage propose, or what made it, again; if the file is there, delete it first."
+    with reading(path, "file of masks as COCO RLE", remedy):
         content = json.loads(Path(path).read_bytes())
         records = content["annotations"] if isinstance(content, dict) else content
         masks = [record["segmentation"] for record in records]
@@ -113,10 +114,6 @@ def load_proposals(path: str | os.PathLike, size: tuple[int, int]) -> list[dict]
                 )
         texts = [_text(mask["counts"], size) for mask in masks]
         check_counts(texts, size[0] * size[1])
-    except FileNotFoundError as error:
-        raise FileError(f"{path}: no such file of masks. Run refine_sam.py --stage propose first.") from error
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise FileError(f"{path}: not masks as COCO RLE ({error}). Delete the file and make it again.") from error
     return [{"size": list(size), "counts": text} for text in texts]
 
 

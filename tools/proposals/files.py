@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from tools.errors import FileError, UserError
-from tools.files import load_mask
+from tools.files import load_mask, reading
 from tools.proposals import load_proposals
 
 
@@ -51,11 +51,9 @@ def _read(root: Path, image_id: str, size: tuple[int, int]) -> np.ndarray | list
 
 def _read_pictures(folder: Path, size: tuple[int, int]) -> np.ndarray:
     """The masks that metadata.csv lists; `amg.py` writes it last, so they should all be there."""
-    try:
-        with open(folder / "metadata.csv", encoding="utf-8", newline="") as file:
-            names = [row["id"] for row in csv.DictReader(file)]
-    except (KeyError, ValueError, csv.Error) as error:
-        raise FileError(f"{folder}/metadata.csv: not a list of masks (no column 'id'). Run amg.py again.") from error
+    path = folder / "metadata.csv"
+    with reading(path, "list of masks", "Run amg.py again."), open(path, encoding="utf-8", newline="") as file:
+        names = [row["id"] for row in csv.DictReader(file)]
     masks = np.zeros((len(names), *size), dtype=bool)
     for mask, name in zip(masks, names, strict=True):
         picture = load_mask(folder / f"{name}.png")
