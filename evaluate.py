@@ -116,11 +116,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def package(args: argparse.Namespace) -> None:
-    """Write the archive for VOC's server.
-
-    Raises:
-        UserError: flags that contradict each other; and see `write_package`.
-    """
+    """Write the archive for VOC's server (UserError: flags that contradict each other; and see `write_package`)."""
     path = args.output or args.pred_dir.parent / f"{args.package}.tar.gz"
     if not path.name.endswith((".tar.gz", ".tgz")):
         raise UserError(f"--output {path}: the server takes .tar.gz or .tgz. Change the name.")

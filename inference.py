@@ -69,7 +69,6 @@ from tools.cam import (
     multi_scale_cams,
     multi_scale_logits,
     save_cams,
-    stride4_size,
     working_photograph,
 )
 from tools.checkpoint import check_classes
@@ -77,7 +76,7 @@ from tools.crf import CAM_SETTINGS, mean_field, unary_from_labels
 from tools.devices import select_device
 from tools.files import save_mask
 from tools.left_out import LeftOut
-from tools.maps import normalize, resize_maps, unit_maximum
+from tools.maps import cells, normalize, resize_maps, unit_maximum
 from tools.pseudo_labels import RELATIVE_FOREGROUND, foreground_maps
 from tools.seeds import auto_threshold
 
@@ -122,28 +121,11 @@ class Predictor:
         self.model, self.source, self.outputs = model, source, outputs
         self.device = next(model.parameters()).device
         self.folders = {"cams": folder / "cams", "masks": folder / "masks", "pseudos": folder / outputs.pseudos_name}
+        self.suffixes = {"cams": f".{outputs.cam_format}", "masks": f".{outputs.cam_format}", "pseudos": ".png"}
 
     def path(self, kind: str, image_id: str) -> Path:
         """The file of `kind` ('cams', 'masks' or 'pseudos') of an image."""
-        return self.folders[kind] / f"{image_id}{self.suffix(kind)}"
-
-    def claim(self, maps: dict, pseudos: dict, *, overwrite: bool) -> None:
-        """Make the folders; refuse a folder with files of other weights, settings, photographs or labels.
-
-        Args:
-            maps, pseudos: the identities of CAMs and masks, and of pseudo masks (`tools.identity`).
-            overwrite: delete such files instead.
-
-        Raises:
-            UserError: see `tools.identity.claim_folder`.
-        """
-        for kind in self.outputs.wanted:
-            made_by = pseudos if kind == "pseudos" else maps
-            identity.claim_folder(self.folders[kind], made_by, self.suffix(kind), overwrite=overwrite)
-
-    def suffix(self, kind: str) -> str:
-        """The suffix of the files of `kind`."""
-        return ".png" if kind == "pseudos" else f".{self.outputs.cam_format}"
+        return self.folders[kind] / f"{image_id}{self.suffixes[kind]}"
 
     def is_done(self, image_id: str) -> bool:
         """Whether all wanted files of an image exist."""
@@ -219,7 +201,7 @@ def segmentation_maps(
     else:
         foreground = foreground_maps(logits, (label == 0).to(logits.device)[None, :, None, None])
         maps = F.pad(foreground[:, classes], (0, 0, 0, 0, 1, 0))  # no map at all could not be resized
-    low, high = (resize_maps(maps, place)[0, 1:].cpu().numpy() for place in (stride4_size(*size), size))
+    low, high = (resize_maps(maps, place)[0, 1:].cpu().numpy() for place in (cells(size, 4), size))
     return keys.numpy(), low, high
 
 
@@ -305,7 +287,9 @@ def main(args: argparse.Namespace) -> None:
         identity.describe("inference.py", flags, inputs=inputs, harmless=harmless)
         for harmless in ((*HARMLESS, *PSEUDO_MASKS), HARMLESS)
     )
-    predict.claim(maps, pseudos, overwrite=args.overwrite)
+    for kind in outputs.wanted:
+        made_by = pseudos if kind == "pseudos" else maps
+        identity.claim_folder(predict.folders[kind], made_by, predict.suffixes[kind], overwrite=args.overwrite)
     pending = parallel.pending(ids, predict.is_done, f"{len(ids)} images of '{args.domain}'", folder)
     mine = parallel.share(ids, pending)
     left_out = LeftOut(folder, "inference", skip=args.on_error == "skip")

@@ -16,13 +16,11 @@ are the domains (unless there are lists), and the folders below them the classes
 Labels and masks are read only when they are needed, so a test set needs neither.
 """
 
-import contextlib
 import csv
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
 
 from datasets.base import DatasetInfo, DataSource
 from datasets.listing import (
@@ -38,9 +36,10 @@ from datasets.listing import (
     mask_of,
 )
 from tools.errors import UserError
-from tools.files import atomic_write, read_lines, read_text, save_text
+from tools.files import atomic_write, read_lines, read_text, reading, save_text
 
 LABELS_HEADER = ["id", "labels"]
+REMEDY = "Write a row per image, 'id,labels', and save it as CSV or JSON, in UTF-8."
 DELIMITERS = ",;\t"  # Excel writes its lists with semicolons where the comma is the decimal sign
 TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".xls", ".xlsx", ".ods")
 SPLIT_FOLDERS = ("train", "training", "val", "valid", "validation", "test", "testing")
@@ -244,6 +243,8 @@ def read_label_table(path: Path, classes: Sequence[str]) -> dict[str, list[int]]
     """
     index_of = {name: index for index, name in enumerate(classes) if index > 0}
     table: dict[str, list[int]] = {}
+    if not path.exists():
+        raise UserError(f"{path}: no such file. {REMEDY}")
     for place, text, names in _json_rows(path) if path.suffix == ".json" else _csv_rows(path):
         names = [name for name in map(clean_name, names) if name and not is_background(name)]
         image_id = clean_id(text)
@@ -258,7 +259,7 @@ def read_label_table(path: Path, classes: Sequence[str]) -> dict[str, list[int]]
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, str, list[str]]]:
     """(place in the file, id, class names) of every row below the header that is not empty."""
-    with _open_table(path) as file:
+    with reading(path, "table", REMEDY), io.StringIO(read_text(path), newline="") as file:
         delimiter = _delimiter(path, file.readline())
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         for row in reader:
@@ -287,8 +288,8 @@ def _delimiter(path: Path, header: str) -> str:
 
 def _json_rows(path: Path) -> Iterator[tuple[str, str, list[str]]]:
     """(place in the file, id, class names) of every entry, also of an id that occurs twice."""
-    with _open_table(path) as file:
-        rows = json.load(file, object_pairs_hook=list)
+    with reading(path, "table", REMEDY):
+        rows = json.loads(read_text(path), object_pairs_hook=list)
     if not isinstance(rows, list) or not all(isinstance(row, tuple) for row in rows):
         raise UserError(f'{path}: expected {{"id": ["class", "class"], ...}}.')
     for image_id, names in rows:
@@ -296,14 +297,3 @@ def _json_rows(path: Path) -> Iterator[tuple[str, str, list[str]]]:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise UserError(f"{path}, {place}: expected a list of class names ([] if it shows none).")
         yield place, image_id, names
-
-
-@contextlib.contextmanager
-def _open_table(path: Path) -> Iterator[TextIO]:
-    """The text of a table (UserError: no such file, not UTF-8, or the block cannot read it as a table)."""
-    if not path.exists():
-        raise UserError(f"{path}: no such file. Write one row per image: 'id,labels'.")
-    try:
-        yield io.StringIO(read_text(path), newline="")
-    except (csv.Error, json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not a readable table ({error}). Save it as CSV or JSON, in UTF-8.") from error

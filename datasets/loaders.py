@@ -13,6 +13,7 @@ every draw carries its own seed, made from (seed, epoch, position in the epoch).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,6 +75,7 @@ def build_loader(
     return Loader(dataset, sampler, batch_size // world_size, num_workers)
 
 
+@dataclass(eq=False)
 class EpochSampler(Sampler[Draw]):
     """An endless row of passes over the dataset, each in its own order; of n draws (over all processes) in an epoch.
 
@@ -82,24 +84,21 @@ class EpochSampler(Sampler[Draw]):
     `weights`, it is as many independent draws. Further arguments: `build_loader`.
     """
 
-    def __init__(
-        self,
-        num_items: int,
-        num_draws: int,
-        *,
-        shuffle: bool,
-        seed: int,
-        weights: np.ndarray | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        assert num_items > 0, f"expected a non-empty dataset, got {num_items} items"
-        assert weights is None or (shuffle and weights.shape == (num_items,)), "weights go with shuffle, one per item"
-        assert 0 <= rank < world_size, f"expected 0 <= rank < world_size, got {rank} and {world_size}"
-        self.num_items, self.num_draws = num_items, num_draws
-        self.shuffle, self.seed, self.weights = shuffle, seed, weights
-        self.rank, self.world_size = rank, world_size
-        self.epoch = self.skipped = 0
+    num_items: int
+    num_draws: int
+    shuffle: bool
+    seed: int
+    weights: np.ndarray | None = None
+    rank: int = 0
+    world_size: int = 1
+    epoch: int = 0
+    skipped: int = 0  # draws of the epoch that are done
+
+    def __post_init__(self) -> None:
+        assert self.num_items > 0, f"expected a non-empty dataset, got {self.num_items} items"
+        fits = self.weights is None or (self.shuffle and self.weights.shape == (self.num_items,))
+        assert fits, "weights go with shuffle, one per item"
+        assert 0 <= self.rank < self.world_size, f"expected 0 <= rank < world_size, got {self.rank}, {self.world_size}"
 
     def __len__(self) -> int:
         return len(range(self.rank, self.num_draws, self.world_size))

@@ -31,8 +31,9 @@ def classmix(images: Tensor, label_maps: Tensor, seg_logits: Tensor, image_label
         The four, mixed. The pasted classes are set to 1 in the image labels.
     """
     partner = random_partners(len(images), images.device)
-    chosen = _choose_classes(_classes_present(label_maps)[partner], image_labels.shape[1])
-    paste = chosen.gather(1, label_maps[partner].flatten(1)).view_as(label_maps)
+    theirs = label_maps[partner].flatten(1)
+    chosen = _choose_classes(theirs, image_labels.shape[1])
+    paste = chosen.gather(1, theirs).view_as(label_maps)
     pasted_classes = chosen[:, 1 : 1 + image_labels.shape[1]].to(image_labels.dtype)
     mixed_labels = torch.maximum(image_labels, pasted_classes)
     return *_paste(paste, partner, images, label_maps, seg_logits), mixed_labels
@@ -59,14 +60,9 @@ def random_partners(batch_size: int, device: torch.device) -> Tensor:
     return torch.empty_like(ring).scatter_(0, ring, ring.roll(1))
 
 
-def _classes_present(label_maps: Tensor) -> Tensor:
-    """Which values occur in each label map: bool [B, 256]."""
-    present = torch.zeros(len(label_maps), MASK_VALUES, dtype=torch.bool, device=label_maps.device)
-    return present.scatter_(1, label_maps.flatten(1), True)
-
-
-def _choose_classes(present: Tensor, num_foreground: int) -> Tensor:
-    """Half (at least one) of the foreground classes present in each row, at random: bool [B, 256]."""
+def _choose_classes(labels: Tensor, num_foreground: int) -> Tensor:
+    """Half (at least one) of the foreground classes in each row of int64 [B, H * W], at random: bool [B, 256]."""
+    present = torch.zeros(len(labels), MASK_VALUES, dtype=torch.bool, device=labels.device).scatter_(1, labels, True)
     present = present[:, 1 : 1 + num_foreground]
     count = present.sum(dim=1, keepdim=True)
     score = torch.rand(present.shape, device=present.device)

@@ -176,7 +176,7 @@ class PhotometricAugmentation(nn.Module):
         jitters = ((adjust_brightness, 1), (adjust_contrast, 1), (adjust_saturation, 1), (adjust_hue, 0))
         for index in torch.randperm(len(jitters)).tolist():  # drawn on the CPU, also if the images are on a GPU
             adjust, neutral = jitters[index]
-            x = adjust(x, neutral + chosen * STRENGTH * _symmetric(x))
+            x = adjust(x, neutral + chosen * STRENGTH * (2 * torch.rand(len(x), device=x.device) - 1))
         return x
 
     def _blur(self, x: Tensor) -> Tensor:
@@ -261,8 +261,3 @@ def _per_image(values: Tensor) -> Tensor:
 def _chance(x: Tensor, probability: float) -> Tensor:
     """1 with `probability`, else 0, per image: float32 [B] on the images' device."""
     return (torch.rand(len(x), device=x.device) < probability).float()
-
-
-def _symmetric(x: Tensor) -> Tensor:
-    """U(-1, 1) per image: float32 [B] on the images' device."""
-    return 2 * torch.rand(len(x), device=x.device) - 1

@@ -25,6 +25,7 @@ from torch import nn
 from models.config import BackboneConfig
 from models.restore import restore
 from tools.errors import UserError
+from tools.maps import cells
 
 LOW_LEVEL_STRIDE = 4
 """Stride of the features the decoders take from stage 1."""
@@ -229,11 +230,6 @@ class Backbone(nn.Module):
                 "Pass true, or --trainable_backbone false."
             )
         return list(layers.values()), [index[name] for name in outputs]
-
-
-def cells(size: list[int] | torch.Size, stride: int) -> list[int]:
-    """ceil(side / stride); without negative numbers, which ONNX divides differently."""
-    return [(side + stride - 1) // stride for side in size]
 
 
 def _rule(architecture: str) -> Rule:

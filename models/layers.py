@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import Conv2dNormActivation
 
-from models.backbone import LOW_LEVEL_STRIDE, Backbone, cells
+from models.backbone import LOW_LEVEL_STRIDE, Backbone
 from models.config import DecoderConfig
 from tools.errors import UserError
+from tools.maps import cells
 
 GROUPS = 4
 """Groups of the GroupNorm in new layers."""

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from tools.files import atomic_write, reading
-from tools.maps import fit, resize_maps, unit_maximum
+from tools.maps import cells, fit, resize_maps, unit_maximum
 from tools.options import Views
 
 WORKING_SIDE = 1024
@@ -32,11 +32,6 @@ _IN_PICKLES |= {"_codecs.encode", "collections.OrderedDict", "torch._utils._rebu
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 """Maps a normalised image batch f32[B,3,h,w] to logit maps f32[B,C,h',w'] at any stride."""
-
-
-def stride4_size(height: int, width: int) -> tuple[int, int]:
-    """The size of a map at output stride 4 of an image of height x width."""
-    return (height + 3) // 4, (width + 3) // 4
 
 
 def scaled_views(image: torch.Tensor, scales: Sequence[float], long_side: float = math.inf) -> list[torch.Tensor]:
@@ -93,12 +88,12 @@ def multi_scale_cams(
     keys = np.concatenate([[0], 1 + present.cpu().numpy()]).astype(np.int64)
     size = size or image.shape[-2:]
     if len(present) == 0:
-        return keys, np.zeros((0, *stride4_size(*size)), np.float32), np.zeros((0, *size), np.float32)
+        return keys, np.zeros((0, *cells(size, 4)), np.float32), np.zeros((0, *size), np.float32)
     cam = hr_cam = 0
     for view in scaled_views(image, scales, long_side):
         pair = flipped_pair(forward, view, hflip)
         activation = sum(F.relu(maps[:, present].float()) for maps in pair)
-        cam = cam + resize_maps(activation, stride4_size(*size))
+        cam = cam + resize_maps(activation, cells(size, 4))
         hr_cam = hr_cam + resize_maps(activation, size)
     return keys, unit_maximum(cam[0]).cpu().numpy(), unit_maximum(hr_cam[0]).cpu().numpy()
 

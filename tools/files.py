@@ -336,16 +336,12 @@ def _decode(path: str | os.PathLike, image: Image.Image) -> np.ndarray:
         raise FileError(f"{path}: a TIFF of {depth} bits in separate planes. Save it interleaved, or with 8 bits.")
     image.load()
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        grey = _eight_bits(np.asarray(image), 2**depth - 1)
+        white = 2**depth - 1  # Pillow's own conversion to 8 bits would cut all values at 255
+        grey = ((np.asarray(image).astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
         return np.repeat((255 - grey if white_is_zero else grey)[..., None], 3, axis=2)
     if image.mode in ("I", "F"):
         raise FileError(f"{path}: {_NO_RANGE}")
     return np.asarray(image.convert("RGB"))
-
-
-def _eight_bits(grey: np.ndarray, white: int) -> np.ndarray:
-    """Scale grey in [0, `white`] to uint8. (Pillow's own conversion would cut all values at 255.)"""
-    return ((grey.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
 
 
 def load_mask(path: str | os.PathLike, palette: np.ndarray | None = None, num_classes: int = 256) -> np.ndarray:

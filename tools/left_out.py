@@ -59,7 +59,8 @@ class LeftOut:
         mine = parallel.share(ids, shard=shard, announced=False)
         with locked(check_writable(self.path.parent)):
             others = set(ids) - set(mine)
-            if listed := {i: why for i, why in self._listed().items() if i in others} | self.reasons:
+            before = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+            if listed := {i: why for i, why in before.items() if i in others} | self.reasons:
                 save_json(self.path, listed)
             else:
                 self.path.unlink(missing_ok=True)
@@ -69,9 +70,6 @@ class LeftOut:
                 f"{len(self.reasons)} of {len(mine)} images are left out: {self.path} says which and why. "
                 "Correct or replace their files, and run the same command again."
             )
-
-    def _listed(self) -> dict[str, str]:
-        return json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
 
 
 def _attempt(work: Callable[[Any], Any], job: Job) -> Any:

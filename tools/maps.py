@@ -5,6 +5,7 @@ maps = resize_maps(logits, images.shape[-2:])     # bilinear, corners aligned
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,11 @@ def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
     if maps.shape[-2:] == tuple(size):
         return maps
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=True)
+
+
+def cells(size: Sequence[int], stride: int) -> list[int]:
+    """The size of a map at `stride`: ceil(side / stride), without negative numbers, which ONNX divides differently."""
+    return [(side + stride - 1) // stride for side in size]
 
 
 def unit_maximum(maps: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from pycocotools import mask as coco_mask
 
 from datasets.exchange.labels import Item, Labels
 from datasets.prepare.coco14 import outline, paint
-from tools.errors import UserError
-from tools.files import read_text, save_json
+from tools.files import read_text, reading, save_json
+from tools.rle import encode
 
 
 def write(folder: Path, items: Sequence[Item], labels: Labels) -> list[Path]:
@@ -30,8 +30,8 @@ def write(folder: Path, items: Sequence[Item], labels: Labels) -> list[Path]:
 
 
 def _objects(indices: np.ndarray) -> Iterator[dict]:
-    for index in np.unique(indices[indices > 0]).tolist():
-        code = coco_mask.encode(np.asfortranarray(indices == index, dtype=np.uint8))
+    classes = np.unique(indices[indices > 0])
+    for index, code in zip(classes.tolist(), encode(indices == classes[:, None, None]), strict=True):
         yield {
             "category_id": index,
             "segmentation": {"size": code["size"], "counts": code["counts"].decode("ascii")},
@@ -43,7 +43,7 @@ def _objects(indices: np.ndarray) -> Iterator[dict]:
 
 def read(path: Path, labels: Labels) -> Iterator[tuple[str, np.ndarray]]:
     """(name, mask uint8 [H, W]) of each image of a COCO json (UserError: no such json)."""
-    try:
+    with reading(path, "COCO json of objects", "Export it again."):
         content = json.loads(read_text(path))
         name_of = {category["id"]: category["name"] for category in content["categories"]}  # some are of no object
         objects: dict[int, list] = {image["id"]: [] for image in content["images"]}
@@ -54,5 +54,3 @@ def read(path: Path, labels: Labels) -> Iterator[tuple[str, np.ndarray]]:
         for image in content["images"]:
             indices = paint(objects[image["id"]], image["height"], image["width"])
             yield PureWindowsPath(image["file_name"]).with_suffix("").as_posix(), labels.values(indices)
-    except (ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{path}: not a COCO json of objects ({error!r}). Export it again.") from error

@@ -19,7 +19,7 @@ from PIL import Image
 from datasets.base import voc_palette
 from datasets.exchange.labels import Item, Labels, hexadecimal
 from tools.errors import UserError
-from tools.files import atomic_write, mask_image, save_json
+from tools.files import atomic_write, mask_image, reading, save_json
 
 CLASSES, OBJECTS, LABEL_MAP = "SegmentationClass/", "SegmentationObject/", "labelmap.txt"
 
@@ -62,21 +62,14 @@ def read(path: Path, labels: Labels) -> Iterator[tuple[str, np.ndarray]]:
     Raises:
         UserError: no such zip, without a label map, or with a colour that is in none.
     """
-    try:
-        with zipfile.ZipFile(path) as file:
-            names = file.namelist()
-            index_of = _read_label_map(path, file.read(LABEL_MAP).decode("utf-8"), labels)
-            for name in sorted(names):
-                if name.startswith(CLASSES) and name.endswith(".png"):
-                    with Image.open(io.BytesIO(file.read(name))) as picture:
-                        indices = _indices(f"{path}: {name}", picture, index_of)
-                    yield name.removeprefix(CLASSES).removesuffix(".png"), labels.values(indices)
-    except KeyError as error:
-        raise UserError(f"{path}: no {LABEL_MAP} in it. Export the task as 'Segmentation mask 1.1'.") from error
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file.") from error
-    except (OSError, zipfile.BadZipFile, UnicodeDecodeError, SyntaxError) as error:
-        raise UserError(f"{path}: not a readable zip of masks ({error}). Export the task again.") from error
+    remedy = "Export the task again, as 'Segmentation mask 1.1'."
+    with reading(path, "zip of masks", remedy), zipfile.ZipFile(path) as file:
+        index_of = _read_label_map(path, file.read(LABEL_MAP).decode("utf-8"), labels)
+        for name in sorted(file.namelist()):
+            if name.startswith(CLASSES) and name.endswith(".png"):
+                with Image.open(io.BytesIO(file.read(name))) as picture:
+                    indices = _indices(f"{path}: {name}", picture, index_of)
+                yield name.removeprefix(CLASSES).removesuffix(".png"), labels.values(indices)
 
 
 def _read_label_map(path: Path, text: str, labels: Labels) -> dict[int, int]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from datasets.exchange.labels import Item, Labels, hexadecimal
 from tools.errors import UserError, require
-from tools.files import save_json, save_text
+from tools.files import reading, save_json, save_text
 
 CODEC = ("label_studio_sdk.converter.brush", "label-studio-sdk")
 OPAQUE = 128  # a pixel belongs to a brush stroke from this opacity on; its edge may be blurred
@@ -72,15 +72,11 @@ def read(path: Path, labels: Labels) -> Iterator[tuple[str, np.ndarray]]:
         UserError: no such export, something else than brush strokes in it, or the SDK is not installed.
     """
     codec = require(*CODEC)
-    try:
+    with reading(path, "export of Label Studio", "Export it as JSON."):
         for task in json.loads(path.read_text(encoding="utf-8")):
             done = [one for one in task["annotations"] if not one.get("was_cancelled")]
             if done and done[-1]["result"]:
                 yield task["data"]["id"], labels.values(_paint(path, done[-1]["result"], labels, codec.decode_rle))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file.") from error
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{path}: not an export of Label Studio ({error!r}). Export it as JSON.") from error
 
 
 def _paint(path: Path, result: Sequence[dict], labels: Labels, decode: Callable[[list[int]], np.ndarray]) -> np.ndarray:

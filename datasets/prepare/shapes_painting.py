@@ -172,11 +172,6 @@ class Canvas:
     # f32 HxW per object, in [0, 1]: how much of each pixel shows it
     visible: list[np.ndarray] = field(default_factory=list)
 
-    def cover(self, window: tuple[slice, slice], alpha: np.ndarray, owner: int | None) -> None:
-        """Give the pixels of `window` to object `owner` (None: the background) as far as `alpha` says."""
-        for index, visible in enumerate(self.visible):
-            visible[window] += (float(index == owner) - visible[window]) * alpha
-
 
 @dataclass(frozen=True)
 class Brush:
@@ -222,7 +217,8 @@ class Brush:
         alpha = mask * np.float32(opacity / 255)
         patch = self.canvas.picture[window]
         patch[:] = cv2.blendLinear(paint, patch, alpha, 1 - alpha)
-        self.canvas.cover(window, alpha, self.owner)
+        for index, visible in enumerate(self.canvas.visible):
+            visible[window] += (float(index == self.owner) - visible[window]) * alpha
 
     def _surface(self, window, colour, fade, second, pattern) -> np.ndarray:
         """The unlit colours of a part: f32 RGB, broadcastable to the window."""

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tools.errors import UserError
+from tools.errors import UserError, require
 from tools.proposals.generator import MaskGenerator, MaskOptions, View
 
 if TYPE_CHECKING:
@@ -81,17 +81,14 @@ def load_later_sam(name: str, family: str, device: torch.device) -> tuple[PreTra
     Raises:
         UserError: transformers is not installed; or not such a network, or not all of one.
     """
+    auto = require("transformers", "transformers")
     try:
-        from transformers import AutoConfig, AutoImageProcessor, AutoModelForMaskGeneration
-    except ImportError as error:
-        raise UserError(f"--proposals {family}: needs transformers. Run: pip install transformers") from error
-    try:
-        kind = AutoConfig.from_pretrained(name).model_type
+        kind = auto.AutoConfig.from_pretrained(name).model_type
         if not kind.startswith(family):
             raise UserError(f"--checkpoint {name}: a network of kind {kind}. Pass one of {family}.")
-        load = AutoModelForMaskGeneration.from_pretrained
+        load = auto.AutoModelForMaskGeneration.from_pretrained
         model, report = load(name, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
-        processor = AutoImageProcessor.from_pretrained(name)
+        processor = auto.AutoImageProcessor.from_pretrained(name)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(
