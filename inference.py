@@ -94,7 +94,7 @@ class Outputs:
     wanted: tuple[str, ...]  # of "cams", "masks" and "pseudos"
     cam_format: str  # npz or npy
     views: options.Views  # of an image
-    reading: str  # of the segmentation branch, one of `tools.options.READINGS`, or "final"
+    reading: str  # of the segmentation branch, one of `tools.options.READINGS`
     pseudos_from: str  # cams or masks, the maps that pseudo masks are made of
     threshold: float  # of the background, on CAMs
     is_auto: bool  # whether the threshold was computed from the CAMs
@@ -209,20 +209,16 @@ def segmentation_labels(maps: np.ndarray, reading: str) -> np.ndarray:
     """Index into the image's classes of each pixel, from the maps [n,H,W] of `segmentation_maps`; 0 is the background.
 
     "present": argmax of the background and the maps. "foreground": the best map where they sum to more than 1/2.
-    "relative" and "final": like CAMs, each map is divided by its maximum in the image and compared with a threshold.
-
-    "final" takes `RELATIVE_FOREGROUND`: a final model is as sure at borders as the masks that it learnt. "relative"
-    takes Otsu's threshold (1979), but at most that: an image that is all object does not have two groups of pixels.
+    "relative": like CAMs, each map is divided by its maximum in the image and compared with a threshold. That is Otsu's
+    (1979), but at most `RELATIVE_FOREGROUND`: an image that is all object does not have two groups of pixels.
     """
     maps = maps.astype(np.float32)
     if reading in ("present", "foreground"):
         background = 1 - maps.sum(axis=0)
         return cam_labels(maps, background if reading == "present" else (background >= 0.5).astype(np.float32))
-    threshold = RELATIVE_FOREGROUND
     maps = unit_maximum(torch.from_numpy(maps)).numpy()
-    if reading == "relative" and len(maps):
-        threshold = min(threshold, threshold_otsu(maps.max(axis=0)))
-    return cam_labels(maps, threshold)
+    otsu = threshold_otsu(maps.max(axis=0)) if len(maps) else RELATIVE_FOREGROUND
+    return cam_labels(maps, min(otsu, RELATIVE_FOREGROUND))
 
 
 def check_flags(args: argparse.Namespace, model: nn.Module) -> None:
@@ -252,10 +248,9 @@ def background_threshold(args: argparse.Namespace, model: nn.Module, source: Dat
 
 
 def reading(checkpoint: dict) -> str:
-    """How segmentation logits are read: CSRM's as its teacher's were in training; those of a final model as "final"."""
-    if checkpoint["config"]["kind"] == "segmentation":
-        return "final"
-    return checkpoint["args"].get("teacher_labels", "present")
+    """How segmentation logits are read: CSRM's as its teacher's were in training; a final model's as "relative"."""
+    default = "relative" if checkpoint["config"]["kind"] == "segmentation" else "present"
+    return checkpoint["args"].get("teacher_labels", default)
 
 
 def main(args: argparse.Namespace) -> None:

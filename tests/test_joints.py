@@ -185,7 +185,7 @@ def test_what_is_kept_of_an_inference_follows_the_flags(folder_root, folder, mon
     assert seen[0] == inference.Outputs(("cams", "masks", "pseudos"), "npy", views, "present", "cams", 0.25, True, crf)
 
 
-@pytest.mark.parametrize("reading", ["present", "foreground", "relative", "final"])
+@pytest.mark.parametrize("reading", options.READINGS)
 def test_an_image_without_classes_has_no_maps_of_the_segmentation_branch(reading):
     keys, low, high = inference.segmentation_maps(torch.randn(1, 4, 5, 6), torch.zeros(3), (9, 8), reading)
     assert keys.tolist() == [0] and low.shape == (0, 3, 2) and high.shape == (0, 9, 8)
@@ -208,7 +208,7 @@ def test_the_reading_is_that_of_the_training():
     csrm, segmentation = {"kind": "csrm"}, {"kind": "segmentation"}
     assert inference.reading({"config": csrm, "args": {"teacher_labels": "foreground"}}) == "foreground"
     assert inference.reading({"config": csrm, "args": {}}) == "present"
-    assert inference.reading({"config": segmentation, "args": {}}) == "final"
+    assert inference.reading({"config": segmentation, "args": {}}) == "relative"
 
 
 # -- CSRM ----------------------------------------------------------------------------------------------------------

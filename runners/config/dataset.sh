@@ -51,7 +51,7 @@ folder)
   case "$PRESET" in
   small)  # two CPU cores: 500 photographs in about an hour; docs/log.md has the trials behind the flags of CSRM
     TAKES="about an hour on two CPU cores with 500 photographs"
-    : "${IMAGE_FLAGS:=--image_size 225 --min_image_size 160 --max_image_size 320}" "${VIEW_FLAGS:=--scales 1}"
+    : "${IMAGE_FLAGS:=--image_size 225 --min_image_size 160 --max_image_size 320}"
     : "${BACKBONE:=--architecture mobilenetv2_100 --mode fix}"
     START_SEG=""  # the final model learns from where CSRM ended: worth 3 points and more in so few steps (docs/log.md)
     if [[ -f "experiments/models/$TAG_CSRM.pth" ]]; then START_SEG="--restore experiments/models/$TAG_CSRM.pth"; fi
