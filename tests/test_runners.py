@@ -217,15 +217,61 @@ def test_a_second_round_learns_what_the_first_model_says_of_its_own_photographs(
         *("train_segmentation.py", "inference.py", "evaluate.py", "refine_sam.py", "train_segmentation.py"),
         *("train_segmentation.py", "evaluate.py", "train_segmentation.py", "report.py"),
     ]
-    folder = "experiments/predictions/voc12-deeplab@train_aug"
+    first_tag, folder = "voc12-deeplab-rounds2-round1", "experiments/predictions/voc12-deeplab-rounds2-round1@train_aug"
     first, relabel, score, refine, second, predict, final, *_ = calls
+    assert f"--tag {first_tag} " in first
     assert "--masks_dir experiments/predictions/voc12-csrm@train_aug/sam-regions-max_iou_imp2" in first
-    assert "--tag voc12-deeplab --domain train_aug --save_cams false --pseudos_from masks" in relabel
-    assert f"--pred_dir {folder}/pseudos-masks-c10" in score and "/relabelled_2.json" in score
+    assert f"--tag {first_tag} --domain train_aug --save_cams false --pseudos_from masks" in relabel
+    assert f"--pred_dir {folder}/pseudos-masks-c10" in score and "/relabelled_1.json" in score
     assert f"--pseudo_dir {folder}/pseudos-masks-c10" in refine
     assert "--proposals_dir experiments/predictions/voc12-csrm@train_aug/proposals-regions" in refine
-    assert f"--tag voc12-deeplab-round2 --domain_train train_aug --masks_dir {folder}/sam-regions" in second
-    assert "--tag voc12-deeplab-round2 --predict" in predict and "/segmentation_val_round2.json" in final
+    assert f"--tag voc12-deeplab-rounds2 --domain_train train_aug --masks_dir {folder}/sam-regions" in second
+    assert "--tag voc12-deeplab-rounds2 --predict" in predict and "voc12-rounds2/segmentation_val.json" in final
+
+
+@pytest.mark.parametrize("rounds, tags", [
+    ({}, ["folder-deeplab-round1", "folder-deeplab"]),
+    ({"ROUNDS": "1"}, ["folder-deeplab-rounds1"]),
+])  # fmt: skip
+def test_a_folder_has_two_rounds_and_its_last_model_the_plain_name(tmp_path, rounds, tags):
+    (tmp_path / "birds" / "images" / "robin").mkdir(parents=True)
+    flags = {"DATASET": "folder", "DATA_DIR": "birds", "DEVICE": "cpu", "PROPOSALS": "regions"}
+    commands(tmp_path, "4-segmentation", **flags, **rounds)
+    calls = (tmp_path / "calls.txt").read_text()
+    assert re.findall(r"train_segmentation.py --tag (\S+) --domain_train", calls) == tags
+
+
+def test_corrections_concern_the_final_model_only(tmp_path):
+    """So that no earlier round is trained again."""
+    (tmp_path / "birds" / "images" / "robin").mkdir(parents=True)
+    flags = {
+        "DATASET": "folder",
+        "DATA_DIR": "birds",
+        "DEVICE": "cpu",
+        "PROPOSALS": "regions",
+        "CORRECTED": "corrected",
+    }
+    commands(tmp_path, "4-segmentation", **flags)
+    trainings = [call for call in (tmp_path / "calls.txt").read_text().splitlines() if "--masks_dir" in call]
+    assert [re.search(r"--tag (\S+)", call)[1] for call in trainings] == [
+        "folder-deeplab-round1",
+        "folder-deeplab-corrected",
+    ]
+    assert ["--corrected_dir corrected" in call for call in trainings] == [False, True]
+    folder = "experiments/predictions/folder-deeplab-round1@train/sam-regions-max_iou_imp2"
+    assert f"--masks_dir {folder} " in trainings[1]
+
+
+def test_the_page_reviews_the_masks_that_the_final_model_learns(tmp_path):
+    (tmp_path / "birds" / "images" / "robin").mkdir(parents=True)
+    flags = {"DATASET": "folder", "DATA_DIR": "birds", "DEVICE": "cpu", "PROPOSALS": "regions"}
+    for tag, name in (("csrm", "Refined"), ("deeplab-round1", "Relabelled")):
+        folder = f"experiments/predictions/folder-{tag}@train/sam-regions-max_iou_imp2"
+        (tmp_path / folder).mkdir(parents=True)
+        commands(tmp_path, "4-segmentation", **flags)
+        page = (tmp_path / "calls.txt").read_text().splitlines()[-1]
+        assert f" {name}={folder} " in page and page.endswith("--dataset folder --data_dir birds")
+        assert f"--review {name} " in page
 
 
 @pytest.mark.parametrize("masks", [True, False])

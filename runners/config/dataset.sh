@@ -72,6 +72,7 @@ folder)
     ;;
   esac
   choose PSEUDOS_FROM masks; choose THRESHOLD auto
+  if [[ -z "${MASKS:-}" ]]; then choose ROUNDS 2; fi
   ;;
 shapes)
   # Measured, seeds 0, 1, 2: prior 51.7, 51.4, 50.3; CSRM's CAMs 64.7, 64.2, 62.8; pseudo masks 85.7, 87.8, 85.9; final
@@ -114,7 +115,7 @@ choose CRF_T 10                               # dense CRF iterations of the pseu
 : "${PREPARE_FLAGS:=}"                        # of datasets.prepare: --download_dir DIR, --mirror URL
 : "${SAM_CHECKPOINT:=}" "${SAM_TYPE:=vit_h}"  # Segment Anything's weights, and, of the first, the network
 choose MERGE_MODE max_iou_imp2; : "${REFINE_FLAGS:=}"
-: "${ROUNDS:=1}"                              # stage 4: models in a row, each on masks that the one before made
+choose ROUNDS 1                               # stage 4: models in a row, each on masks that the one before made
 : "${CORRECTED:=}"                            # stage 4: folder of corrected masks (docs/review.md)
 if [[ -n "$SAM_CHECKPOINT" ]]; then : "${PROPOSALS:=sam}"; fi
 choose PROPOSALS regions                      # regions, sam (where there is a checkpoint), sam2, sam3 or files
@@ -131,10 +132,13 @@ VARIANT=$PSEUDO_VARIANT
 if [[ "$PROPOSALS" != "$CHOSEN_PROPOSALS" ]]; then VARIANT+=-$PROPOSALS; fi
 if [[ "$MERGE_MODE" != "$CHOSEN_MERGE_MODE" ]]; then VARIANT+=-$MERGE_MODE; fi
 if [[ -n "${MASKS:-}" ]]; then VARIANT=-$(basename "$MASKS"); fi
+if [[ "$ROUNDS" != "$CHOSEN_ROUNDS" ]]; then VARIANT+=-rounds$ROUNDS; fi
 : "${REPORT:=$REPORTS$VARIANT}"  # scores of every stage, their table, the picture sheet
 TAG_SEG=$TAG_SEG$VARIANT TAG_REFINED=$TAG_CSRM$PSEUDO_VARIANT
+TAG_ROUND=$TAG_SEG-round  # and a number: the models before the final one
 if [[ -n "$CORRECTED" ]]; then TAG_SEG=$TAG_SEG-corrected; fi
 SHEET=${DOMAIN_EVAL:-$DOMAIN_TRAIN}  # the split whose images the report shows
 if [[ "$PSEUDOS_FROM" == cams ]]; then PSEUDOS=t$THRESHOLD; else PSEUDOS=masks; fi
 PSEUDOS=$PREDICTIONS/$TAG_CSRM@$DOMAIN_TRAIN/pseudos-$PSEUDOS-c$CRF_T
 REFINED=$PREDICTIONS/$TAG_REFINED@$DOMAIN_TRAIN/sam-$PROPOSALS-$MERGE_MODE
+RELABELLED=$PREDICTIONS/$TAG_ROUND$((ROUNDS - 1))@$DOMAIN_TRAIN/sam-$PROPOSALS-$MERGE_MODE  # with ROUNDS above 1

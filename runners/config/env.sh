@@ -97,7 +97,7 @@ refine() {
 # report: the page, picture sheet and review queue of the stages so far.
 report() {
   local stage tag scores=() tags=() columns=() review=()
-  for stage in prior_cam csrm_cam pseudo refined relabelled_{2..9} segmentation_val{,_corrected}{,_round{2..9}}; do
+  for stage in prior_cam csrm_cam pseudo refined relabelled_{1..8} segmentation_val{,_corrected}; do
     if [[ -f "$REPORT/$stage.json" ]]; then scores+=("$stage=$REPORT/$stage.json"); fi
   done
   for tag in "$TAG_PRIOR" "$TAG_CSRM" "$TAG_SEG"; do
@@ -108,8 +108,11 @@ report() {
   show "CSRM CAM" "$PREDICTIONS/$TAG_CSRM@$DOMAIN_TRAIN/cams" ":${THRESHOLD/auto/0.4}"
   show "Pseudo mask" "$PSEUDOS"
   show "Refined" "$REFINED"
+  show "Relabelled" "$RELABELLED"
   show "DeepLabV3+" "$PREDICTIONS/$TAG_SEG@$SHEET/masks"
-  if [[ -d "$REFINED" ]]; then review=(--review Refined); elif [[ -d "$PSEUDOS" ]]; then review=(--review "Pseudo mask"); fi
+  if [[ -d "$RELABELLED" ]]; then review=(--review Relabelled)
+  elif [[ -d "$REFINED" ]]; then review=(--review Refined)
+  elif [[ -d "$PSEUDOS" ]]; then review=(--review "Pseudo mask"); fi
   run report.py --domain "$SHEET" --output_dir "$REPORT" --num_workers "$WORKERS" --summary ${scores[@]+"${scores[@]}"} \
     --tags ${tags[@]+"${tags[@]}"} --columns ${columns[@]+"${columns[@]}"} ${review[@]+"${review[@]}"}
 }
