@@ -308,7 +308,7 @@ def merge_file(rule: Rule, info: DatasetInfo, folders: Folders, image_id: str) -
 
 def with_ignore_last(info: DatasetInfo, mask: np.ndarray) -> np.ndarray:
     """The mask as int64 with C in place of the ignore index."""
-    return np.where(mask == info.ignore_index, info.num_classes, mask.astype(np.int64))
+    return np.where(mask == options.IGNORE_INDEX, info.num_classes, mask.astype(np.int64))
 
 
 def print_changes(info: DatasetInfo, changes: np.ndarray) -> None:

@@ -226,7 +226,7 @@ def row_masks(source: DataSource, columns: Sequence[Column], image_id: str) -> l
         mask = column.mask(image_id)
         if mask is not None and mask.shape != size:
             raise UserError(f"column '{column.title}', {image_id}: {mask.shape}, the image {size}. Predict it again.")
-        if mask is not None and np.any((mask >= info.num_classes) & (mask != info.ignore_index)):
+        if mask is not None and np.any((mask >= info.num_classes) & (mask != options.IGNORE_INDEX)):
             raise UserError(f"column '{column.title}', {image_id}: an index that is no class. Check --dataset.")
         masks.append(mask)
     return masks
@@ -311,7 +311,7 @@ def card(source: DataSource, columns: Sequence[Column], domain_of: Mapping[str, 
         size=size,
         photograph=photograph,
         layers=layers,
-        shown=frozenset(values - {0, info.ignore_index}),
+        shown=frozenset(values - {0, options.IGNORE_INDEX}),
         doubt=row.doubt.score,
     )
 

@@ -25,12 +25,10 @@ from tools.errors import UserError
 from tools.files import file_orientation, load_image, load_mask, read_lines
 from tools.files import upright_size as _upright_size
 from tools.options import IGNORE_INDEX
-from tools.parallel import thread_map
+from tools.parallel import READERS, thread_map
 
 if TYPE_CHECKING:
     import torch
-
-LABEL_READERS = 16  # threads: on a network disk, small files cost latency
 
 
 def voc_palette() -> np.ndarray:
@@ -46,7 +44,6 @@ class DatasetInfo:
     classes: tuple[str, ...]  # class names by mask index, background first
     # uint8 [256, 3], the colours masks are saved with
     palette: np.ndarray = field(default_factory=voc_palette, compare=False, repr=False)
-    ignore_index: int = IGNORE_INDEX
 
     @property
     def num_classes(self) -> int:
@@ -178,7 +175,7 @@ class DataSource(ABC):
         return file_orientation(self.image_path(image_id))
 
     def mask(self, image_id: str) -> np.ndarray:
-        """The mask: uint8 HxW, 0 background, 1..K classes, `ignore_index` ignored.
+        """The mask: uint8 HxW, 0 background, 1..K classes, 255 ignored.
 
         Raises:
             UserError: no mask, an unreadable one, a size other than the image's, or an index that is no class.
@@ -225,7 +222,7 @@ class DataSource(ABC):
 
     def image_labels(self, ids: Sequence[str]) -> np.ndarray:
         """`image_label` of many ids, read in parallel: float32 [N, K]."""
-        labels = list(thread_map(self.image_label, ids, LABEL_READERS))
+        labels = list(thread_map(self.image_label, ids, READERS))
         return np.stack(labels) if labels else np.zeros((0, self.info.num_foreground), np.float32)
 
     def fingerprints(self, ids: Sequence[str], *, labels: bool = False, masks: bool = False) -> dict[str, dict]:
@@ -275,17 +272,17 @@ class DataSource(ABC):
 
 
 def read_mask(path: Path, info: DatasetInfo) -> np.ndarray:
-    """A mask of these classes, ground truth or not: uint8 HxW, 0 background, 1..K classes, `ignore_index` ignored.
+    """A mask of these classes, ground truth or not: uint8 HxW, 0 background, 1..K classes, 255 ignored.
 
     Raises:
         UserError: the file is missing or unreadable, its palette was sorted, or an index is no class.
     """
     mask = load_mask(path, info.palette, info.num_classes)
-    wrong = (mask >= info.num_classes) & (mask != info.ignore_index)
+    wrong = (mask >= info.num_classes) & (mask != IGNORE_INDEX)
     if wrong.any():
         raise UserError(
             f"{path}: holds the value {mask[wrong][0]}, but masks of this dataset hold 0..{info.num_classes - 1} "
-            f"or {info.ignore_index} (ignore). Save class indices, and check --dataset."
+            f"or {IGNORE_INDEX} (ignore). Save class indices, and check --dataset."
         )
     return mask
 
@@ -299,7 +296,7 @@ def check_shown(paths: Iterable[Path], info: DatasetInfo) -> None:
     count, ignored = 0, False
     for path in paths:
         mask = read_mask(path, info)
-        if ((mask > 0) & (mask != info.ignore_index)).any():
+        if ((mask > 0) & (mask != IGNORE_INDEX)).any():
             return
         count, ignored = count + 1, ignored or bool(mask.any())
     if count:

@@ -18,6 +18,7 @@ import numpy as np
 
 from datasets.base import DatasetInfo, DataSource, nothing_shown
 from tools.files import count_values, mask_colours
+from tools.options import IGNORE_INDEX
 
 SEVERAL = 3  # with fewer masks there is no finding: their objects may be too small to be drawn
 THIN = 5  # pixels; a region in which no square of this side fits is an edge
@@ -94,7 +95,7 @@ class Masks:
         """Count a mask, and its image label (f32 [K]; None if there is none)."""
         self.count += 1
         self.folder = look.path.parent
-        self.ignored += bool(look.pixels[self.info.ignore_index])
+        self.ignored += bool(look.pixels[IGNORE_INDEX])
         shown = look.pixels[: self.info.num_classes] > 0
         self.shown += shown
         if label is not None and label.any():

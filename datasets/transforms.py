@@ -26,7 +26,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 
-from tools.maps import IGNORE_INDEX, fit
+from tools.maps import fit
+from tools.options import IGNORE_INDEX
 
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, with the digits torchvision uses
 JITTER_PROB = 0.8  # of an image to be jittered

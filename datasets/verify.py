@@ -309,7 +309,7 @@ def contradictions(info: DatasetInfo, look: Look) -> Iterable[str]:
     if extra:
         yield f"shows {', '.join(extra)}, unlike the image label"
     if named.any() and not shown.any():
-        values = "0 and 255" if look.mask.pixels[info.ignore_index] else "0"
+        values = "0 and 255" if look.mask.pixels[options.IGNORE_INDEX] else "0"
         yield f"holds only {values}, unlike the image label"
 
 

@@ -235,7 +235,7 @@ def test_palette_is_the_voc_colour_map():
 
 def test_info_counts_classes():
     info = DatasetInfo(("background", "cat", "dog"))
-    assert (info.num_classes, info.num_foreground, info.ignore_index) == (3, 2, 255)
+    assert (info.num_classes, info.num_foreground) == (3, 2)
 
 
 def test_dataset_items(folder_root: Path):

@@ -48,7 +48,7 @@ def save_overlay(path: Path, image: np.ndarray, mask: np.ndarray, info: Any) -> 
 
 def legend(info: Any, indices: Sequence[int], width: int) -> Image.Image:
     """Colour swatches with class names, wrapped to `width`; background is left out (it is the unpainted photograph)."""
-    entries = [("ignored" if i == info.ignore_index else info.classes[i], i) for i in indices if i != 0]
+    entries = [("ignored" if i == IGNORE_INDEX else info.classes[i], i) for i in indices if i != 0]
     face, swatch, places = ImageFont.load_default(size=15), 16, []
     x, y = MARGIN, GAP
     for text, index in entries:
@@ -60,7 +60,7 @@ def legend(info: Any, indices: Sequence[int], width: int) -> Image.Image:
     picture = Image.new("RGB", (width, y + LINE), PAPER)
     draw = ImageDraw.Draw(picture)
     for x, y, text, index in places:
-        colour = PAPER if index == info.ignore_index else tuple(int(v) for v in info.palette[index])
+        colour = PAPER if index == IGNORE_INDEX else tuple(int(v) for v in info.palette[index])
         draw.rectangle((x, y, x + swatch, y + swatch), fill=colour, outline=FAINT)
         draw.text((x + swatch + 8, y + swatch // 2), text, fill=INK, font=face, anchor="lm")
     return picture

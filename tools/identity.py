@@ -27,7 +27,7 @@ from typing import Any
 from tools.errors import UserError
 from tools.files import check_writable, locked, read_json, save_json
 from tools.options import plain
-from tools.parallel import thread_map
+from tools.parallel import READERS, thread_map
 
 VERSION = "1.0.0"
 """Version of the code, kept in every checkpoint."""
@@ -42,8 +42,6 @@ FOLDERS = {"photographs": "data_dir", "labels": "data_dir", "masks": "masks_dir"
 FOLDERS |= {"pseudo masks": "pseudo_dir", "proposals": "proposals_dir", "mask files": "mask_files"}
 FOLDERS |= {"corrected masks": "corrected_dir", "CAM files": "c2s_labels"}
 """The flag that names the folder of each kind of input."""
-
-READERS = 8  # threads: on a network disk, small files cost latency
 
 
 def describe(

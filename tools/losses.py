@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tools.distributed import all_reduce_sum, gather_batch
-from tools.maps import IGNORE_INDEX, resize_maps
+from tools.maps import resize_maps
+from tools.options import IGNORE_INDEX
 from tools.parallel import world_size
 
 CHUNK_VALUES = 2**25

@@ -1,4 +1,4 @@
-"""Images and maps as tensors: the value that is ignored, normalisation, sizes.
+"""Images and maps as tensors: normalisation, sizes.
 
 inputs = normalize(images)                        # uint8 [B,3,H,W] -> what ImageNet networks take
 maps = resize_maps(logits, images.shape[-2:])     # bilinear, corners aligned
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tools.options import IGNORE_INDEX as IGNORE_INDEX
+from tools.options import IGNORE_INDEX as IGNORE_INDEX  # train_csrm.py has it from here
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

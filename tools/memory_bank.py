@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tools.distributed import all_reduce_sum, gather_batch
 from tools.losses import certain_pixels, masked_percentile
-from tools.maps import IGNORE_INDEX
+from tools.options import IGNORE_INDEX
 from tools.parallel import world_size
 
 

@@ -14,8 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from pycocotools import mask as coco_rle
 
-from tools.maps import IGNORE_INDEX
-from tools.options import MERGE_MODES, MERGE_ORDERS
+from tools.options import IGNORE_INDEX, MERGE_MODES, MERGE_ORDERS
 from tools.rle import encode
 
 

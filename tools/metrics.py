@@ -25,7 +25,7 @@ import torch
 
 from tools.errors import UserError
 from tools.files import read_json
-from tools.maps import IGNORE_INDEX
+from tools.options import IGNORE_INDEX
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,7 @@ from tools.errors import UserError
 Item = TypeVar("Item")
 
 CHUNK = 4  # jobs handed to a worker at a time
+READERS = 16  # threads that read small files, which cost latency on a network disk
 
 
 def launched() -> bool:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tools.crf import CAM_SETTINGS, mean_field, unary_from_labels
 from tools.losses import chunks
-from tools.maps import IGNORE_INDEX, resize_maps, unit_maximum
+from tools.maps import resize_maps, unit_maximum
+from tools.options import IGNORE_INDEX
 
 RELATIVE_FOREGROUND = 0.65
 """Part of a class's highest foreground probability in the image above which a pixel is the class (docs/log.md)."""

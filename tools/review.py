@@ -17,7 +17,7 @@ import numpy as np
 
 from tools.errors import UserError
 from tools.files import atomic_write, reading
-from tools.maps import IGNORE_INDEX
+from tools.options import IGNORE_INDEX
 
 SMALLEST_SHARE = 0.002
 """A labelled class that covers less of the image than this counts as missing."""

@@ -7,6 +7,7 @@ import numpy as np
 
 from datasets.base import DatasetInfo
 from tools.errors import UserError
+from tools.options import IGNORE_INDEX
 
 IGNORED = "ignored"
 """The tools' name of pixels that are neither trained on nor evaluated."""
@@ -34,7 +35,7 @@ class Labels:
         if IGNORED in info.classes:
             raise UserError(f"class '{IGNORED}': the tools' name of pixels that do not count. Rename the class.")
         self.names = (*info.classes, IGNORED)
-        colours = [*range(info.num_classes), info.ignore_index]
+        colours = [*range(info.num_classes), IGNORE_INDEX]
         self.colours = [tuple(map(int, info.palette[value])) for value in colours]
         self._values = np.array(colours, dtype=np.uint8)
         self._indices = np.zeros(256, dtype=np.uint8)

@@ -21,6 +21,7 @@ from datasets.voc12 import VOC_CLASSES
 from tools import parallel
 from tools.errors import UserError
 from tools.files import atomic_write, mask_image, upright_size
+from tools.options import IGNORE_INDEX
 
 TEST_IMAGES = 1456
 """In ImageSets/Segmentation/test.txt."""
@@ -67,6 +68,6 @@ def _mask(pred_dir: Path, source: DataSource, image_id: str) -> np.ndarray:
     mask, size = read_mask(path, source.info), upright_size(source.image_path(image_id))
     if mask.shape != size:
         raise UserError(f"{path}: size {mask.shape} (height, width), but its photograph is {size}. Predict it again.")
-    if (mask == source.info.ignore_index).any():
+    if (mask == IGNORE_INDEX).any():
         raise UserError(f"{path}: holds 255 (undecided), which the server does not take. Predict it again.")
     return mask

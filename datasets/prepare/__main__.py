@@ -99,7 +99,7 @@ def prepare_voc12(data_dir: Path, downloads: Path, mirror: str | None, workers: 
             f"No test images: they need a free account at http://host.robots.ox.ac.uk:8080/. Put {VOC12_TEST.name} in "
             f"{downloads} and run this again, if you want them."
         )
-    if sbd.is_converted(devkit):
+    if sbd.list_path(devkit).is_file():
         print(f"{devkit}: has train_aug.txt")
     else:
         provide(SBD, data_dir / "sbd", downloads, mirror)

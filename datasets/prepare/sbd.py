@@ -23,11 +23,6 @@ from tools.files import atomic_write, check_present, read_lines, reading, save_m
 from tools.parallel import run_jobs
 
 
-def is_converted(devkit: Path) -> bool:
-    """Whether `convert` has finished there, or the list came from elsewhere."""
-    return _list(devkit).is_file()
-
-
 def convert(sbd: Path, devkit: Path, workers: int) -> None:
     """Write the masks that are not there yet, then `train_aug.txt`.
 
@@ -38,7 +33,7 @@ def convert(sbd: Path, devkit: Path, workers: int) -> None:
     check_present(devkit / "JPEGImages", ids, ".jpg", "It is an image of SBD: unpack VOC 2012 again.")
     for _ in run_jobs(functools.partial(_write_mask, sbd, devkit), ids, workers, "masks of train_aug", "image"):
         pass
-    save_text(_list(devkit), "".join(f"{image_id}\n" for image_id in ids))
+    save_text(list_path(devkit), "".join(f"{image_id}\n" for image_id in ids))
 
 
 def augmented_ids(sbd: Path, devkit: Path) -> list[str]:
@@ -61,7 +56,8 @@ def read_mat(path: Path) -> np.ndarray:
     return mask.astype(np.uint8)
 
 
-def _list(devkit: Path) -> Path:
+def list_path(devkit: Path) -> Path:
+    """Where `train_aug` is: written by `convert` as the last file, or from elsewhere."""
     return devkit / "ImageSets" / "Segmentation" / "train_aug.txt"
 
 
