@@ -327,8 +327,8 @@ FAULTS = (
     Fault(
         "maps are read another way than they were trained",
         "inference.py",
-        'return checkpoint["args"].get("teacher_labels", "present")',
-        'return "present"',
+        'return checkpoint["args"].get("teacher_labels", default)',
+        "return default",
         "test_joints.py::test_the_reading_is_that_of_the_training",
     ),
     Fault(

@@ -260,7 +260,7 @@ def test_training_into_a_folder_that_cannot_be_written(capsys, folder_root, bloc
     Path(blocked).parent.mkdir(parents=True, exist_ok=True)
     Path(blocked).touch()
     line = refusal(capsys, "train_classifier", *data_flags(folder_root), "--tag", "t", *TRAINING)
-    assert "cannot write there" in line and blocked in line
+    assert "could not be written" in line and blocked in line
 
 
 @pytest.mark.parametrize("script", ["inference", "train_segmentation"])
@@ -269,7 +269,7 @@ def test_predicting_into_a_folder_that_cannot_be_written(capsys, folder_root, sc
     Path("experiments/predictions").touch()
     flags = ["--predict"] if script == "train_segmentation" else []
     line = refusal(capsys, script, *data_flags(folder_root), "--tag", "t", "--domain", "val", *flags)
-    assert "cannot write there" in line and "experiments/predictions" in line
+    assert "could not be written" in line and "experiments/predictions" in line
 
 
 # -- checkpoints ---------------------------------------------------------------------------------------------------

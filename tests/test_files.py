@@ -49,9 +49,9 @@ def test_a_full_disk_is_answered_in_one_line(tmp_path):
 def test_a_file_where_the_folder_should_be(tmp_path):
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match="cannot write there"):
+        with pytest.raises(UserError, match="could not be written"):
             check_writable(folder)
-        with pytest.raises(UserError, match="cannot write there"), atomic_write(folder / "a.txt"):
+        with pytest.raises(UserError, match="could not be written"), atomic_write(folder / "a.txt"):
             pass
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import itertools
 import multiprocessing
 import multiprocessing.synchronize
 import os
+import re
 import signal
+from concurrent.futures.process import BrokenProcessPool
 
 import cv2
 import numpy as np
 import pytest
 
-from tools import parallel
+from tools import cli, parallel
 from tools.errors import UserError
 from tools.parallel import run_jobs
 
@@ -63,10 +66,10 @@ def test_an_error_of_the_user_arrives_as_it_was_raised(workers):
 
 
 def test_a_killed_worker_ends_the_run_in_one_line():
-    with pytest.raises(
-        UserError, match=r"^--num_workers 2: a helper process was killed[^\n]*Lower --num_workers[^\n]*$"
-    ):
+    with pytest.raises(BrokenProcessPool) as caught:
         list(run_jobs(die, range(200), 2, "test", "number"))
+    words = r"--num_workers 2: a helper process was killed[^\n]*Lower --num_workers[^\n]*"
+    assert re.fullmatch(words, cli._in_words(caught.value, argparse.Namespace(num_workers=2)))
     assert not multiprocessing.active_children()
 
 
@@ -84,8 +87,10 @@ def test_no_room_for_the_workers_is_one_line(monkeypatch, module, name, number):
         return works(*args, **options)
 
     monkeypatch.setattr(module, name, full)
-    with pytest.raises(UserError, match=rf"^--num_workers 2: .*\({os.strerror(number)}\).*/dev/shm[^\n]*$"):
+    with pytest.raises(OSError) as caught:
         list(run_jobs(abs, range(2), 2, "test", "number"))
+    words = cli._in_words(caught.value, argparse.Namespace(num_workers=2))
+    assert re.fullmatch(rf"--num_workers 2: .*\({os.strerror(number)}\).*/dev/shm[^\n]*", words)
     for child in multiprocessing.active_children():
         child.join(timeout=10)
     assert not multiprocessing.active_children()

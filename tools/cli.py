@@ -118,14 +118,12 @@ def _ending(error: BaseException, args: argparse.Namespace) -> tuple[int, str] |
     """Exit code and message of what a user can understand; None for any other error."""
     if isinstance(error, UserError):
         return 2, f"error: {error}"
-    if isinstance(error, MemoryError):
-        return 2, f"error: the memory is full. {_less_memory(args)}"
     if isinstance(error, Stopped):
         command = shlex.join(["python", *sys.argv])
         return 143, f"stopped by {error}. To continue where it was, run the same command again: {command}"
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted. Run the same command again to continue."
-    if not isinstance(error, (RuntimeError, OSError)):
+    if not isinstance(error, (RuntimeError, OSError, MemoryError)):
         return None
     if parallel.world_size() > 1 and _distributed().is_lost_peer(error):
         return 1, "error: another process has ended or hangs. Its error says why; run again to continue."
@@ -197,13 +195,13 @@ def _in_words(error: BaseException, args: argparse.Namespace) -> str:
     text, workers = str(error), f"--num_workers {getattr(args, 'num_workers', 0)}"
     if type(error).__name__ == "OutOfMemoryError":
         return f"the GPU's memory is full. {_less_memory(args)}"
-    if "DefaultCPUAllocator" in text or "can't allocate memory" in text:
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text or "can't allocate memory" in text:
         return f"the memory is full. {_less_memory(args)}"
     if re.search(r"allocate shared memory|shared memory \(shm\)|bus error", text, re.IGNORECASE):
         return f"{workers}: /dev/shm is too small for them. Enlarge it (docker: --shm-size 8g), or lower --num_workers."
-    if re.search(r"DataLoader worker .* (is killed by signal|exited unexpectedly)", text):
+    if re.search(r"DataLoader worker .* (is killed by signal|exited unexpectedly)|process pool was terminated", text):
         return f"{workers}: a helper process was killed, probably because memory is full. Lower --num_workers."
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM) and not error.filename:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EAGAIN) and not error.filename:
         return f"{workers}: the helper processes cannot start ({error.strerror}). Make room in /dev/shm, or lower it."
     return ""
 

@@ -59,27 +59,32 @@ def atomic_write(path: str | os.PathLike, *, durable: bool = True) -> Iterator[P
         UserError: the folder cannot be created or written to.
     """
     path = Path(path)
-    try:
+    with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
         os.close(handle)
-    except OSError as error:
-        raise UserError(f"{path.parent}: cannot write there ({error.strerror}). Choose a writable folder.") from error
     temporary = Path(name)
     try:
-        yield temporary
-        temporary.chmod(0o644)
-        if durable:
-            _sync(temporary)
-        os.replace(temporary, path)
-        if durable:
-            _sync(path.parent)
-    except OSError as error:
-        raise UserError(
-            f"{path}: could not be written ({error.strerror}). Check free space and permissions."
-        ) from error
+        with writing(path):
+            yield temporary
+            temporary.chmod(0o644)
+            if durable:
+                _sync(temporary)
+            os.replace(temporary, path)
+            if durable:
+                _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the system's errors into a UserError that names the file or folder, and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "Check free space and permissions, or choose another folder."
+        raise UserError(f"{path}: could not be written ({error.strerror}). {remedy}") from error
 
 
 def _sync(path: Path) -> None:
@@ -93,12 +98,9 @@ def _sync(path: Path) -> None:
 def check_writable(folder: str | os.PathLike) -> Path:
     """Create `folder` and prove that a file can be written in it, before hours of work (UserError: it cannot)."""
     folder = Path(folder)
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write there ({error.strerror}). Choose a writable folder.") from error
+        tempfile.NamedTemporaryFile(dir=folder).close()
     return folder
 
 

@@ -15,14 +15,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeVar
 
 import cv2
 from tqdm import tqdm
-
-from tools.errors import UserError
 
 Item = TypeVar("Item")
 
@@ -124,10 +121,8 @@ def run_jobs(
     """Yield work(job) for every job, in their order, from `threads` threads, or without these from `workers` processes.
 
     `work` is sent to each process once, so it may be a `functools.partial` that holds a whole dataset. What it raises
-    is raised here. The processes end with the iteration, with an error, and with this process.
-
-    Raises:
-        UserError: a process cannot be started, or was killed; and what `work` raises.
+    is raised here. The processes end with the iteration, with an error, and with this process. Of one that cannot be
+    started, or is killed, `tools.cli` tells the user.
     """
     bar = functools.partial(progress, total=len(jobs), desc=name, unit=unit)
     workers = min(workers, len(jobs))
@@ -140,20 +135,11 @@ def run_jobs(
             pool = ProcessPoolExecutor(workers, initializer=_start, initargs=(work,))
             stack.callback(pool.shutdown, cancel_futures=True)
             results = pool.map(_call, jobs, chunksize=chunk)
-        except OSError as error:
+        except OSError:
             for started in multiprocessing.active_children():  # the pool does not know them yet
                 started.terminate()
-            raise UserError(
-                f"--num_workers {workers}: the helper processes cannot start ({error.strerror}). Make room in /dev/shm "
-                "(docker: --shm-size 1g) and in memory, or pass --num_workers 0."
-            ) from error
-        try:
-            yield from bar(results)
-        except BrokenProcessPool as error:
-            raise UserError(
-                f"--num_workers {workers}: a helper process was killed, probably because memory is full. Lower "
-                "--num_workers and run the same command again."
-            ) from error
+            raise
+        yield from bar(results)
 
 
 def thread_map(work: Callable[[Item], Any], items: Sequence[Item], threads: int) -> Iterator:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from tools import parallel
 from tools.errors import UserError
-from tools.files import check_writable
+from tools.files import check_writable, writing
 
 ATTEMPTS = 5  # connections in a row that bring nothing before a download is given up
 PAUSE = 2.0  # seconds before the second attempt; doubled from then on
@@ -180,7 +180,7 @@ def _continue(url: str, part: Path, size: int | None) -> bool:
 
 def _pour(source: IO[bytes], path: Path, mode: str, bar: tqdm | None = None) -> None:
     """Write all of `source` to a file."""
-    with _reporting(path):
+    with writing(path):  # else taken for an error of the network or the archive
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open(mode)
     with file:
@@ -191,20 +191,9 @@ def _pour(source: IO[bytes], path: Path, mode: str, bar: tqdm | None = None) -> 
 
 
 def _write_block(file: IO[bytes], block: bytes, path: Path) -> None:
-    with _reporting(path):
+    with writing(path):
         file.write(block)
         file.flush()
-
-
-@contextlib.contextmanager
-def _reporting(path: Path) -> Iterator[None]:
-    """Turn errors of the disk into a UserError, so that they are not taken for errors of the network or the archive."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path}: could not be written ({error.strerror}). Free some space and run the same command again."
-        ) from error
 
 
 def _difference(archive: Archive, path: Path) -> str | None:
