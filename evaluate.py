@@ -71,8 +71,8 @@ from datasets import build_source
 from datasets.base import DatasetInfo, DataSource, read_mask
 from datasets.exchange.voc_server import write_package
 from tools import distributed, identity
-from tools.cam import load_cams
-from tools.files import atomic_write, check_present, check_writable, save_json
+from tools.cam import read_cams
+from tools.files import atomic_write, check_present, check_size, check_writable, save_json
 from tools.metrics import ConfusionMatrix, Scores, ThresholdSweep, scores, threshold_range
 
 PREDICT = "Finish the stage that writes the predictions, or check --pred_dir, --mode and --domain."
@@ -191,7 +191,7 @@ def count_masks(source: DataSource, pred_dir: Path, suffix: str, ids: Sequence[s
     for image_id in ids:
         mask, path = source.mask(image_id), pred_dir / f"{image_id}{suffix}"
         prediction = read_mask(path, source.info)
-        _check_size(path, prediction.shape, mask.shape)
+        check_size(path, prediction.shape, mask.shape)
         matrix.update(torch.tensor(mask), torch.tensor(prediction))
     return matrix.counts[None].numpy()
 
@@ -203,33 +203,8 @@ def count_cams(
     sweep = ThresholdSweep(source.info.num_classes, thresholds)
     for image_id in ids:
         mask = source.mask(image_id)
-        sweep.update(mask, *read_cams(pred_dir / f"{image_id}{suffix}", mask.shape, source.info))
+        sweep.update(mask, *read_cams(pred_dir / f"{image_id}{suffix}", mask.shape, source.info.num_classes))
     return sweep.counts
-
-
-def read_cams(path: Path, size: tuple[int, int], info: DatasetInfo) -> tuple[np.ndarray, np.ndarray]:
-    """Read a CAM file's keys int64 [n+1] and full-size CAMs float [n, H, W].
-
-    Raises:
-        UserError: the file cannot be read, the size differs, keys are not [0, classes...], or values are not finite.
-    """
-    keys, _, cams = load_cams(path)
-    _check_size(path, cams.shape[1:], size)
-    foreground = keys[1:]
-    in_range = np.all((foreground > 0) & (foreground < info.num_classes))
-    if keys[:1].tolist() != [0] or len(foreground) != len(cams) or not in_range:
-        raise UserError(
-            f"{path}: keys {keys.tolist()} for {len(cams)} CAMs; expected 0 and one class from 1 to "
-            f"{info.num_classes - 1} per CAM. Check that --dataset is the one that was predicted."
-        )
-    if not np.isfinite(cams).all():
-        raise UserError(f"{path}: the CAMs hold values that are not finite. Delete it and run inference.py again.")
-    return keys, cams
-
-
-def _check_size(path: Path, size: tuple[int, ...], expected: tuple[int, int]) -> None:
-    if tuple(size) != tuple(expected):
-        raise UserError(f"{path}: size {size} (height, width), but the ground truth is {expected}. Predict it again.")
 
 
 def peaks(thresholds: np.ndarray | None, curve: Sequence[Scores]) -> list[tuple[float, float]]:

@@ -63,10 +63,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from datasets import build_source
-from datasets.base import DatasetInfo, DataSource
-from tools.cam import cam_labels, load_cams
+from datasets.base import DatasetInfo, DataSource, read_mask
+from tools.cam import cam_labels, load_cams, read_cams
 from tools.drawing import legend, overlay
-from tools.files import check_writable, load_mask, save_json, save_png, save_text
+from tools.files import check_size, check_writable, save_json, save_png, save_text
 from tools.history import read_commands, read_run
 from tools.metrics import load_scores
 from tools.page import Card, Layer, Page, heat_uri, mask_uri, photograph_uri, render, shares_text
@@ -140,15 +140,21 @@ class Column:
                     return path, threshold
         return None
 
-    def mask(self, image_id: str) -> np.ndarray | None:
-        """The column's mask of this image, uint8 [H, W]; None if there is none."""
+    def mask(self, image_id: str, size: tuple[int, int], info: DatasetInfo) -> np.ndarray | None:
+        """The column's mask of this image, uint8 [H, W]; None if there is none.
+
+        Raises:
+            UserError: it is of another `size` than the image, or holds indices that are no classes.
+        """
         found = self.file(image_id)
         if found is None:
             return None
         path, threshold = found
         if path.suffix == ".png":
-            return load_mask(path)
-        keys, _, hr_cam = load_cams(path)
+            mask = read_mask(path, info)
+            check_size(path, mask.shape, size)
+            return mask
+        keys, hr_cam = read_cams(path, size, info.num_classes)
         return keys[cam_labels(hr_cam, threshold)].astype(np.uint8)
 
 
@@ -215,21 +221,10 @@ def gallery(source: DataSource, blocks: dict[str, Sequence[str]], columns: Seque
 
 
 def row_masks(source: DataSource, columns: Sequence[Column], image_id: str) -> list[np.ndarray | None]:
-    """Ground truth and the columns' masks of one image, uint8 [H, W] each; None where there is none.
-
-    Raises:
-        UserError: a mask is of another size than the image, or holds indices that are no classes.
-    """
-    path, size, info = source.mask_path(image_id), source.image(image_id).shape[:2], source.info
-    masks = [source.mask(image_id) if path is not None and path.is_file() else None]
-    for column in columns:
-        mask = column.mask(image_id)
-        if mask is not None and mask.shape != size:
-            raise UserError(f"column '{column.title}', {image_id}: {mask.shape}, the image {size}. Predict it again.")
-        if mask is not None and np.any((mask >= info.num_classes) & (mask != options.IGNORE_INDEX)):
-            raise UserError(f"column '{column.title}', {image_id}: an index that is no class. Check --dataset.")
-        masks.append(mask)
-    return masks
+    """Ground truth and the columns' masks of one image, uint8 [H, W] each; None where there is none."""
+    truth = source.mask(image_id) if source.has_mask(image_id) else None
+    size = source.image(image_id).shape[:2]
+    return [truth, *(column.mask(image_id, size, source.info) for column in columns)]
 
 
 # -- the page and the review queue ------------------------------------------------------------------------------------

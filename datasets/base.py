@@ -22,7 +22,7 @@ import numpy as np
 from datasets.listing import MASK_SUFFIXES, FileIndex, Likeness, clean_id, first_repeated, index_files
 from tools import identity
 from tools.errors import UserError
-from tools.files import file_orientation, load_image, load_mask, read_lines
+from tools.files import check_size, file_orientation, load_image, load_mask, read_lines
 from tools.files import upright_size as _upright_size
 from tools.options import IGNORE_INDEX
 from tools.parallel import READERS, thread_map
@@ -185,8 +185,7 @@ class DataSource(ABC):
         mask = read_mask(path, self.info)
         size = _upright_size(self.image_path(image_id))
         if mask.shape != size:
-            remedy = _misfit(mask.shape, size, self.orientation(image_id))
-            raise UserError(f"{path}: {_pixels(mask.shape)}, but its image is {_pixels(size)}. {remedy}")
+            check_size(path, mask.shape, size, _misfit(mask.shape, size, self.orientation(image_id)))
         return mask
 
     def check_masks(self, ids: Sequence[str]) -> None:
@@ -318,7 +317,3 @@ def _misfit(mask: tuple[int, ...], size: tuple[int, int], orientation: int) -> s
     if orientation < 5:
         return "It lies on its side: turn it."
     return f"EXIF orientation {orientation} turns the photograph, but not the mask: turn the mask, too."
-
-
-def _pixels(shape: tuple[int, ...]) -> str:
-    return f"{shape[1]}x{shape[0]} pixels"

@@ -74,11 +74,11 @@ def test_what_is_missing_is_named(tmp_path):
 
 def test_masks_of_another_image_are_named(tmp_path):
     write_folder(tmp_path / "a", MASKS[:, :-1])
-    with pytest.raises(UserError, match=r"0.png: a mask of 14x8 pixels, but the image has 14x9"):
+    with pytest.raises(UserError, match=r"0.png: 14x8 pixels, but its image is 14x9"):
         read(tmp_path)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "a.json").write_text(json.dumps(records(MASKS)).replace("[9, 14]", "[14, 9]"))
-    with pytest.raises(UserError, match=r"a.json: masks of 9x14 pixels"):
+    with pytest.raises(UserError, match=r"a.json: 9x14 pixels"):
         read(tmp_path / "b")
 
 

@@ -70,7 +70,7 @@ def mask_of(value, size=SIZES["c"]):
     [
         (mask_of(255), "c.png: holds 255 (undecided), which the server does not take"),
         (mask_of(21), "c.png: holds the value 21, but masks of this dataset hold 0..20"),
-        (mask_of(1, SIZES["c"][::-1]), "c.png: size (18, 50) (height, width), but its photograph is (50, 18)"),
+        (mask_of(1, SIZES["c"][::-1]), "c.png: 50x18 pixels, but its image is 18x50 pixels"),
         (
             lambda: save_mask("deeplab@test/masks/b.png", np.zeros(SIZES["b"]), voc_palette()),
             "b.png: not on the list (1 such masks)",

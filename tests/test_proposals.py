@@ -86,7 +86,7 @@ def test_damaged_counts_are_named(tmp_path, counts):
 
 def test_masks_of_another_size_and_missing_files_are_named(tmp_path):
     save_proposals(tmp_path / "a.json", np.ones((1, 4, 5), bool))
-    with pytest.raises(UserError, match="a.json: masks of 5x4 pixels, but the image has 4x5"):
+    with pytest.raises(UserError, match="a.json: 5x4 pixels, but its image is 4x5"):
         load_proposals(tmp_path / "a.json", (5, 4))
     with pytest.raises(UserError, match="b.json: no such file of masks"):
         load_proposals(tmp_path / "b.json", (5, 4))

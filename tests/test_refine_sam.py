@@ -161,7 +161,7 @@ def test_mistakes_are_one_line(project, flags, message):
 
 def test_masks_of_another_size_or_dataset_are_named(project):
     save_mask("pseudos/b.png", np.zeros((9, 9), np.uint8), voc_palette())
-    with pytest.raises(UserError, match=r"b.json: masks of 96x96 pixels, but the image has 9x9"):
+    with pytest.raises(UserError, match=r"b.json: 96x96 pixels, but its image is 9x9"):
         run()
     save_mask("pseudos/b.png", np.full((96, 96), 7, np.uint8), voc_palette())
     with pytest.raises(UserError, match=r"b.png: holds the value 7"):

@@ -12,7 +12,7 @@ from PIL import Image
 
 import report
 from datasets import build_source
-from datasets.base import voc_palette
+from datasets.base import DatasetInfo, voc_palette
 from tools.cam import save_cams
 from tools.errors import UserError
 from tools.files import save_json, save_mask
@@ -90,8 +90,9 @@ def test_columns_read_masks_and_cams_from_several_folders(tmp_path):
     texts = [f"Mine={tmp_path / 'train'}", f"Mine={tmp_path / 'cams'}:0.45", f"Strict={tmp_path / 'cams'}:.6"]
     mine, strict = report.parse_columns(texts)
     assert mine.title == "Mine" and strict.title == "Strict"
-    assert np.all(mine.mask("a") == 1) and np.all(mine.mask("b") == 2) and mine.mask("c") is None
-    assert np.all(strict.mask("b") == 0)
+    place = (SIZE, DatasetInfo(("background", "cat", "dog")))
+    assert np.all(mine.mask("a", *place) == 1) and np.all(mine.mask("b", *place) == 2)
+    assert mine.mask("c", *place) is None and np.all(strict.mask("b", *place) == 0)
 
 
 def test_images_that_every_column_has_are_preferred(tmp_path):
@@ -144,7 +145,7 @@ def test_legend_wraps_and_lists_only_classes_that_occur(data):
 @pytest.mark.parametrize("mask", [np.zeros((3, 3)), np.full(SIZE, 7)])
 def test_gallery_names_masks_that_are_not_of_this_dataset(data, tmp_path, mask):
     save_mask(tmp_path / "pred" / "a.png", mask, voc_palette())
-    with pytest.raises(UserError, match="column 'X', a: "):
+    with pytest.raises(UserError, match="pred/a.png: (3x3 pixels, but|holds the value 7)"):
         run(data, tmp_path, "--columns", f"X={tmp_path / 'pred'}")
 
 

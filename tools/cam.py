@@ -19,7 +19,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from tools.files import atomic_write, reading
+from tools.errors import FileError
+from tools.files import atomic_write, check_size, reading
 from tools.maps import cells, fit, resize_maps, unit_maximum
 from tools.options import Views
 
@@ -170,6 +171,26 @@ def load_cams(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray, np.ndarr
             return np.asarray(content["keys"]), np.asarray(content["cam"]), np.asarray(content["hr_cam"])
         with np.load(path, allow_pickle=False) as content:
             return content["keys"], content["cam"], content["hr_cam"]
+
+
+def read_cams(path: Path, size: tuple[int, int], num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Keys int64 [n+1] and full-size CAMs float [n, H, W] of the CAM file of an image of `size`.
+
+    Raises:
+        UserError: the file cannot be read, the size differs, keys are not [0, classes...], or values are not finite.
+    """
+    keys, _, cams = load_cams(path)
+    check_size(path, cams.shape[1:], size)
+    foreground = keys[1:]
+    in_range = np.all((foreground > 0) & (foreground < num_classes))
+    if keys[:1].tolist() != [0] or len(foreground) != len(cams) or not in_range:
+        raise FileError(
+            f"{path}: keys {keys.tolist()} for {len(cams)} CAMs; expected 0 and one class from 1 to {num_classes - 1} "
+            "per CAM. Check that --dataset is the one that was predicted."
+        )
+    if not np.isfinite(cams).all():
+        raise FileError(f"{path}: the CAMs hold values that are not finite. Delete it and make it again.")
+    return keys, cams
 
 
 class _ArraysOnly(pickle.Unpickler):

@@ -111,6 +111,15 @@ def check_present(folder: Path, ids: Sequence[str], suffix: str, remedy: str, *,
         raise UserError(f"{folder}: {missing[0]}{suffix} is missing ({len(missing)} of {len(ids)} are). {remedy}")
 
 
+def check_size(
+    path: Path, found: Sequence[int], expected: Sequence[int], remedy: str = "Make it again, from this photograph."
+) -> None:
+    """Raise FileError unless what a file holds has the (height, width) of its photograph."""
+    if tuple(found) != tuple(expected):
+        sizes = [f"{width}x{height} pixels" for height, width in (found, expected)]
+        raise FileError(f"{path}: {sizes[0]}, but its image is {sizes[1]}. {remedy}")
+
+
 @contextlib.contextmanager
 def locked(folder: Path, seconds: float = 60) -> Iterator[bool]:
     """Lock an existing folder for this process. The operating system releases the lock when the process ends.

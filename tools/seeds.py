@@ -17,8 +17,7 @@ import torch
 from skimage.filters import threshold_otsu
 
 from tools import distributed, identity, parallel
-from tools.cam import Forward, load_cams, multi_scale_cams, working_photograph
-from tools.errors import UserError
+from tools.cam import Forward, multi_scale_cams, read_cams, working_photograph
 from tools.files import check_present, save_mask
 from tools.maps import normalize
 from tools.options import CRF, PSEUDO_MASK_THRESHOLD, Views
@@ -104,12 +103,10 @@ def labels_of_cams(source: Any, image_id: str, path: Path, thresholds: tuple[flo
         UserError: unreadable, of another size than the photograph, or with classes that the dataset has not.
     """
     photograph, label = source.photograph(image_id), torch.from_numpy(source.image_label(image_id))
-    keys, _, maps = load_cams(path)
-    size, classes = tuple(photograph.shape[-2:]), np.asarray(keys[1:])
-    if maps.shape[1:] != size or len(classes) != len(maps) or (len(classes) and classes.max() > len(label)):
-        raise UserError(f"{path}: not the CAMs of this image and these classes. Make them again for this dataset.")
+    size = tuple(photograph.shape[-2:])
+    keys, maps = read_cams(path, size, 1 + len(label))
     cams = torch.zeros(1, len(label), *size)
-    cams[0, classes - 1] = torch.from_numpy(maps.astype(np.float32))
+    cams[0, keys[1:] - 1] = torch.from_numpy(maps.astype(np.float32))
     background, foreground = thresholds
     options = {"crf_iterations": crf.iterations, "gt_prob": crf.gt_prob, "backend": crf.backend}
     return reliable_cam_labels(photograph, cams, label[None], background, foreground, **options)[0]

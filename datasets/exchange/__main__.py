@@ -30,7 +30,7 @@ from datasets.exchange import coco, cvat, label_studio
 from datasets.exchange.labels import Item, Labels
 from tools import cli, options
 from tools.errors import UserError
-from tools.files import atomic_write, check_writable, load_mask, save_mask, save_png
+from tools.files import atomic_write, check_size, check_writable, load_mask, save_mask, save_png
 from tools.review import load_queue
 
 FORMATS = {"cvat": cvat, "coco": coco, "labelstudio": label_studio}
@@ -107,9 +107,7 @@ def import_masks(source: DataSource, path: Path, tool: str, folder: Path) -> Non
         image_id, read = find_id(source, name, path), read + 1
         before = folder / f"{image_id}.png"
         old = load_mask(before) if before.is_file() else source.mask(image_id)
-        if mask.shape != old.shape:
-            sizes = "x".join(map(str, mask.shape)), "x".join(map(str, old.shape))
-            raise UserError(f"{path}: the mask of '{image_id}' is {sizes[0]} (height x width), not {sizes[1]}.")
+        check_size(path / name, mask.shape, old.shape)
         if not np.array_equal(mask, old):
             changed[image_id] = mask
     for image_id, mask in changed.items():

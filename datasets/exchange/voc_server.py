@@ -20,7 +20,7 @@ from datasets.base import DataSource, read_mask
 from datasets.voc12 import VOC_CLASSES
 from tools import parallel
 from tools.errors import UserError
-from tools.files import atomic_write, mask_image, upright_size
+from tools.files import atomic_write, check_size, mask_image, upright_size
 from tools.options import IGNORE_INDEX
 
 TEST_IMAGES = 1456
@@ -65,9 +65,8 @@ def write_package(path: Path, competition: str, pred_dir: Path, source: DataSour
 
 def _mask(pred_dir: Path, source: DataSource, image_id: str) -> np.ndarray:
     path = pred_dir / f"{image_id}.png"
-    mask, size = read_mask(path, source.info), upright_size(source.image_path(image_id))
-    if mask.shape != size:
-        raise UserError(f"{path}: size {mask.shape} (height, width), but its photograph is {size}. Predict it again.")
+    mask = read_mask(path, source.info)
+    check_size(path, mask.shape, upright_size(source.image_path(image_id)))
     if (mask == IGNORE_INDEX).any():
         raise UserError(f"{path}: holds 255 (undecided), which the server does not take. Predict it again.")
     return mask

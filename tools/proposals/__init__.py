@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_rle
 
-from tools.errors import FileError, UserError
-from tools.files import atomic_write, reading
+from tools.errors import UserError
+from tools.files import atomic_write, check_size, reading
 from tools.rle import check_counts, encode
 from tools.weights import common_prefix, load_weights
 
@@ -106,12 +106,8 @@ def load_proposals(path: str | os.PathLike, size: tuple[int, int]) -> list[dict]
         content = json.loads(Path(path).read_bytes())
         records = content["annotations"] if isinstance(content, dict) else content
         masks = [record["segmentation"] for record in records]
-        for height, width in (mask["size"] for mask in masks):
-            if (height, width) != size:
-                raise FileError(
-                    f"{path}: masks of {width}x{height} pixels, but the image has {size[1]}x{size[0]}. "
-                    "Make both from the same images."
-                )
+        for mask in masks:
+            check_size(path, mask["size"], size)
         texts = [_text(mask["counts"], size) for mask in masks]
         check_counts(texts, size[0] * size[1])
     return [{"size": list(size), "counts": text} for text in texts]

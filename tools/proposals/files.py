@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from tools.errors import FileError, UserError
-from tools.files import load_mask, reading
+from tools.files import check_size, load_mask, reading
 from tools.proposals import load_proposals
 
 
@@ -57,10 +57,6 @@ def _read_pictures(folder: Path, size: tuple[int, int]) -> np.ndarray:
     masks = np.zeros((len(names), *size), dtype=bool)
     for mask, name in zip(masks, names, strict=True):
         picture = load_mask(folder / f"{name}.png")
-        if picture.shape != size:
-            raise FileError(
-                f"{folder}/{name}.png: a mask of {picture.shape[1]}x{picture.shape[0]} pixels, but the image has "
-                f"{size[1]}x{size[0]}. Make both from the same images."
-            )
+        check_size(folder / f"{name}.png", picture.shape, size)
         mask[:] = picture > 0
     return masks
