@@ -100,7 +100,7 @@ tags: [semantic-segmentation, weakly-supervised, csrm]
 With the code of CSRM:
 
     from models import load_model
-    from models.export import download
+    from models.hub import download
     model, checkpoint = load_model(download("{name}"), "cpu", kinds=["{kind}"])
 
 Input: float32 [B,3,H,W], RGB, ImageNet mean and deviation. Output: {output}.

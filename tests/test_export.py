@@ -216,6 +216,11 @@ def test_what_is_pushed_can_be_downloaded(tmp_path, folder_as_hub, capsys):
     for line in ("# me/pets", "* Classes: background, cat, dog", "| cat | 42.5 |", "| **mean** | 61.2 |", "## Licence"):
         assert f"\n{line}\n" in card
     assert card.startswith("---\n") and "`test_resnet`" in card and "folder" in card
+    names = {}
+    exec(
+        "\n".join(line.strip() for line in card.splitlines() if line.startswith("    ")), names
+    )  # what it tells to type
+    assert names["model"].config == load_model(weights, CPU, ["csrm"])[0].config
 
 
 @pytest.mark.parametrize(
