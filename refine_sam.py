@@ -170,7 +170,7 @@ def main(args: argparse.Namespace) -> None:
         print("Next: the same command with --stage merge --pseudo_dir FOLDER")
         left_out.finish(listed, args.shard)
         return
-    rule = Rule(args.mode, args.order, args.inside_threshold, args.recall_threshold, args.keep_ignore)
+    rule = options.from_flags(Rule, args)
     check_present(folders.proposals, ids, ".json", "Run the same flags with --stage propose first.", some=left_out.skip)
     identity.claim_folder(folders.refined, merged_identity(rule, folders, listed), ".png", overwrite=args.overwrite)
     merge(rule, source.info, ids, folders, workers, left_out)

@@ -334,8 +334,8 @@ FAULTS = (
     Fault(
         "refine_sam.py ignores --mode",
         "refine_sam.py",
-        "rule = Rule(args.mode, ",
-        'rule = Rule("max_iou_imp2", ',
+        "rule = options.from_flags(Rule, args)",
+        'rule = options.from_flags(Rule, args, mode="max_iou_imp2")',
         "test_joints.py::test_every_flag_of_merging_counts",
     ),
     Fault(
@@ -348,8 +348,8 @@ FAULTS = (
     Fault(
         "proposals are merged with recall_threshold for inside_threshold",
         "refine_sam.py",
-        "args.order, args.inside_threshold, args.recall_threshold,",
-        "args.order, args.recall_threshold, args.inside_threshold,",
+        "rule = options.from_flags(Rule, args)",
+        "rule = options.from_flags(Rule, args, inside_threshold=args.recall_threshold)",
         "test_joints.py::test_every_flag_of_merging_counts",
     ),
     Fault(
