@@ -30,12 +30,11 @@ class MaskLook:
     """What one mask is like."""
 
     path: Path  # of the mask
-    image: Path  # of its photograph
     pixels: np.ndarray  # int64 [256], how many have each value
     # colour -> index, for the indices in use; empty for grey masks, for masks in the dataset's own colours, and where
     # two indices share a colour
     colours: dict[Colour, int]
-    turned: int  # EXIF orientation of the photograph, if the size of the mask does not tell whether it follows; else 1
+    turned: Path | None  # the photograph, if EXIF turns it and the size of the mask does not tell whether it follows
     blended: bool = False  # shows classes that the image label lacks, but along edges only
 
 
@@ -60,10 +59,9 @@ def look_at_mask(source: DataSource, image_id: str, label: np.ndarray | None = N
     told_apart = orientation >= 5 and mask.shape[0] != mask.shape[1]
     return MaskLook(
         path=path,
-        image=source.image_path(image_id),
         pixels=pixels,
         colours=colours if len(colours) == len(used) else {},
-        turned=1 if told_apart else orientation,
+        turned=None if orientation == 1 or told_apart else source.image_path(image_id),
         blended=label is not None and _only_edges(mask, used[(used > 0) & (used <= len(label))], label),
     )
 
@@ -103,8 +101,7 @@ class Masks:
             self.labelled += 1
             self.strange += [look.path] * (not (shown[1:] & (label > 0)).any())
             self.blended += [look.path] * look.blended
-        if look.turned != 1:
-            self.turned.append(look.image)
+        self.turned += [look.turned] * (look.turned is not None)
         for colour, index in look.colours.items():
             self.places[colour].setdefault(index, look.path)
 

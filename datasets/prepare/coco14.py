@@ -51,27 +51,27 @@ def convert(root: Path, workers: int) -> None:
         UserError: an annotation file is missing, damaged or contradicts itself or the other; a full disk.
     """
     check_writable(root / "masks")
-    classes: dict[str, tuple[str, ...]] = {}
-    labels: dict[str, dict[str, list[str]]] = {}
+    classes: tuple[str, ...] = ()
+    labels: dict[str, list[str]] = {}
+    lists: dict[str, list[str]] = {part: [] for part in COCO14_PARTS}
     for part in COCO14_PARTS:
         path = root / "annotations" / f"instances_{part}.json"
         coco = read_annotations(path)
-        classes[part] = check_classes(path, [BACKGROUND, *(coco.cats[key]["name"] for key in sorted(coco.cats))])
-        if classes[part] != classes[COCO14_PARTS[0]]:
+        keys = sorted(coco.cats)
+        names = check_classes(path, [BACKGROUND, *(coco.cats[key]["name"] for key in keys)])
+        if classes and names != classes:
             raise UserError(
                 f"{path}: other categories than in instances_{COCO14_PARTS[0]}.json. Use files of one release."
             )
-        index_of = {key: index for index, key in enumerate(sorted(coco.cats), 1)}
+        classes = names
         jobs = [(coco.imgs[key], coco.imgToAnns[key]) for key in sorted(coco.imgs)]
-        work = functools.partial(_convert_image, root / "masks", index_of)
-        rows = run_jobs(work, jobs, workers, f"masks of {part}", "image")
-        labels[part] = {}
-        for image, indices in rows:
-            if any(image in known for known in labels.values()):
+        work = functools.partial(_convert_image, root / "masks", {key: index for index, key in enumerate(keys, 1)})
+        for image, indices in run_jobs(work, jobs, workers, f"masks of {part}", "image"):
+            if image in labels:
                 raise UserError(f"{path}: file '{image}' occurs twice, in whatever folders. Rename one.")
-            labels[part][image] = [classes[part][index] for index in indices]
-    everything = {image: names for part in COCO14_PARTS for image, names in labels[part].items()}
-    write_lists(root, classes[part], everything, {part: list(labels[part]) for part in COCO14_PARTS})
+            labels[image] = [classes[index] for index in indices]
+            lists[part].append(image)
+    write_lists(root, classes, labels, lists)
 
 
 def read_annotations(path: Path) -> COCO:
