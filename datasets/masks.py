@@ -117,7 +117,12 @@ class Masks:
         for places in self.places.values():
             if len(places) > 1:
                 (first, there), (second, here) = itertools.islice(places.items(), 2)
-                yield "mask", _sorted_palettes(here, second, there, first)
+                yield (
+                    "mask",
+                    f"{here}: index {second} has the colour that index {first} has in {there.name}. An optimiser or "
+                    "editor sorted the palettes: save the masks again from their colours, or without palettes if the "
+                    "indices are right.",
+                )
                 break
         if self.turned:
             yield (
@@ -135,10 +140,3 @@ class Masks:
         for masks, fault in ((self.strange, strange), (self.blended, blended)):
             if is_systematic(len(masks), self.labelled):
                 yield f"{masks[0]}: one of {len(masks)} masks (of {self.labelled}) that {fault}"
-
-
-def _sorted_palettes(path: Path, index: int, other: Path, other_index: int) -> str:
-    return (
-        f"{path}: index {index} has the colour that index {other_index} has in {other.name}. An optimiser or editor "
-        "sorted the palettes: save the masks again from their colours, or without palettes if the indices are right."
-    )

@@ -82,7 +82,8 @@ def restore(model: nn.Module, path: str | Path, classes: Sequence[str] | None = 
     new_classes: list[str] = []
     if sort:
         new_classes = _sort_rows(found, target, weights.classes, classes)
-    fits = {name: tensor for name, tensor in found.items() if _fits(tensor, target[name])}
+    kinds = {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in target.items()}
+    fits = {name: t for name, t in found.items() if (t.shape, t.is_floating_point()) == kinds[name]}
     report = RestoreReport(
         path=str(path),
         restored=list(fits),
@@ -140,10 +141,6 @@ def _sort_rows(
         for name in [ours[0], *shared][first:]:
             found[output][ours.index(name) - first] = rows[theirs.index(name) - first].to(found[output])
     return [name for name in ours[1:] if name not in shared]
-
-
-def _fits(tensor: torch.Tensor, target: torch.Tensor) -> bool:
-    return tensor.shape == target.shape and tensor.is_floating_point() == target.is_floating_point()
 
 
 def _check(

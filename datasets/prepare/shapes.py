@@ -102,7 +102,8 @@ def draw(rng: np.random.Generator, size: int) -> Sample:
 
 
 def _draw_once(rng: np.random.Generator, size: int) -> Sample:
-    height, width = _choose_shape(rng, size)
+    short = round(size * rng.uniform(SHORT_SIDE, 1))
+    height, width = (short, size) if rng.random() < 0.6 else (size, short)
     factor = SUPERSAMPLING
     w, h, pixels = width / size, height / size, size * factor
     canvas = Canvas(np.zeros((height * factor, width * factor, 3), np.float32), rng)
@@ -120,12 +121,6 @@ def _draw_once(rng: np.random.Generator, size: int) -> Sample:
         occlude(scenery, rng, scene, hidden.x + rng.uniform(-0.7, 0.7) * hidden.scale, hidden.lower_end)
     mask, objects = _annotate(canvas.visible, [placement.name for placement in placements], (width, height))
     return Sample(_photograph(canvas.picture, (width, height), rng), mask, objects)
-
-
-def _choose_shape(rng: np.random.Generator, size: int) -> tuple[int, int]:
-    """Height and width."""
-    short = round(size * rng.uniform(SHORT_SIDE, 1))
-    return (short, size) if rng.random() < 0.6 else (size, short)
 
 
 def _choose_contents(rng: np.random.Generator) -> tuple[list[str], str]:
