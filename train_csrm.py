@@ -118,8 +118,9 @@ from tools.losses import (
     s2c_weight,
     unreliable_percent,
 )
-from tools.maps import IGNORE_INDEX, normalize, resize_maps
+from tools.maps import normalize, resize_maps
 from tools.memory_bank import MemoryBank, contrastive_loss, entropy_masks
+from tools.options import IGNORE_INDEX
 from tools.pseudo_labels import mutual_promotion_labels, reliable_cam_labels, teacher_labels
 from tools.seeds import auto_threshold, label_folder
 from tools.training import Trainer, seed_everything
@@ -433,16 +434,8 @@ def loss_options(args: argparse.Namespace) -> LossOptions:
     weights = {name: getattr(args, f"w_{name}") for name in ("c", "c2s", "s2c", "u", "contra")}
     if not args.use_rep_head:
         weights["contra"] = 0.0
-    return LossOptions(
-        weights=weights,
-        label_smoothing=args.label_smoothing,
-        s2c_sigma=args.s2c_sigma,
-        low_rank=args.contra_low_rank,
-        high_rank=args.contra_high_rank,
-        max_epoch=args.max_epoch,
-        self_training=args.self_training,
-        warmup_epochs=args.warmup_epochs,
-    )
+    ranks = {"low_rank": args.contra_low_rank, "high_rank": args.contra_high_rank}
+    return options.from_flags(LossOptions, args, weights=weights, **ranks)
 
 
 def label_options(args: argparse.Namespace, background: float, foreground: float) -> LabelOptions:

@@ -274,7 +274,7 @@ def reading(path: str | os.PathLike, what: str, remedy: str = "") -> Iterator[No
     """Turn any error of a decoder into a FileError that names the file, `what` it should be, and the remedy."""
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except FileNotFoundError as error:
         raise FileError(f"{path}: no such {what}. {remedy}".rstrip()) from error
