@@ -27,7 +27,7 @@ for ((round = 1; round < ROUNDS; round++)); do
   MASKS=$PREDICTIONS/$TAG_ROUND$round@$DOMAIN_TRAIN/pseudos-masks-c$CRF_T
   score "relabelled_$round" "$DOMAIN_EVAL" "$MASKS"
   refine "$TAG_ROUND$round" "$MASKS"
-  MASKS=$PREDICTIONS/$TAG_ROUND$round@$DOMAIN_TRAIN/sam-$PROPOSALS-$MERGE_MODE
+  MASKS=$(merged "$TAG_ROUND$round")
 done
 train_model "$TAG_SEG" ${CORRECTIONS[@]+"${CORRECTIONS[@]}"}
 run train_segmentation.py --tag "$TAG_SEG" --predict --domain "$DOMAIN_TEST" $RUN_FLAGS $TEST_VIEW_FLAGS

@@ -142,5 +142,7 @@ if [[ -n "$CORRECTED" ]]; then TAG_SEG=$TAG_SEG-corrected; fi
 SHEET=${DOMAIN_EVAL:-$DOMAIN_TRAIN}  # the split whose images the report shows
 if [[ "$PSEUDOS_FROM" == cams ]]; then PSEUDOS=t$THRESHOLD; else PSEUDOS=masks; fi
 PSEUDOS=$PREDICTIONS/$TAG_CSRM@$DOMAIN_TRAIN/pseudos-$PSEUDOS-c$CRF_T
-REFINED=$PREDICTIONS/$TAG_REFINED@$DOMAIN_TRAIN/sam-$PROPOSALS-$MERGE_MODE
-RELABELLED=$PREDICTIONS/$TAG_ROUND$((ROUNDS - 1))@$DOMAIN_TRAIN/sam-$PROPOSALS-$MERGE_MODE  # with ROUNDS above 1
+# merged TAG: where refine_sam.py puts the masks that it makes of those of TAG.
+merged() { printf %s "$PREDICTIONS/$1@$DOMAIN_TRAIN/sam-$PROPOSALS-$MERGE_MODE"; }
+REFINED=$(merged "$TAG_REFINED")
+RELABELLED=$(merged "$TAG_ROUND$((ROUNDS - 1))")  # with ROUNDS above 1
