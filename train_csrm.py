@@ -176,7 +176,8 @@ class Criterion(nn.Module):
     def __init__(self, options: LossOptions, *, num_classes: int, dim: int) -> None:
         super().__init__()
         self.options = options
-        self.bank = MemoryBank(num_classes=num_classes, dim=dim) if options.weights["contra"] else None
+        contrasts = options.weights["contra"] and options.self_training != "off"
+        self.bank = MemoryBank(num_classes=num_classes, dim=dim) if contrasts else None
         self.health = Health(options.self_training, warmup_epochs=options.warmup_epochs, max_epoch=options.max_epoch)
 
     def needs_teacher(self, epoch: int) -> bool:

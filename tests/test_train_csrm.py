@@ -99,7 +99,8 @@ def test_without_the_losses_that_ask_it_the_teacher_is_not_needed(golden, golden
 
 
 def test_a_memory_bank_is_kept_only_for_its_loss():
-    for flags, kept in (([], True), (["--w_contra", 0], False), (["--use_rep_head", "false"], False)):
+    without = (["--w_contra", 0], ["--use_rep_head", "false"], ["--self_training", "off"])
+    for flags, kept in (([], True), *((flags, False) for flags in without)):
         criterion = Criterion(loss_options(parse("train_csrm", "--tag", "t", *flags)), num_classes=5, dim=4)
         assert (criterion.bank is not None) == kept
 
