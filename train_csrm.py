@@ -287,14 +287,14 @@ def nearest(labels: Tensor, size: tuple[int, int]) -> Tensor:
 class LabelOptions:
     """How a step makes its labels."""
 
-    mix: str  # classmix, cutmix or none
-    mix_prob: float  # probability that a step mixes
-    mode: str  # labels of L_c2s: cam (CAMs and dense CRF), mp (CAMs against the teacher's background), gt (masks)
-    foreground: float  # cam: CAM above which a pixel is foreground
-    background: float  # cam: CAM below which a pixel is background
-    sigma: float  # mp: probability below which a pixel is ignored
+    augment: str  # classmix, cutmix or none
+    cutmix_prob: float  # probability that a step mixes
+    c2s_mode: str  # labels of L_c2s: cam (CAMs and dense CRF), mp (CAMs against the teacher's background), gt (masks)
+    c2s_fg: float  # cam: CAM above which a pixel is foreground
+    c2s_bg: float  # cam: CAM below which a pixel is background
+    c2s_sigma: float  # mp: probability below which a pixel is ignored
     crf: options.CRF  # cam
-    reading: str  # of the teacher's segmentation logits, one of `tools.options.READINGS`
+    teacher_labels: str  # how they are read from the segmentation logits, one of `tools.options.READINGS`
 
 
 def train_step(
@@ -302,7 +302,7 @@ def train_step(
 ) -> dict[str, Tensor]:
     """One step of CSRM up to its losses: teacher labels, mixing, student, losses."""
     # 1. The teacher sees both halves. If nothing is mixed, the losses use this pass, too.
-    mixes = labels.mix != "none" and random.random() < labels.mix_prob
+    mixes = labels.augment != "none" and random.random() < labels.cutmix_prob
     needs_representations = criterion.needs_representations(epoch)
     teacher_out = teacher(normalize(batch.images), representations=needs_representations and not mixes)
     seg_logits, class_logits = teacher_out["seg_logits"], teacher_out["class_logits"]
@@ -314,11 +314,11 @@ def train_step(
     # 3. Images, image labels, CAM labels and teacher logits are mixed together.
     images, image_labels = batch.images, batch.image_labels
     if mixes:
-        mix = classmix if labels.mix == "classmix" else cutmix
+        mix = classmix if labels.augment == "classmix" else cutmix
         images, cam_labels, seg_logits, image_labels = mix(images, cam_labels, seg_logits, image_labels)
 
     # 4. The teacher labels each pixel with the background or a class of the image.
-    hard_labels, confidence = teacher_labels(seg_logits, image_labels, images.shape[-2:], labels.reading)
+    hard_labels, confidence = teacher_labels(seg_logits, image_labels, images.shape[-2:], labels.teacher_labels)
 
     # 5. Student and teacher see the mixed images. In warm-up no loss asks how the unlabeled half is segmented.
     inputs = normalize(images)
@@ -337,20 +337,20 @@ def train_step(
 @record_function("CAM labels")
 def pixel_labels(batch: Batch, teacher_out: dict[str, Tensor], images: slice, options: LabelOptions) -> Tensor:
     """Label maps int64 [n,H,W] for L_c2s of the chosen images; 255 where not reliable."""
-    if options.mode == "gt":
+    if options.c2s_mode == "gt":
         return batch.masks[images]
     cams, labels = teacher_out["cams"][images].float(), batch.image_labels[images]
-    if options.mode == "mp":
+    if options.c2s_mode == "mp":
         logits = resize_maps(teacher_out["seg_logits"][images], batch.images.shape[-2:])
         background = logits.softmax(dim=1)[:, 0]
-        return mutual_promotion_labels(background, cams, labels, options.sigma, max_classes=batch.max_classes)
+        return mutual_promotion_labels(background, cams, labels, options.c2s_sigma, max_classes=batch.max_classes)
     return reliable_cam_labels(
         batch.images[images],
         cams,
         labels,
         max_classes=batch.max_classes,
-        background_threshold=options.background,
-        foreground_threshold=options.foreground,
+        background_threshold=options.c2s_bg,
+        foreground_threshold=options.c2s_fg,
         gt_prob=options.crf.gt_prob,
         crf_iterations=options.crf.iterations,
         backend=options.crf.backend,
@@ -441,16 +441,9 @@ def loss_options(args: argparse.Namespace) -> LossOptions:
 
 def label_options(args: argparse.Namespace, background: float, foreground: float) -> LabelOptions:
     """The flags of the labels and of mixing, with the thresholds of `cam_thresholds`."""
-    return LabelOptions(
-        mix=args.augment,
-        mix_prob=args.cutmix_prob,
-        mode="gt" if args.c2s_labels else args.c2s_mode,
-        foreground=foreground,
-        background=background,
-        sigma=args.c2s_sigma,
-        crf=options.crf(args),
-        reading=args.teacher_labels,
-    )
+    mode = "gt" if args.c2s_labels else args.c2s_mode
+    thresholds = {"c2s_bg": background, "c2s_fg": foreground}
+    return options.from_flags(LabelOptions, args, c2s_mode=mode, crf=options.crf(args), **thresholds)
 
 
 def build_student(args: argparse.Namespace, classes: Sequence[str]) -> nn.Module:

@@ -119,8 +119,9 @@ def train_step(model: nn.Module, batch: dict, device: torch.device, label_smooth
         return {"loss": cross_entropy(logits, masks, label_smoothing)}
 
 
-def training_set(source: DataSource, args: argparse.Namespace) -> Dataset:
-    """The photographs of --domain_train with their masks; with a corrected mask, --corrected_weight times.
+def training_data(source: DataSource, args: argparse.Namespace) -> tuple[Dataset, dict[str, dict]]:
+    """The photographs of --domain_train with their masks, --corrected_weight times those with a corrected one; and the
+    fingerprints of all (`DataSource.fingerprints`).
 
     Raises:
         UserError: a mask is missing, or no mask in --corrected_dir belongs to an image of the split.
@@ -128,26 +129,18 @@ def training_set(source: DataSource, args: argparse.Namespace) -> Dataset:
     geometry = segmentation_geometry(*options.image_sizes(args))
     read = functools.partial(ImageDataset, transform=geometry, with_masks=True, with_labels=False)
     ids = source.ids(args.domain_train)
+    inputs = source.fingerprints(ids, masks=True)
     if not args.corrected_dir:
-        return read(source, ids)
+        return read(source, ids), inputs
     better = build_source(args.dataset, options.data_dir(args), args.corrected_dir)
     corrected = {i for i in ids if better.mask_path(i).is_file()}
     if not corrected:
         raise UserError(f"--corrected_dir {args.corrected_dir}: no mask (ID.png) of an image of '{args.domain_train}'.")
     print(f"{len(corrected)} of {len(ids)} masks are corrected; each of them counts {args.corrected_weight} times")
     others = read(source, [i for i in ids if i not in corrected])
-    return ConcatDataset([others, *[read(better, [i for i in ids if i in corrected])] * args.corrected_weight])
-
-
-def training_identity(source: DataSource, args: argparse.Namespace) -> dict:
-    """The identity of the training (`tools.identity`): its flags, weights, photographs and masks."""
-    ids = source.ids(args.domain_train)
-    inputs = source.fingerprints(ids, masks=True)
-    if args.corrected_dir:
-        better = build_source(args.dataset, options.data_dir(args), args.corrected_dir)
-        inputs["corrected masks"] = better.fingerprints(ids, masks=True)["masks"]
-    harmless = (*PREDICTION, "domain")
-    return identity.describe("train_segmentation.py", vars(args), inputs=inputs, harmless=harmless)
+    repeated = [read(better, [i for i in ids if i in corrected])] * args.corrected_weight
+    inputs["corrected masks"] = better.fingerprints(ids, masks=True)["masks"]
+    return ConcatDataset([others, *repeated]), inputs
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
@@ -156,14 +149,16 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     source = build_source(args.dataset, options.data_dir(args), args.masks_dir)
     truth = build_source(args.dataset, options.data_dir(args))
     check_domain(truth, args.domain_valid)
-    loader = build_loader(training_set(source, args), args.batch_size, **options.loader_arguments(args))
+    dataset, inputs = training_data(source, args)
+    loader = build_loader(dataset, args.batch_size, **options.loader_arguments(args))
     seed_everything(args.seed)
     model = build_model("segmentation", num_classes=source.info.num_classes, **options.network_arguments(args)).to(
         device
     )
     if args.restore:
         restore(model, args.restore, source.info.classes)
-    run = options.training(args, training_identity(source, args))
+    made_by = identity.describe("train_segmentation.py", vars(args), inputs=inputs, harmless=(*PREDICTION, "domain"))
+    run = options.training(args, made_by)
     trainer = Trainer(model, run, source.info.classes, device=device, steps_per_epoch=len(loader))
     for epoch in trainer.epochs():
         loader.set_epoch(epoch, trainer.batch)

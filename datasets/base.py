@@ -22,8 +22,7 @@ import numpy as np
 from datasets.listing import MASK_SUFFIXES, FileIndex, Likeness, clean_id, first_repeated, index_files
 from tools import identity
 from tools.errors import UserError
-from tools.files import check_size, file_orientation, load_image, load_mask, read_lines
-from tools.files import upright_size as _upright_size
+from tools.files import check_size, file_orientation, load_image, load_mask, read_lines, upright_size
 from tools.options import IGNORE_INDEX
 from tools.parallel import READERS, thread_map
 
@@ -183,7 +182,7 @@ class DataSource(ABC):
         self._check_present([image_id])
         path = self.mask_path(image_id)
         mask = read_mask(path, self.info)
-        size = _upright_size(self.image_path(image_id))
+        size = upright_size(self.image_path(image_id))
         if mask.shape != size:
             check_size(path, mask.shape, size, _misfit(mask.shape, size, self.orientation(image_id)))
         return mask

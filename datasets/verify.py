@@ -110,8 +110,8 @@ class Split:
     def add(self, image_id: str, look: Look) -> None:
         """Count one of its images."""
         self.counts.update(kind for kind, _ in look.findings)
-        self.counts.update({"labels": look.has_label, "masks": look.has_mask})
-        for what, there in (("labels", look.has_label), ("masks", look.has_mask)):
+        self.counts.update(look.has)
+        for what, there in look.has.items():
             if look.found and not there:
                 self.without[what].append(image_id)
         if look.label is not None:
@@ -139,8 +139,8 @@ class Look:
     digest: str = ""  # hash of the photograph's file; empty if it is unreadable
     label: np.ndarray | None = None  # image label, f32 [K]; None if absent or bad
     mask: MaskLook | None = None  # None if absent or bad
-    has_label: bool = False  # there is one, good or bad
-    has_mask: bool = False
+    # whether there are labels, masks, good or bad
+    has: dict[str, bool] = field(default_factory=lambda: {"labels": False, "masks": False})
 
 
 def make_parser() -> cli.Parser:
@@ -291,11 +291,10 @@ def look_at(source: DataSource, image_id: str) -> Look:
         if image.max() <= DARKEST:
             remedy = "If it holds 12 bits in 16, stretch them; if it is black, replace it"
             look.findings.append(("dark", f"{path}: no value above {image.max()} of 255. {remedy}"))
-    look.has_label = source.has_label(image_id)
-    if look.has_label:
+    look.has = {"labels": source.has_label(image_id), "masks": source.has_mask(image_id)}
+    if look.has["labels"]:
         look.label = _try(look, "label", lambda: source.image_label(image_id))
-    look.has_mask = source.has_mask(image_id)
-    if look.has_mask and look.digest:  # a mask is compared with its image
+    if look.has["masks"] and look.digest:  # a mask is compared with its image
         look.mask = _try(look, "mask", lambda: look_at_mask(source, image_id, look.label))
     if look.label is not None and look.mask is not None:
         look.findings += [("unlabelled", f"{look.mask.path}: {text}") for text in contradictions(source.info, look)]
@@ -323,12 +322,10 @@ def _try(look: Look, kind: str, read: Callable[[], np.ndarray]) -> np.ndarray | 
 
 def absences(image_id: str, look: Look, published: Sequence[Published | None]) -> Iterable[tuple[str, str]]:
     """What an image lacks although its published splits have it."""
-    if not look.found:
-        return
-    if any(split and split.labels for split in published) and not look.has_label:
-        yield "label", f"{image_id}: no label"
-    if any(split and split.masks for split in published) and not look.has_mask:
-        yield "mask", f"{image_id}: no mask"
+    for kind in ("label", "mask"):
+        promised = any(split and getattr(split, f"{kind}s") for split in published)
+        if promised and look.found and not look.has[f"{kind}s"]:
+            yield kind, f"{image_id}: no {kind}"
 
 
 def table(splits: dict[str, Split], published: dict[str, Published]) -> str:

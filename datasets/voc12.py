@@ -73,23 +73,16 @@ class VOC12Source(DataSource):
 
     def _class_indices(self, image_id: str) -> set[int]:
         path = self._annotations.get(image_id, self.root / "Annotations" / f"{image_id}.xml")
-        names = read_object_names(path)
+        with reading(path, "annotation", "It holds the labels of the image: unpack the dataset again."):
+            objects = ElementTree.fromstring(path.read_bytes()).iterfind(
+                "object"
+            )  # not their parts, as heads and hands
+        names = {item.findtext("name", default="").strip() for item in objects}
         unknown = names - set(self.info.classes[1:])
         if unknown:
             known = ", ".join(self.info.classes[1:])
             raise UserError(f"{path}: unknown class '{min(unknown)}'. Known: {known}.")
         return {self.info.classes.index(name) for name in names}
-
-
-def read_object_names(path: Path) -> set[str]:
-    """Names of the objects of a VOC annotation (the names of their parts, such as heads and hands, are not objects).
-
-    Raises:
-        UserError: the file is missing or is not XML.
-    """
-    with reading(path, "annotation", "It holds the labels of the image: unpack the dataset again."):
-        objects = ElementTree.fromstring(path.read_bytes()).iterfind("object")
-    return {item.findtext("name", default="").strip() for item in objects}
 
 
 def find_devkit(data_dir: Path) -> Path | None:

@@ -384,8 +384,8 @@ FAULTS = (
     Fault(
         "corrected masks count once",
         "train_segmentation.py",
-        "] * args.corrected_weight])",
-        "]])",
+        "] * args.corrected_weight",
+        "]",
         "test_corrected.py::test_corrected_masks_replace_pseudo_masks_and_come_more_often",
     ),
     Fault(
@@ -449,14 +449,14 @@ FAULTS = (
     Fault(
         "a flag of the schedule is not passed on",
         "tools/options.py",
-        "weight_decay=args.wd, **prefixed)",
-        'weight_decay=args.wd, **{**prefixed, "poly_power": 0.9})',
+        "optimization=from_flags(Optimization, args)",
+        "optimization=from_flags(Optimization, args, lr_poly_power=0.9)",
         "test_joints.py::test_every_flag_of_the_optimisation_counts",
     ),
     Fault(
         "the schedule ignores its power",
         "tools/optim.py",
-        "poly_schedule(self.optimizer, updates, options.poly_power)",
+        "poly_schedule(self.optimizer, updates, options.lr_poly_power)",
         "poly_schedule(self.optimizer, updates)",
         "test_joints.py::test_every_flag_of_the_optimisation_counts",
     ),
@@ -484,8 +484,8 @@ FAULTS = (
     Fault(
         "biases decay",
         "tools/optim.py",
-        '"weight_decay": 0.0 if is_bias else options.weight_decay',
-        '"weight_decay": options.weight_decay',
+        '"weight_decay": 0.0 if is_bias else options.wd',
+        '"weight_decay": options.wd',
         "test_optim.py::test_groups_split_the_trainable_parameters_by_origin_and_kind",
     ),
     Fault(

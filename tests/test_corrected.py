@@ -29,7 +29,7 @@ def folders(tmp_path):
 def training_set(root, folders, *extra):
     flags = [*data_flags(root), "--tag", "t", *TRAINING, "--masks_dir", folders / "pseudo", *extra]
     args = parse("train_segmentation", *flags)
-    return train_segmentation.training_set(build_source("folder", root, args.masks_dir), args)
+    return train_segmentation.training_data(build_source("folder", root, args.masks_dir), args)[0]
 
 
 def drawn(dataset):

@@ -291,7 +291,7 @@ def test_geometry_of_the_last_model(gradients):
     for name, side in (("small", 48), ("large", 96)):
         save_mask(gradients / "masks" / f"{name}.png", np.ones((side, side)), voc_palette())
     args = parse("train_segmentation", "--tag", "t", *data_flags(gradients), *TRAINING)
-    dataset = train_segmentation.training_set(build_source("folder", gradients), args)
+    dataset, _ = train_segmentation.training_data(build_source("folder", gradients), args)
     torch.manual_seed(0)
     images = torch.stack([dataset[index % 2]["image"][0].float() for index in range(40)])
     rising = (images.diff(dim=2).mean(dim=(1, 2)) > 0).float().mean()
@@ -353,7 +353,7 @@ def test_batches_of_csrm(csrm):
 
 def test_options_of_csrm_and_its_teacher(csrm):
     _, labels, criterion, _ = csrm.steps[0]
-    assert (labels.background, labels.foreground, labels.mode) == (0.2, 0.6, "gt")
+    assert (labels.c2s_bg, labels.c2s_fg, labels.c2s_mode) == (0.2, 0.6, "gt")
     assert (criterion.low_rank, criterion.high_rank, criterion.warmup_epochs, criterion.max_epoch) == (2, 6, 0, 3)
     assert csrm.decays == [0, 0, *(pytest.approx(1 - 1 / (1 + t)) for t in (3, 4, 5, 6))]
     model, _, domain, _, size = csrm.validated[0]
@@ -484,7 +484,7 @@ def test_every_flag_of_the_optimisation_counts():
     flags += ["--lr_alpha_scratch", 3, "--lr_alpha_bias", 4, "--lr_poly_power", 0.6, "--grad_max_norm", 5]
     args = parse("train_classifier", "--tag", "t", *flags, "--accumulate_steps", 6)
     expected = Optimization("momentum", 0.5, 0.2, 0.7, False, 3.0, 4.0, 0.6, 5.0, 6)
-    assert options.optimization(args) == expected
+    assert options.training(args, {}).optimization == expected
     model = Weight()
     update = Update(model, expected, updates=4, dtype=None)
     model.step(update)

@@ -32,7 +32,7 @@ class Network(nn.Module):
 
 def test_groups_split_the_trainable_parameters_by_origin_and_kind():
     model = Network()
-    groups = parameter_groups(model, Optimization("sgd", 1.0, 0.5, alpha_scratch=10.0, alpha_bias=2.0))
+    groups = parameter_groups(model, Optimization("sgd", 1.0, 0.5, lr_alpha_scratch=10.0, lr_alpha_bias=2.0))
     conv, norm, head = *model.stage, model.head
     members = [[conv.weight, norm.weight], [conv.bias, norm.bias], [head.weight], [head.bias]]
     assert [[id(p) for p in g["params"]] for g in groups] == [[id(p) for p in m] for m in members]
@@ -43,7 +43,7 @@ def test_groups_split_the_trainable_parameters_by_origin_and_kind():
 def test_learning_rates_golden():
     golden = np.load(Path(__file__).parent / "golden" / "poly_lr.npz")
     lr, scratch, bias = (golden[name].item() for name in ("base_lr", "alpha_scratch", "alpha_bias"))
-    optimizer = build_optimizer(Network(), Optimization("sgd", lr, 0, alpha_scratch=scratch, alpha_bias=bias))
+    optimizer = build_optimizer(Network(), Optimization("sgd", lr, 0, lr_alpha_scratch=scratch, lr_alpha_bias=bias))
     schedule = poly_schedule(optimizer, golden["max_step"].item(), golden["power"].item())
     assert [group["name"] for group in optimizer.param_groups] == golden["groups"].tolist()
     for expected in golden["lr_used_at_each_step"]:
@@ -88,7 +88,7 @@ def test_a_schedule_restored_from_its_state_goes_on_as_if_never_stopped():
 def test_weights_whose_first_gradient_comes_late_have_velocity_like_all(name):
     """v <- .9 v + g; the step is lr (g + .9 v) with Nesterov momentum, else lr v."""
     model = Network()
-    optimizer = build_optimizer(model, Optimization(name, 0.1, 0, alpha_scratch=1))
+    optimizer = build_optimizer(model, Optimization(name, 0.1, 0, lr_alpha_scratch=1))
     late, early = model.head.weight, model.stage[0].weight
     start, velocity = late.detach().clone(), torch.zeros_like(late)
     for step in range(4):

@@ -189,7 +189,7 @@ def test_maps_without_a_positive_value_hide_nothing():
 
 # -- two players -----------------------------------------------------------------------------------------------------
 def make_opponent(ordinary: nn.Module, **changes) -> Opponent:
-    options = Optimization("sgd", lr=0.1, weight_decay=0, alpha_scratch=1, alpha_bias=2, **changes)
+    options = Optimization("sgd", lr=0.1, wd=0, lr_alpha_scratch=1, lr_alpha_bias=2, **changes)
     return Opponent(ordinary, options, label_smoothing=SMOOTHING, updates=8, dtype=None)
 
 

@@ -125,8 +125,11 @@ def _ending(error: BaseException, args: argparse.Namespace) -> tuple[int, str] |
         return 130, "interrupted. Run the same command again to continue."
     if not isinstance(error, (RuntimeError, OSError, MemoryError)):
         return None
-    if parallel.world_size() > 1 and _distributed().is_lost_peer(error):
-        return 1, "error: another process has ended or hangs. Its error says why; run again to continue."
+    if parallel.world_size() > 1:
+        from tools import distributed
+
+        if distributed.is_lost_peer(error):
+            return 1, "error: another process has ended or hangs. Its error says why; run again to continue."
     words = _in_words(error, args)
     return (2, f"error: {words}") if words else None
 
@@ -140,15 +143,11 @@ def _end(status: int, message: str) -> NoReturn:
     sys.exit(status)
 
 
-def _distributed() -> types.ModuleType:
-    from tools import distributed  # PyTorch, which takes seconds, and which not every command needs
-
-    return distributed
-
-
 def _leave_together() -> None:
     if parallel.world_size() > 1:
-        _distributed().stop()
+        from tools import distributed  # PyTorch, which takes seconds, and which not every command needs
+
+        distributed.stop()
 
 
 @contextlib.contextmanager

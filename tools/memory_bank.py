@@ -24,6 +24,8 @@ from tools.losses import certain_pixels, masked_percentile
 from tools.options import IGNORE_INDEX
 from tools.parallel import world_size
 
+ANCHOR_PROBABILITY = 0.3  # of its label, to the teacher, above which a pixel can be an anchor
+
 
 class MemoryBank(nn.Module):
     """First-in, first-out queues of negative keys, one per class, in buffers: checkpoints carry them.
@@ -89,7 +91,6 @@ def contrastive_loss(
     num_anchors: int = 256,
     num_negatives: int = 50,
     temperature: float = 0.5,
-    positive_threshold: float = 0.3,
 ) -> Tensor:
     """L_contra: feed the bank with this step's keys, then contrast anchors with the class means and with the bank.
 
@@ -102,7 +103,6 @@ def contrastive_loss(
         low_entropy, high_entropy: bool [B, h, w] over the unlabeled half (`entropy_masks`).
         low_rank, high_rank: a pixel can be a hard negative of the teacher's `low_rank` most probable classes; an
             uncertain pixel also of those ranked in [low_rank, high_rank).
-        positive_threshold: teacher probability of its label above which a pixel can be an anchor.
 
     Returns:
         float32 scalar: the sum over the classes that have anchors and keys, divided by the number of classes that have
@@ -111,7 +111,7 @@ def contrastive_loss(
     feed_bank(bank, teacher_reps, labels, teacher_probs, image_labels, high_entropy, low_rank, high_rank)
     # Pixels that are not reliable become 255, so that "reliable and labelled c" is one comparison from here on.
     reliable = labels.where(torch.cat([torch.ones_like(low_entropy), low_entropy]), IGNORE_INDEX)
-    pixels, candidates = sample_anchors(reliable, teacher_probs, num_anchors, positive_threshold)
+    pixels, candidates = sample_anchors(reliable, teacher_probs, num_anchors, ANCHOR_PROBABILITY)
     anchors = gather_pixels(student_reps, pixels)
     # Mixed precision would turn the products below into half precision, whose sums over a batch can overflow.
     with torch.autocast(student_reps.device.type, enabled=False):

@@ -23,8 +23,8 @@ from tools.options import OPTIMIZERS, Optimization
 def parameter_groups(model: nn.Module, options: Optimization) -> list[dict]:
     """Trainable parameters as pretrained weights, pretrained biases, new weights, new biases, in this order.
 
-    The learning rates are lr times 1, alpha_bias, alpha_scratch and alpha_scratch * alpha_bias; biases have no weight
-    decay. The scale of a normalisation layer counts as a weight. A group may be empty, so that the order never changes.
+    The learning rates are lr times 1, `lr_alpha_bias`, `lr_alpha_scratch`, and both; biases have no weight decay. The
+    scale of a normalisation layer counts as a weight. A group may be empty, so that the order never changes.
     """
     scratch = {id(p) for module in model.scratch_modules() for p in module.parameters()}
     members: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -36,8 +36,8 @@ def parameter_groups(model: nn.Module, options: Optimization) -> list[dict]:
         {
             "name": f"{'scratch' if is_scratch else 'pretrained'} {'bias' if is_bias else 'weight'}",
             "params": members.get((is_scratch, is_bias), []),
-            "lr": options.lr * (options.alpha_scratch if is_scratch else 1) * (options.alpha_bias if is_bias else 1),
-            "weight_decay": 0.0 if is_bias else options.weight_decay,
+            "lr": options.lr * options.lr_alpha_scratch**is_scratch * options.lr_alpha_bias**is_bias,
+            "weight_decay": 0.0 if is_bias else options.wd,
         }
         for is_scratch in (False, True)
         for is_bias in (False, True)
@@ -89,7 +89,7 @@ class Update:
         self.options = options
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = build_optimizer(model, options)
-        self.schedule = poly_schedule(self.optimizer, updates, options.poly_power)
+        self.schedule = poly_schedule(self.optimizer, updates, options.lr_poly_power)
         # Used in every precision: it also skips updates with gradients that are not finite, and where the optimiser is
         # fused it does not wait for the GPU.
         scale = {} if dtype == torch.float16 else {"init_scale": 1.0, "growth_interval": 2**31 - 1}

@@ -72,14 +72,14 @@ class Optimization:
     """How gradients change weights (`tools.optim.Update`)."""
 
     optimizer: str  # one of `OPTIMIZERS`
-    # learning rate of pretrained weights; times `alpha_scratch` for new layers, times `alpha_bias` for biases
+    # learning rate of pretrained weights; times `lr_alpha_scratch` for new layers, times `lr_alpha_bias` for biases
     lr: float
-    weight_decay: float  # of weights; biases have none
+    wd: float  # weight decay of weights; biases have none
     momentum: float = 0.9  # of sgd
     nesterov: bool = True
-    alpha_scratch: float = 10.0
-    alpha_bias: float = 1.0
-    poly_power: float = 0.9  # of the decay of the learning rate to 0; 0: it is constant
+    lr_alpha_scratch: float = 10.0
+    lr_alpha_bias: float = 1.0
+    lr_poly_power: float = 0.9  # of the decay of the learning rate to 0; 0: it is constant
     grad_max_norm: float = 1.0  # the gradient's norm is clipped at this; 0: never
     accumulate_steps: int = 1  # batches per update
 
@@ -249,13 +249,7 @@ def views(args: argparse.Namespace, long_side: float) -> Views:
 def training(args: argparse.Namespace, made_by: dict[str, object]) -> Training:
     """The flags of `add_common` and `add_optimization`, and the identity of the run."""
     flags = {name: plain(value) for name, value in vars(args).items() if name != "overwrite"}
-    return from_flags(Training, args, made_by=made_by, optimization=optimization(args), flags=flags)
-
-
-def optimization(args: argparse.Namespace) -> Optimization:
-    """The flags of `add_optimization` that concern the weights."""
-    prefixed = {name: getattr(args, f"lr_{name}") for name in ("alpha_scratch", "alpha_bias", "poly_power")}
-    return from_flags(Optimization, args, weight_decay=args.wd, **prefixed)
+    return from_flags(Training, args, made_by=made_by, optimization=from_flags(Optimization, args), flags=flags)
 
 
 def from_flags(kind: type[Options], args: argparse.Namespace, **given: object) -> Options:
