@@ -73,7 +73,7 @@ from datasets.exchange.voc_server import write_package
 from tools import distributed, identity
 from tools.cam import read_cams
 from tools.files import atomic_write, check_present, check_size, check_writable, save_json
-from tools.metrics import ConfusionMatrix, Scores, ThresholdSweep, scores, threshold_range
+from tools.metrics import Scores, ThresholdSweep, confusion_counts, scores, threshold_range
 
 PREDICT = "Finish the stage that writes the predictions, or check --pred_dir, --mode and --domain."
 IDS_PER_JOB = 16  # small, so that the progress bar moves; not 1, because every job sends all counts between processes
@@ -187,13 +187,13 @@ def count(
 
 def count_masks(source: DataSource, pred_dir: Path, suffix: str, ids: Sequence[str]) -> np.ndarray:
     """Counts of some masks, int64 [1, C, C+1]."""
-    matrix = ConfusionMatrix(source.info.num_classes)
+    counts = []
     for image_id in ids:
         mask, path = source.mask(image_id), pred_dir / f"{image_id}{suffix}"
         prediction = read_mask(path, source.info)
         check_size(path, prediction.shape, mask.shape)
-        matrix.update(torch.tensor(mask), torch.tensor(prediction))
-    return matrix.counts[None].numpy()
+        counts.append(confusion_counts(mask, prediction, source.info.num_classes))
+    return sum(counts)[None]
 
 
 def count_cams(

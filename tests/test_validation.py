@@ -10,7 +10,7 @@ from torch import nn
 from datasets import build_source
 from tools.cam import cam_labels, multi_scale_cams, scaled_views
 from tools.maps import normalize
-from tools.metrics import ConfusionMatrix, classification_scores, scores
+from tools.metrics import classification_scores, confusion_counts, scores
 from tools.validation import validate
 
 
@@ -33,13 +33,13 @@ def test_the_report(folder_root, capsys, segments):
     report = validate(model, source, "train", torch.device("cpu"), 64)
     ids, mious = source.ids("train"), {}
     for threshold in (0.4, report["valid/best_threshold"]):
-        matrix = ConfusionMatrix(3)
+        counts = 0
         for image_id in ids:
             image, label = normalize(source.photograph(image_id)), torch.tensor(source.image_label(image_id))
             keys, _, hr_cam = multi_scale_cams(lambda v: model(v)["cams"], image, label, scales=[1], hflip=False)
-            prediction = torch.from_numpy(keys[cam_labels(hr_cam, threshold)])
-            matrix.update(torch.tensor(source.mask(image_id)), prediction)
-        mious[threshold] = scores(matrix.counts).miou
+            prediction = keys[cam_labels(hr_cam, threshold)]
+            counts = counts + confusion_counts(source.mask(image_id), prediction, 3)
+        mious[threshold] = scores(counts).miou
     assert report["valid/miou_cam_at_0.4"] == pytest.approx(mious[0.4])
     assert report["valid/miou_cam"] == pytest.approx(mious[report["valid/best_threshold"]])
     assert report["valid/miou_cam"] >= report["valid/miou_cam_at_0.4"]
@@ -47,7 +47,7 @@ def test_the_report(folder_root, capsys, segments):
     logits = np.concatenate([model(view)["class_logits"].numpy() for view in views])
     recognised = classification_scores(logits, source.image_labels(ids))
     for name in ("average_precision", "precision", "recall"):
-        assert report[f"valid/{name}"] == pytest.approx(recognised.mean(name))
+        assert report[f"valid/{name}"] == pytest.approx(recognised[name])
     assert ("valid/miou_seg" in report) == segments
     printed = capsys.readouterr().out
     assert all(f"{name} {value:.2f}" in printed for name, value in report.items())

@@ -1,10 +1,8 @@
 """How good a segmentation is: confusion matrix, IoU, error rates, the sweep over background thresholds of CAMs; and how
 well images are classified.
 
-    matrix = ConfusionMatrix(num_classes=21)
-    for batch in loader:
-        matrix.update(batch["mask"], logits.argmax(1).cpu())
-    print(scores(matrix.counts).miou)
+    counts = sum(confusion_counts(mask, prediction, num_classes=21) for mask, prediction in masks)
+    print(scores(counts).miou)
 
     sweep = ThresholdSweep(num_classes=21, thresholds=threshold_range(0.05, 0.80, 0.05))
     for mask, keys, cams in files:
@@ -21,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from tools.errors import UserError
 from tools.files import read_json
@@ -57,9 +54,8 @@ class Scores:
         return float(self.iou[1:].mean()) if len(self.iou) > 1 else 0.0
 
 
-def scores(counts: np.ndarray | torch.Tensor) -> Scores:
+def scores(counts: np.ndarray) -> Scores:
     """Turn counts (int [C, C+1], see the module's docstring) into `Scores`."""
-    counts = np.asarray(counts)
     hits = np.diagonal(counts).astype(np.float64)
     truth = counts.sum(axis=1)
     predicted = counts[:, :-1].sum(axis=0)
@@ -81,20 +77,13 @@ def load_scores(path: Path) -> dict[str, Any]:
     return content
 
 
-class ConfusionMatrix:
-    """Counts of (ground truth, prediction) pairs: `counts`, int64 [C, C+1], on the CPU."""
-
-    def __init__(self, num_classes: int) -> None:
-        self.counts = torch.zeros(num_classes, num_classes + 1, dtype=torch.int64)
-
-    def update(self, masks: torch.Tensor, predictions: torch.Tensor) -> None:
-        """Add pixels: ground truth and predictions of equal shape, integers 0..C-1 or 255."""
-        assert masks.shape == predictions.shape, f"masks {tuple(masks.shape)}, predictions {tuple(predictions.shape)}"
-        valid = masks != IGNORE_INDEX
-        truth, predicted = masks[valid].long(), predictions[valid].long()
-        predicted = predicted.where(predicted != IGNORE_INDEX, len(self.counts))
-        pairs = truth * self.counts.shape[1] + predicted
-        self.counts += torch.bincount(pairs, minlength=self.counts.numel()).view_as(self.counts)
+def confusion_counts(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
+    """Counts of two masks of equal shape, integers 0..C-1 or 255: int64 [C, C+1] (see the module's docstring)."""
+    assert truth.shape == predicted.shape, f"ground truth {truth.shape}, predictions {predicted.shape}"
+    valid = truth != IGNORE_INDEX
+    columns = np.where(predicted[valid] == IGNORE_INDEX, num_classes, predicted[valid].astype(np.int64))
+    pairs = truth[valid].astype(np.int64) * (num_classes + 1) + columns
+    return np.bincount(pairs, minlength=num_classes * (num_classes + 1)).reshape(num_classes, num_classes + 1)
 
 
 def threshold_range(minimum: float, maximum: float, step: float) -> np.ndarray:
@@ -148,36 +137,26 @@ class ThresholdSweep:
         return matrices
 
 
-@dataclasses.dataclass(frozen=True)
-class ClassificationScores:
-    """How well classes are recognised in images, in per cent; arrays are float64 [K].
+def classification_scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """How well classes are recognised in images, in per cent: means over the classes that some image has (0 without).
 
-    `precision` and `recall` take a class for present where its probability is above one half; a class never taken so
-    has precision 0. `average_precision` is the area under precision over recall as the decision threshold varies; 0 for
-    a class that no image has. The means are over the classes that some image has (0 if there are none).
+    "precision" and "recall" take a class for present where its probability is above one half; a class never taken so
+    has precision 0. "average_precision" is the area under precision over recall as the decision threshold varies.
+
+    Args:
+        logits: float [N, K].
+        labels: multi-hot [N, K].
     """
-
-    precision: np.ndarray
-    recall: np.ndarray
-    average_precision: np.ndarray
-    occurs: np.ndarray
-
-    def mean(self, name: str) -> float:
-        """Mean of one of the three."""
-        return float(getattr(self, name)[self.occurs].mean()) if self.occurs.any() else 0.0
-
-
-def classification_scores(logits: np.ndarray, labels: np.ndarray) -> ClassificationScores:
-    """Score class logits float [N, K] against multi-hot labels [N, K]."""
     assert logits.shape == labels.shape, f"logits {logits.shape}, labels {labels.shape}"
     truth, predicted = labels > 0, logits > 0
     hits = (truth & predicted).sum(axis=0)
-    return ClassificationScores(
-        precision=100 * hits / np.maximum(predicted.sum(axis=0), 1),
-        recall=100 * hits / np.maximum(truth.sum(axis=0), 1),
-        average_precision=np.array([100 * average_precision(*pair) for pair in zip(logits.T, truth.T, strict=True)]),
-        occurs=truth.any(axis=0),
-    )
+    per_class = {
+        "average_precision": np.array([100 * average_precision(*pair) for pair in zip(logits.T, truth.T, strict=True)]),
+        "precision": 100 * hits / np.maximum(predicted.sum(axis=0), 1),
+        "recall": 100 * hits / np.maximum(truth.sum(axis=0), 1),
+    }
+    occurs = truth.any(axis=0)
+    return {name: float(values[occurs].mean()) if occurs.any() else 0.0 for name, values in per_class.items()}
 
 
 def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from tools import distributed, parallel
 from tools.cam import multi_scale_cams, scaled_views
 from tools.maps import normalize, resize_maps
-from tools.metrics import ConfusionMatrix, ThresholdSweep, classification_scores, scores, threshold_range
+from tools.metrics import ThresholdSweep, classification_scores, confusion_counts, scores, threshold_range
 from tools.options import PSEUDO_MASK_THRESHOLD
 
 THRESHOLDS = threshold_range(0.05, 0.80, 0.05)
@@ -37,7 +37,7 @@ def validate(model: nn.Module, source: Any, domain: str, device: torch.device, l
     """
     model.eval()
     ids, classes = source.ids(domain), source.info.num_classes
-    sweep, matrix = ThresholdSweep(classes, THRESHOLDS), ConfusionMatrix(classes)
+    sweep, counts = ThresholdSweep(classes, THRESHOLDS), np.zeros((classes, classes + 1), np.int64)
     logits = torch.zeros(len(ids), classes - 1)
     seen = torch.zeros(2)  # images with CAMs, with segmentation logits
     for index in parallel.progress(
@@ -57,10 +57,10 @@ def validate(model: nn.Module, source: Any, domain: str, device: torch.device, l
         if "seg_logits" in outputs:
             prediction = resize_maps(outputs["seg_logits"], truth.shape)[0].max(dim=0).indices
             seen[1] += 1
-            matrix.update(torch.tensor(truth), prediction.cpu())
+            counts += confusion_counts(truth, prediction.cpu().numpy(), classes)
     counts, sweep.histogram, logits, seen = (
         distributed.all_reduce_sum(torch.as_tensor(part).to(device)).cpu().numpy()
-        for part in (matrix.counts, sweep.histogram, logits, seen)
+        for part in (counts, sweep.histogram, logits, seen)
     )
     report = _cam_report(sweep, logits, source.image_labels(ids)) if seen[0] else {}
     if seen[1]:
@@ -72,12 +72,9 @@ def validate(model: nn.Module, source: Any, domain: str, device: torch.device, l
 def _cam_report(sweep: ThresholdSweep, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     mious = [scores(counts).miou for counts in sweep.counts]
     best = int(np.argmax(mious))
-    recognised = classification_scores(logits, labels)
     return {
         "valid/miou_cam": mious[best],
         "valid/best_threshold": float(THRESHOLDS[best]),
         f"valid/miou_cam_at_{PSEUDO_MASK_THRESHOLD:g}": mious[THRESHOLDS.tolist().index(PSEUDO_MASK_THRESHOLD)],
-        "valid/average_precision": recognised.mean("average_precision"),
-        "valid/precision": recognised.mean("precision"),
-        "valid/recall": recognised.mean("recall"),
+        **{f"valid/{name}": value for name, value in classification_scores(logits, labels).items()},
     }
