@@ -56,7 +56,6 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 import torch.nn.functional as F
-from skimage.filters import threshold_otsu
 from torch import nn
 
 from datasets import DataSource, build_source
@@ -77,7 +76,7 @@ from tools.devices import select_device
 from tools.files import save_mask
 from tools.left_out import LeftOut
 from tools.maps import cells, normalize, resize_maps, unit_maximum
-from tools.pseudo_labels import RELATIVE_FOREGROUND, foreground_maps
+from tools.pseudo_labels import foreground_maps, object_threshold
 from tools.seeds import auto_threshold
 
 HARMLESS = ("seed", "domain", "save_cams", "save_masks", "save_pseudos", "cam_format")
@@ -209,16 +208,14 @@ def segmentation_labels(maps: np.ndarray, reading: str) -> np.ndarray:
     """Index into the image's classes of each pixel, from the maps [n,H,W] of `segmentation_maps`; 0 is the background.
 
     "present": argmax of the background and the maps. "foreground": the best map where they sum to more than 1/2.
-    "relative": like CAMs, each map is divided by its maximum in the image and compared with a threshold. That is Otsu's
-    (1979), but at most `RELATIVE_FOREGROUND`: an image that is all object does not have two groups of pixels.
+    "relative": like CAMs, each map is divided by its maximum in the image and compared with `object_threshold`.
     """
     maps = maps.astype(np.float32)
     if reading in ("present", "foreground"):
         background = 1 - maps.sum(axis=0)
         return cam_labels(maps, background if reading == "present" else (background >= 0.5).astype(np.float32))
     maps = unit_maximum(torch.from_numpy(maps)).numpy()
-    otsu = threshold_otsu(maps.max(axis=0)) if len(maps) else RELATIVE_FOREGROUND
-    return cam_labels(maps, min(otsu, RELATIVE_FOREGROUND))
+    return cam_labels(maps, object_threshold(maps))
 
 
 def check_flags(args: argparse.Namespace, model: nn.Module) -> None:

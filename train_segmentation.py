@@ -8,8 +8,10 @@
 Training reads photographs and the masks in --masks_dir (ID.png, 255 ignored; without the flag the dataset's own masks:
 fully supervised) and writes experiments/models/TAG.pth. Masks in --corrected_dir (docs/review.md) replace those of
 their images, and these images are used more often. Prediction averages the logits of each image at several scales and
-mirrored, and refines the result with a dense CRF. It never reads labels. It also takes a CSRM checkpoint (--weights).
-It writes to experiments/predictions/TAG@DOMAIN/
+mirrored, and refines the result with a dense CRF. It never reads labels. A model that has learnt a few pseudo masks is
+seldom sure: its argmax is the background too often, and --reading relative is better. It finds the classes that are
+sure somewhere in the image, and compares their maps with parts of their maxima, as inference.py does with the classes
+of the label. Prediction also takes a CSRM checkpoint (--weights). It writes to experiments/predictions/TAG@DOMAIN/
 
     masks/ID.png         class indices with a palette
     overlays/ID.jpg      the photograph with painted classes and a legend (--save_overlays)
@@ -23,7 +25,7 @@ class: its pixels, and their per cent.
 The network sees a large photograph reduced to the size of its training, so small objects are lost. --tile 1024 cuts
 photographs longer than 1024 pixels into overlapping squares of this side, and segments each square like a photograph.
 Small objects are found (a flock, aerial images), but objects larger than a square are missed. Each square takes the
-time of a photograph.
+time of a photograph; with --reading relative the network sees each square twice.
 
 Training and prediction continue where they stopped. Several GPUs can share them (SETUP.md):
 
@@ -66,6 +68,8 @@ def make_parser() -> cli.Parser:
     cli.add_switch(group, "--save_confidence", False, "also write the probability of each pixel's class")
     text = "segment photographs that are longer than this in overlapping squares of this side"
     group.add_argument("--tile", type=cli.positive_int, metavar="PIXELS", help=text)
+    text = "argmax of the probabilities; relative: for models that are seldom sure (see above)"
+    group.add_argument("--reading", choices=options.PREDICTION_READINGS, default="argmax", help=text)
     group.add_argument("--weights", type=Path, help="checkpoint, of CSRM too (default: experiments/models/TAG.pth)")
     group.add_argument("--max_images", type=cli.positive_int, help="stop after the first N images of the split")
     options.add_shared(group, "scales", "hflip", "on_error", "crf_t", "crf_backend")
@@ -91,22 +95,29 @@ from models.restore import restore
 from tools import distributed, identity
 from tools.cam import enlarged_argmax, multi_scale_logits, values_at, working_photograph
 from tools.checkpoint import check_classes
-from tools.crf import SEGMENTATION_SETTINGS, mean_field, unary_from_probabilities
+from tools.crf import CAM_SETTINGS, SEGMENTATION_SETTINGS, mean_field, unary_from_labels, unary_from_probabilities
 from tools.devices import select_device
 from tools.drawing import save_overlay
 from tools.files import atomic_write, load_mask, locked, save_mask, save_png
 from tools.left_out import LeftOut
 from tools.losses import cross_entropy
 from tools.maps import normalize, resize_maps
+from tools.pseudo_labels import RelativeReading
 from tools.tiles import Place, Rows, blended_strips
 from tools.training import Trainer, seed_everything
 from tools.validation import check_domain, validate
 
-PREDICTION_RESULT = ("scales", "hflip", "crf_t", "crf_backend", "tile")
+PREDICTION_RESULT = ("scales", "hflip", "reading", "crf_t", "crf_backend", "tile")
 """Flags that change a predicted mask."""
 
 PREDICTION = ("predict", "images", "save_overlays", "save_confidence", "weights", "max_images", *PREDICTION_RESULT)
 """Flags of the prediction. They do not change the training."""
+
+RELATIVE_GT_PROB = 0.9
+"""The CRF's confidence in labels of --reading relative: a trained model's are better than CAMs' (docs/log.md)."""
+
+OVERVIEW = 4
+"""Stride, pixels, at which the maps of a tiled photograph are searched for their maxima: the network's own."""
 
 
 def train_step(model: nn.Module, batch: dict, device: torch.device, label_smoothing: float) -> dict[str, torch.Tensor]:
@@ -179,6 +190,7 @@ class Segmentation:
 
     views: options.Views  # of a photograph, or of a tile
     crf: options.CRF  # dense CRF of the averaged views
+    reading: str = "argmax"  # of the probabilities, one of `tools.options.PREDICTION_READINGS`
     tile: int | None = None  # side of the tiles of longer photographs, pixels; None: no tiles
     confidence: bool = False  # whether the network's probabilities are returned, too
 
@@ -192,16 +204,23 @@ def segment(model: nn.Module, photograph: torch.Tensor, how: Segmentation) -> tu
     size = photograph.shape[-2:]
     if how.tile is None or max(size) <= how.tile:
         before = probabilities(model, photograph, how.views)
-        return class_indices(before, refined(photograph, before, how), size, how)
+        reading = RelativeReading.of(before) if how.reading == "relative" else None
+        return class_indices(before, refined(photograph, before, how, reading), size, how, reading)
     masks, confidences = zip(*tiled(model, photograph, how), strict=True)
     return np.concatenate(masks), np.concatenate(confidences) if how.confidence else None
 
 
 def class_indices(
-    before: torch.Tensor, after: torch.Tensor, size: Sequence[int], how: Segmentation
+    before: torch.Tensor,
+    after: torch.Tensor,
+    size: Sequence[int],
+    how: Segmentation,
+    reading: RelativeReading | None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """What `segment` returns, from the probabilities f32[1,C,h,w] before and after the dense CRF; `size` is (H, W)."""
+    """What `segment` returns, from the probabilities f32[1,C,h,w] and what `refined` made of them; `size` is (H, W)."""
     index = enlarged_argmax(after, size)
+    if reading:
+        index = reading.keys[index]
     mask = index.to(torch.uint8).cpu().numpy()
     if not how.confidence:
         return mask, None
@@ -214,12 +233,18 @@ def probabilities(model: nn.Module, photograph: torch.Tensor, views: options.Vie
     return multi_scale_logits(segmentation_forward(model), image, **dataclasses.asdict(views)).softmax(dim=1)
 
 
-def refined(photograph: torch.Tensor, before: torch.Tensor, how: Segmentation) -> torch.Tensor:
-    """The probabilities f32[1,C,h,w] after the dense CRF."""
-    if not how.crf.iterations:
+def refined(
+    photograph: torch.Tensor, before: torch.Tensor, how: Segmentation, reading: RelativeReading | None = None
+) -> torch.Tensor:
+    """The probabilities f32[1,C,h,w] after the dense CRF. With a reading, C are its keys instead of all classes."""
+    if not how.crf.iterations and not reading:
         return before
-    image, unary = working_photograph(photograph, how.views).to(before.device), unary_from_probabilities(before)
-    return mean_field(image, unary, SEGMENTATION_SETTINGS, how.crf.iterations, backend=how.crf.backend)
+    image = working_photograph(photograph, how.views).to(before.device)
+    if reading:
+        unary, settings = unary_from_labels(reading.labels(before), len(reading.keys), how.crf.gt_prob), CAM_SETTINGS
+    else:
+        unary, settings = unary_from_probabilities(before), SEGMENTATION_SETTINGS
+    return mean_field(image, unary, settings, how.crf.iterations, backend=how.crf.backend)
 
 
 def tiled(
@@ -239,15 +264,22 @@ def tiled(
     def refine(place: Place) -> torch.Tensor:
         tile, before = photograph[(..., *place)], blended[place]
         working = working_photograph(tile, how.views).shape[-2:]
-        return resize_maps(refined(tile, resize_maps(before, working), how), tile.shape[-2:])
+        return resize_maps(refined(tile, resize_maps(before, working), how, reading), tile.shape[-2:])
 
     def finish(rows: slice, after: torch.Tensor) -> tuple[np.ndarray, np.ndarray | None]:
-        before = blended[rows, :] if how.crf.iterations else after
-        return class_indices(before, after, after.shape[-2:], how)
+        before = blended[rows, :] if is_refined else after
+        return class_indices(before, after, after.shape[-2:], how, reading)
 
+    reading = None
+    if how.reading == "relative":  # its maxima are those of the whole photograph: the network sees all of it first
+        overview = [
+            strip[..., -rows.start % OVERVIEW :: OVERVIEW, ::OVERVIEW].clone()
+            for rows, strip in blended_strips(look, size, how.tile)
+        ]
+        reading = RelativeReading.of(torch.cat(overview, dim=-2))
     strips = blended_strips(look, size, how.tile)
-    blended = Rows(strips)
-    final = blended_strips(refine, size, how.tile) if how.crf.iterations else strips
+    blended, is_refined = Rows(strips), how.crf.iterations or reading
+    final = blended_strips(refine, size, how.tile) if is_refined else strips
     return itertools.starmap(finish, final)  # a loop would keep a strip in memory while the next one is made
 
 
@@ -338,8 +370,8 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
     source, domain, name = photographs(args, checkpoint, weights)
     ids = source.ids(domain)[: args.max_images]
     views = options.views(args, checkpoint["args"]["image_size"])
-    crf = options.CRF(iterations=args.crf_t, backend=args.crf_backend)
-    how = Segmentation(views, crf, args.tile, args.save_confidence)
+    crf = options.CRF(args.crf_t, RELATIVE_GT_PROB, args.crf_backend)
+    how = Segmentation(views, crf, args.reading, args.tile, args.save_confidence)
     predictor = Predictor(model, source, options.predictions_dir(args.tag, name), how, overlays=args.save_overlays)
     flags = {name: getattr(args, name) for name in PREDICTION_RESULT}
     flags["images"] = args.images and str(args.images.resolve())  # two folders of one name never mix

@@ -30,13 +30,13 @@ for ((round = 1; round < ROUNDS; round++)); do
   MASKS=$(merged "$TAG_ROUND$round")
 done
 train_model "$TAG_SEG" ${CORRECTIONS[@]+"${CORRECTIONS[@]}"}
-run train_segmentation.py --tag "$TAG_SEG" --predict --domain "$DOMAIN_TEST" $RUN_FLAGS $TEST_VIEW_FLAGS
+run train_segmentation.py --tag "$TAG_SEG" --predict --domain "$DOMAIN_TEST" $RUN_FLAGS $VIEW_FLAGS $PREDICT_FLAGS
 SUFFIX=${TAG_SEG#"$NAME-deeplab$VARIANT"}  # nothing or -corrected
 score "segmentation_val${SUFFIX//-/_}" "$DOMAIN_SCORE" "$PREDICTIONS/$TAG_SEG@$DOMAIN_TEST/masks"
 
 # The other columns of the report exist for training images only: some of them are segmented too.
-run train_segmentation.py --tag "$TAG_SEG" --predict --domain "$SHEET" --max_images 200 $RUN_FLAGS $TEST_VIEW_FLAGS
+run train_segmentation.py --tag "$TAG_SEG" --predict --domain "$SHEET" --max_images 200 $RUN_FLAGS $VIEW_FLAGS $PREDICT_FLAGS
 report
 
 printf '\nFinal model: experiments/models/%s.pth, which has learnt %s\n' "$TAG_SEG" "$MASKS"
-echo "Other photographs: $PYTHON train_segmentation.py --tag $TAG_SEG --predict --images FOLDER $TEST_VIEW_FLAGS"
+echo "Other photographs: $PYTHON train_segmentation.py --tag $TAG_SEG --predict --images FOLDER $VIEW_FLAGS $PREDICT_FLAGS"

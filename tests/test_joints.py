@@ -99,7 +99,7 @@ def test_views_and_crf_of_a_prediction_are_those_of_the_flags_and_of_the_trainin
     flags = ["--scales", "0.5,1", "--hflip", "false", "--crf_t", 3, "--num_workers", 0, "--max_images", 1]
     flags += ["--tile", 99, "--save_confidence"]
     run("train_segmentation", *data_flags(folder_root), "--tag", "t", "--predict", "--domain", "train", *flags)
-    assert seen == [Segmentation(Views((0.5, 1.0), False, 64), CRF(iterations=3), tile=99, confidence=True)]
+    assert seen == [Segmentation(Views((0.5, 1.0), False, 64), CRF(3, gt_prob=0.9), tile=99, confidence=True)]
 
 
 def test_epochs_smoothing_and_validation_of_the_last_model(folder_root, folder, tmp_path, monkeypatch):

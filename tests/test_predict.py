@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import csv
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from command import data_flags, refusal, run
 from PIL import Image
 
+import inference
 from datasets.folder import Photographs
-from models import build_model, load_model
+from models import build_model, load_model, segmentation_forward
 from tools import options
-from tools.cam import enlarged_argmax, values_at
+from tools.cam import enlarged_argmax, multi_scale_logits, values_at
 from tools.checkpoint import save_checkpoint
+from tools.crf import CAM_SETTINGS, mean_field, unary_from_labels
 from tools.errors import UserError
 from tools.files import load_mask
-from tools.maps import resize_maps
+from tools.maps import normalize, resize_maps
+from tools.pseudo_labels import RelativeReading
 from train_segmentation import Segmentation, probabilities, refined, segment
 
 CLASSES = ["background", "cat", "dog"]
@@ -185,6 +190,56 @@ def test_one_that_cannot_be_read_is_left_out_of_the_areas(models, holiday):
         assert {row["id"] for row in csv.DictReader(file)} == set(SIZES)
 
 
+# -- relative to each class's maximum ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sure_model(models):
+    """Its logits are spread so far that some classes are sure somewhere, and others nowhere."""
+    model, _ = load_model(models / "segmentation.pth", torch.device("cpu"), kinds=["segmentation"])
+    torch.nn.init.normal_(model.segmentation[-1].weight, std=1.5, generator=torch.Generator().manual_seed(3))
+    return model
+
+
+@pytest.mark.parametrize("iterations", [0, 3])
+@pytest.mark.parametrize("size", [(40, 56), (91, 33)])
+def test_sure_classes_are_read_like_the_classes_of_a_label(sure_model, iterations, size):
+    """The other side is inference.py's way to pseudo masks, told which classes the photograph holds."""
+    picture, settings = photograph(size), how(crf=options.CRF(iterations=iterations), reading="relative")
+    with torch.inference_mode():
+        logits = multi_scale_logits(segmentation_forward(sure_model), normalize(picture), **asdict(VIEWS))
+    label = (logits.softmax(dim=1).amax(dim=(2, 3))[0, 1:] > 0.5).float()
+    keys, _, maps = inference.segmentation_maps(logits, label, size, "relative")
+    unary = unary_from_labels(torch.from_numpy(inference.segmentation_labels(maps, "relative"))[None], len(keys))
+    expected = keys[mean_field(picture, unary, CAM_SETTINGS, iterations).argmax(dim=1)[0].numpy()]
+    mask, _ = segment(sure_model, picture, settings)
+    assert len(keys) > 1 and len(np.unique(expected)) > 1
+    assert (mask == expected).mean() > 0.999  # ties
+    assert (mask == segment(sure_model, picture, how(crf=settings.crf))[0]).mean() < 0.99
+
+
+def test_a_photograph_without_a_sure_class_is_background(model):
+    torch.nn.init.zeros_(model.segmentation[-1].weight)
+    mask, confidence = segment(model, photograph((40, 56)), how(reading="relative", confidence=True))
+    assert not mask.any() and confidence.any()
+
+
+@pytest.mark.parametrize("iterations", [0, 2])
+def test_maxima_are_those_of_the_whole_photograph(sure_model, iterations):
+    """The threshold and the maxima of tiles alone would differ from tile to tile."""
+    settings = how(crf=options.CRF(iterations=iterations), tile=64, reading="relative", confidence=True)
+    size, picture = (131, 90), photograph((131, 90))
+    with torch.inference_mode():
+        network = plain_mean(size, lambda place: probabilities(sure_model, picture[place], VIEWS))
+        reading = RelativeReading.of(network[..., ::4, ::4])
+        assert len(reading.keys) > 1
+        final = plain_mean(size, lambda place: refined(picture[place], network[place], settings, reading))
+    mask, confidence = segment(sure_model, picture, settings)
+    assert (mask == reading.keys[final[0].argmax(dim=0)].numpy()).mean() > 0.999
+    expected = 255 * values_at(network, torch.from_numpy(mask).long())
+    assert np.abs(confidence - expected.numpy()).max() <= 0.5 + 1e-3
+
+
 # -- tiles ---------------------------------------------------------------------------------------------------------
 
 
@@ -219,16 +274,22 @@ def test_network_and_dense_crf_look_at_tiles(model, size):
 
 def plain_mean(size, predict):
     """Tiles of 64 pixels, one after the other, into a map of the whole."""
-    total, weights = torch.zeros(1, 3, *size), torch.zeros(size)
+    total, weights = 0, torch.zeros(size)
     sides = [min(64, side) for side in size]
     ramps = [torch.tensor([min(i + 1, n - i) for i in range(n)], dtype=torch.float32) for n in sides]
     for top in starts(size[0], sides[0]):
         for left in starts(size[1], sides[1]):
             place = (..., slice(top, top + sides[0]), slice(left, left + sides[1]))
             weight = ramps[0][:, None] * ramps[1]
-            total[place] += weight * predict(place)
+            total = total + F.pad(weight * predict(place), padding(place, size))
             weights[place] += weight
     return total / weights
+
+
+def padding(place, size):
+    """What `F.pad` adds to a tile to make it the whole."""
+    rows, columns = place[1:]
+    return columns.start, size[1] - columns.stop, rows.start, size[0] - rows.stop
 
 
 def starts(length, side):
@@ -247,6 +308,7 @@ def test_masks_with_other_tiles_are_not_taken_for_done(models, holiday, capsys):
     command = [*PREDICT, "--tag", "m", "--weights", models / "segmentation.pth", "--images", holiday]
     run(*command)
     assert "made with --tile None, not 64" in refusal(capsys, *command, "--tile", "64")
+    assert "made with --reading argmax, not relative" in refusal(capsys, *command, "--reading", "relative")
 
 
 @pytest.mark.parametrize("size", [(7, 9), (15, 22)])

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tools.pseudo_labels import mutual_promotion_labels, reliable_cam_labels, teacher_labels
+from tools.pseudo_labels import RelativeReading, mutual_promotion_labels, reliable_cam_labels, teacher_labels
 
 
 @pytest.fixture(scope="module")
@@ -174,3 +174,26 @@ def test_what_similar_absent_classes_share_is_background_in_one_reading_and_obje
     assert label.item() == 0 and confidence.item() == pytest.approx(0.39 / 0.52, abs=1e-5)
     label, confidence = teacher_labels(logits, cow, (1, 1), reading="foreground")
     assert label.item() == 1 and confidence.item() == pytest.approx(0.61, abs=1e-5)
+
+
+def test_a_relative_reading_pixel_by_pixel():
+    """Background, a sure class, an unsure one that is left out, a sure one; columns are pixels."""
+    p = torch.tensor([[0.2, 0.5, 0.4, 0.9], [0.7, 0.3, 0.0, 0.1], [0.0, 0.2, 0.0, 0.0], [0.1, 0.0, 0.6, 0.0]])
+    p = p[None, :, None]
+    reading = RelativeReading.of(p)
+    assert reading.keys.tolist() == [0, 1, 3]
+    # p_fg shared by classes 1 and 3: .8 x 7/8, .5 and 0, .1 of class 1; .8 x 1/8, 0, .6 and 0 of class 3.
+    torch.testing.assert_close(reading.highest.flatten(), torch.tensor([0.7, 0.6]))
+    assert 0.1 / 0.7 < reading.threshold <= 0.65  # Otsu's, between .5/.7 = .71 and .1/.7
+    assert reading.labels(p).tolist() == [[[1, 1, 2, 0]]]
+    # A part of the image is compared with the maxima of the whole.
+    assert reading.labels(p[..., 3:]).tolist() == [[[0]]]
+    half = p.clone()
+    half[0, 1:, 0, 2], half[0, 0, 0, 2] = p[0, 1:, 0, 2] / 8, 0.95
+    assert reading.labels(half[..., 2:3]).tolist() == [[[0]]]
+
+
+def test_a_relative_reading_without_a_sure_class_is_background():
+    reading = RelativeReading.of(torch.full((1, 3, 2, 2), 1 / 3))
+    assert reading.keys.tolist() == [0]
+    assert not reading.labels(torch.full((1, 3, 2, 2), 1 / 3)).any()

@@ -239,7 +239,7 @@ def test_a_folder_has_two_rounds_and_its_last_model_the_plain_name(tmp_path, rou
     commands(tmp_path, "4-segmentation", **flags, **rounds)
     calls = (tmp_path / "calls.txt").read_text()
     assert re.findall(r"train_segmentation.py --tag (\S+) --domain_train", calls) == tags
-    assert calls.count("--scales") == calls.count("--predict") == calls.count("--scales 1,1.5") == 2  # not to relabel
+    assert calls.count("--predict") == calls.count("--reading relative") == 2  # of other photographs, and of the sheet
 
 
 def test_corrections_concern_the_final_model_only(tmp_path):

@@ -8,8 +8,12 @@ An image is only ever given classes of its image label: everything here works on
 keeps the dense CRF affordable with 80 classes.
 """
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from skimage.filters import threshold_otsu
 from torch import Tensor
 
 from tools.crf import CAM_SETTINGS, mean_field, unary_from_labels
@@ -19,6 +23,9 @@ from tools.options import IGNORE_INDEX
 
 RELATIVE_FOREGROUND = 0.65
 """Part of a class's highest foreground probability in the image above which a pixel is the class (docs/log.md)."""
+
+SURE = 0.5
+"""Without image labels, a class is in an image if its probability is above this at some pixel."""
 
 
 @torch.no_grad()
@@ -152,6 +159,48 @@ def foreground_maps(logits: Tensor, absent: Tensor) -> Tensor:
     foreground = 1 - logits.softmax(dim=1)[:, :1]
     shares = logits[:, 1:].masked_fill(absent, -torch.inf).softmax(dim=1).nan_to_num()  # NaN: no class is present
     return foreground * shares
+
+
+def object_threshold(maps: np.ndarray) -> float:
+    """Where objects begin on relative maps f32[n,H,W], in (0, 1).
+
+    It is Otsu's threshold (1979) on the highest map of each pixel, but at most `RELATIVE_FOREGROUND`: an image that is
+    all object does not have two groups of pixels.
+    """
+    return min(threshold_otsu(maps.max(axis=0)), RELATIVE_FOREGROUND) if len(maps) else RELATIVE_FOREGROUND
+
+
+@dataclass(frozen=True)
+class RelativeReading:
+    """The reading "relative" of a model's probabilities without image labels: its sure classes take their place.
+
+    A model that has learnt few pseudo masks knows what is in an image, but is unsure of most of the object's pixels.
+    Its argmax is the background there. Relative maps ask where in the image a class is most probable.
+    """
+
+    keys: Tensor  # int64 [n+1], 0 and 1 + class of the n sure classes
+    highest: Tensor  # f32[n,1,1], the maximum of each class's map in the whole image
+    threshold: float  # where objects begin on the relative maps, in (0, 1]
+
+    @classmethod
+    def of(cls, probabilities: Tensor) -> "RelativeReading":
+        """The reading of a whole image, from its probabilities f32[1,K+1,h,w]."""
+        sure = probabilities[0].amax(dim=(1, 2)) > SURE
+        sure[0] = True
+        keys = sure.nonzero().flatten()
+        maps = _shared_foreground(probabilities[0, keys])
+        return cls(keys, maps.amax(dim=(1, 2), keepdim=True), object_threshold(unit_maximum(maps).cpu().numpy()))
+
+    def labels(self, probabilities: Tensor) -> Tensor:
+        """Index into `keys` of each pixel, int64 [1,h,w], from probabilities f32[1,K+1,h,w] of a part of the image."""
+        maps = _shared_foreground(probabilities[0, self.keys]) / (self.highest + 1e-5)
+        return F.pad(maps, (0, 0, 0, 0, 1, 0), value=self.threshold).argmax(dim=0)[None]
+
+
+def _shared_foreground(probabilities: Tensor) -> Tensor:
+    """`foreground_maps` f32[n,h,w] from probabilities f32[n+1,h,w] of the background and the present classes."""
+    background, present = probabilities[:1], probabilities[1:]
+    return (1 - background) * present / present.sum(dim=0).clamp(min=1e-30)
 
 
 def _present_maps(cams: Tensor, image_labels: Tensor, max_classes: int | None = None) -> tuple[Tensor, Tensor]:

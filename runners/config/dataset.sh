@@ -71,7 +71,7 @@ folder)
     exit 2
     ;;
   esac
-  : "${TEST_VIEW_FLAGS:=--scales 1,1.5}"  # at half of these sizes a model is too unsure to predict without labels
+  : "${PREDICT_FLAGS:=--reading relative}"  # 1 to 5 points above argmax with few photographs (docs/log.md)
   choose PSEUDOS_FROM masks; choose THRESHOLD auto
   if [[ -z "${MASKS:-}" ]]; then choose ROUNDS 2; fi
   ;;
@@ -109,8 +109,8 @@ deepglobe)
 esac
 
 : "${TAKES:=not measured yet}"                # stage 0 says it of all stages
-: "${VIEW_FLAGS:=}"                           # test-time scales and flip of training photographs
-: "${TEST_VIEW_FLAGS:=$VIEW_FLAGS}"           # and where the final model predicts without labels
+: "${VIEW_FLAGS:=}"                           # test-time scales and flip
+: "${PREDICT_FLAGS:=}"                        # where the final model predicts without labels
 choose PSEUDOS_FROM cams                      # cams, or masks: CSRM's segmentation branch
 choose THRESHOLD 0.4                          # background threshold on the CAMs, or auto
 choose CRF_T 10                               # dense CRF iterations of the pseudo masks
