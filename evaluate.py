@@ -73,7 +73,7 @@ from datasets.exchange.voc_server import write_package
 from tools import distributed, identity
 from tools.cam import read_cams
 from tools.files import atomic_write, check_present, check_size, check_writable, save_json
-from tools.metrics import Scores, ThresholdSweep, confusion_counts, scores, threshold_range
+from tools.metrics import Scores, confusion_counts, scores, sweep_counts, threshold_range
 
 PREDICT = "Finish the stage that writes the predictions, or check --pred_dir, --mode and --domain."
 IDS_PER_JOB = 16  # small, so that the progress bar moves; not 1, because every job sends all counts between processes
@@ -173,10 +173,7 @@ def count(
     Raises:
         UserError: a file cannot be used; the first one, in the order of the ids.
     """
-    if thresholds is None:
-        work = functools.partial(count_masks, source, pred_dir, suffix)
-    else:
-        work = functools.partial(count_cams, source, pred_dir, suffix, thresholds)
+    work = functools.partial(count_part, source, pred_dir, suffix, thresholds)
     mine = parallel.share(ids)
     parts = [mine[start : start + IDS_PER_JOB] for start in range(0, len(mine), IDS_PER_JOB)]
     classes = source.info.num_classes
@@ -185,26 +182,20 @@ def count(
     return distributed.sum_of_shares(counts)
 
 
-def count_masks(source: DataSource, pred_dir: Path, suffix: str, ids: Sequence[str]) -> np.ndarray:
-    """Counts of some masks, int64 [1, C, C+1]."""
-    counts = []
-    for image_id in ids:
-        mask, path = source.mask(image_id), pred_dir / f"{image_id}{suffix}"
-        prediction = read_mask(path, source.info)
-        check_size(path, prediction.shape, mask.shape)
-        counts.append(confusion_counts(mask, prediction, source.info.num_classes))
-    return sum(counts)[None]
-
-
-def count_cams(
-    source: DataSource, pred_dir: Path, suffix: str, thresholds: np.ndarray, ids: Sequence[str]
+def count_part(
+    source: DataSource, pred_dir: Path, suffix: str, thresholds: np.ndarray | None, ids: Sequence[str]
 ) -> np.ndarray:
-    """Counts of some CAM files, int64 [thresholds, C, C+1]."""
-    sweep = ThresholdSweep(source.info.num_classes, thresholds)
+    """`count` of some images, in this process."""
+    counts, classes = 0, source.info.num_classes
     for image_id in ids:
-        mask = source.mask(image_id)
-        sweep.update(mask, *read_cams(pred_dir / f"{image_id}{suffix}", mask.shape, source.info.num_classes))
-    return sweep.counts
+        truth, path = source.mask(image_id), pred_dir / f"{image_id}{suffix}"
+        if thresholds is None:
+            prediction = read_mask(path, source.info)
+            check_size(path, prediction.shape, truth.shape)
+            counts = counts + confusion_counts(truth, prediction, classes)[None]
+        else:
+            counts = counts + sweep_counts(truth, *read_cams(path, truth.shape, classes), classes, thresholds)
+    return counts
 
 
 def peaks(thresholds: np.ndarray | None, curve: Sequence[Scores]) -> list[tuple[float, float]]:

@@ -19,7 +19,7 @@ from PIL import Image
 from datasets import build_source
 from datasets.base import voc_palette
 from datasets.verify import ERRORS, verify
-from evaluate import count_masks
+from evaluate import count_part
 from tools.files import save_mask
 
 GREY, COLOUR, PALETTE, GREY_ALPHA, COLOUR_ALPHA = 0, 2, 3, 4, 6  # PNG's colour types
@@ -138,7 +138,7 @@ def test_what_verify_accepts_evaluate_reads_rightly(mask, orientation, drawn_upr
         findings = verify(source, {}, 0)[1]
         if any(findings[kind] for kind in ERRORS) or (findings["turned"] and not drawn_upright):
             return
-        counts = count_masks(source, root / "pred", ".png", ["a"])[0]
+        counts = count_part(source, root / "pred", ".png", None, ["a"])[0]
         assert np.array_equal(counts[:, :-1], np.diag(np.diagonal(counts))) and not counts[:, -1].any()
         assert counts.sum() == (mask.truth != 255).sum()
 

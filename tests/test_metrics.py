@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tools.metrics import (
-    ThresholdSweep,
     average_precision,
     classification_scores,
     confusion_counts,
     scores,
+    sweep_counts,
     threshold_range,
 )
 
@@ -101,38 +101,36 @@ def test_threshold_range_includes_its_end_and_does_not_drift():
 def test_sweep_equals_argmax_at_every_threshold(seed, present, ties):
     rng = np.random.default_rng(seed)
     num_classes, thresholds = 5, threshold_range(0.0, 1.0, 0.1)
-    sweep = ThresholdSweep(num_classes, thresholds)
-    pairs = [[] for _ in thresholds]
+    counts, pairs = 0, [[] for _ in thresholds]
     for _ in range(3):
         mask = random_mask(rng, num_classes, rng.integers(1, 9, 2))
         keys = np.concatenate([[0], rng.permutation(np.arange(1, num_classes))[:present]])
         cams = rng.random((present, *mask.shape), np.float32)
         if ties:  # exactly at thresholds, and equal to each other
             cams = thresholds.astype(np.float32)[(cams * len(thresholds)).astype(int)]
-        sweep.update(mask, keys, cams)
+        counts = counts + sweep_counts(mask, keys, cams, num_classes, thresholds)
         for j, t in enumerate(thresholds):
             stack = np.concatenate([np.full((1, *mask.shape), t, np.float32), cams])
             pairs[j].append((mask, keys[stack.argmax(axis=0)].astype(np.uint8)))
     expected = np.stack([confusion(p, num_classes) for p in pairs])
-    np.testing.assert_array_equal(sweep.counts, expected)
+    np.testing.assert_array_equal(counts, expected)
 
 
 def test_sweep_reproduces_golden_vectors():
     golden = np.load(GOLDEN)
     thresholds = golden["thresholds"]
-    sweep = ThresholdSweep(golden["iou_per_threshold_per_class"].shape[1], thresholds)
-    for i in range(6):
-        sweep.update(golden[f"gt_{i}"], golden[f"keys_{i}"], golden[f"cam_{i}"])
-    curve = [scores(counts) for counts in sweep.counts]
+    num_classes, files = golden["iou_per_threshold_per_class"].shape[1], range(6)
+    parts = ([golden[f"{name}_{i}"] for name in ("gt", "keys", "cam")] for i in files)
+    curve = [scores(counts) for counts in sum(sweep_counts(*part, num_classes, thresholds) for part in parts)]
     np.testing.assert_allclose([s.iou for s in curve], golden["iou_per_threshold_per_class"], atol=1e-6, rtol=0)
     np.testing.assert_allclose([s.miou for s in curve], golden["miou"], atol=1e-6, rtol=0)
 
 
 def test_sweep_rejects_unordered_thresholds_and_wrong_shapes():
     with pytest.raises(AssertionError, match="ascend"):
-        ThresholdSweep(2, np.array([0.2, 0.1]))
+        sweep_counts(np.zeros((2, 2)), np.array([0]), np.zeros((0, 2, 2)), 2, np.array([0.2, 0.1]))
     with pytest.raises(AssertionError, match="CAMs"):
-        ThresholdSweep(2, np.array([0.2])).update(np.zeros((2, 2)), np.array([0, 1]), np.zeros((1, 2, 3)))
+        sweep_counts(np.zeros((2, 2)), np.array([0, 1]), np.zeros((1, 2, 3)), 2, np.array([0.2]))
 
 
 # -- classification --------------------------------------------------------------------------------------------------

@@ -4,10 +4,8 @@ well images are classified.
     counts = sum(confusion_counts(mask, prediction, num_classes=21) for mask, prediction in masks)
     print(scores(counts).miou)
 
-    sweep = ThresholdSweep(num_classes=21, thresholds=threshold_range(0.05, 0.80, 0.05))
-    for mask, keys, cams in files:
-        sweep.update(mask, keys, cams)                     # one pass, all thresholds
-    best = max((scores(counts) for counts in sweep.counts), key=lambda s: s.miou)
+    curve = sum(sweep_counts(mask, keys, cams, 21, threshold_range(0.05, 0.80, 0.05)) for mask, keys, cams in files)
+    best = max(map(scores, curve), key=lambda s: s.miou)
 
 Counts have one row per ground-truth class and one column per predicted class, plus a last column for pixels predicted
 as `IGNORE_INDEX`: pseudo masks may leave pixels undecided. Such a pixel is a miss of its ground-truth class and a false
@@ -15,6 +13,7 @@ positive of none. Pixels whose ground truth is `IGNORE_INDEX` are not counted at
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -93,48 +92,39 @@ def threshold_range(minimum: float, maximum: float, step: float) -> np.ndarray:
     return np.round(minimum + step * np.arange(count), 10)
 
 
-class ThresholdSweep:
-    """Confusion matrices of argmax[t; CAMs] for many background thresholds t, from one look at every pixel.
+def sweep_counts(
+    truth: np.ndarray, keys: np.ndarray, cams: np.ndarray, num_classes: int, thresholds: np.ndarray
+) -> np.ndarray:
+    """Counts of argmax[t; CAMs] for many background thresholds t, from one look at every pixel: int64 [T, C, C+1].
 
     Whatever t is, a pixel is either background or the class of its strongest CAM, and it is that class exactly where
     this CAM is greater than t (at equality argmax takes the first channel, the background). So a histogram over (ground
     truth, strongest class, number of thresholds below the CAM's value) holds every one of the matrices.
+
+    Args:
+        truth: integer [H, W]; 0..C-1 or 255.
+        keys: int [n+1], 0 and then the class index (1..C-1) of every CAM.
+        cams: float [n, H, W]; n may be 0: everything is background.
+        thresholds: float [T], ascending.
     """
-
-    def __init__(self, num_classes: int, thresholds: np.ndarray):
-        assert len(thresholds) > 0 and np.all(np.diff(thresholds) > 0), f"thresholds must ascend, got {thresholds}"
-        self.num_classes = num_classes
+    assert np.all(np.diff(thresholds) > 0), f"thresholds must ascend, got {thresholds}"
+    assert cams.shape == (len(keys) - 1, *truth.shape), f"{len(keys)} keys, CAMs {cams.shape}, mask {truth.shape}"
+    valid = truth != IGNORE_INDEX
+    truth = truth[valid].astype(np.int64)
+    strongest, bins = np.zeros_like(truth), np.zeros_like(truth)
+    if len(cams):
+        cams = cams[:, valid].astype(np.float32)
+        strongest = np.asarray(keys, dtype=np.int64)[1:][cams.argmax(axis=0)]
         # Single precision, as a threshold channel stacked on float32 CAMs would be: decides the ties.
-        self._thresholds = np.asarray(thresholds, dtype=np.float32)
-        self.histogram = np.zeros((num_classes, num_classes, len(thresholds) + 1), dtype=np.int64)
-
-    def update(self, mask: np.ndarray, keys: np.ndarray, cams: np.ndarray) -> None:
-        """Add the pixels of one image.
-
-        Args:
-            mask: ground truth, integer [H, W]; 0..C-1 or 255.
-            keys: int [n+1], 0 and then the class index (1..C-1) of every CAM.
-            cams: float [n, H, W]; n may be 0: everything is background.
-        """
-        assert cams.shape == (len(keys) - 1, *mask.shape), f"{len(keys)} keys, CAMs {cams.shape}, mask {mask.shape}"
-        valid = mask != IGNORE_INDEX
-        truth = mask[valid].astype(np.int64)
-        strongest, bins = np.zeros_like(truth), np.zeros_like(truth)
-        if len(cams):
-            cams = cams[:, valid].astype(np.float32)
-            strongest = np.asarray(keys, dtype=np.int64)[1:][cams.argmax(axis=0)]
-            bins = np.searchsorted(self._thresholds, cams.max(axis=0), side="left")
-        index = np.ravel_multi_index((truth, strongest, bins), self.histogram.shape)
-        self.histogram += np.bincount(index, minlength=self.histogram.size).reshape(self.histogram.shape)
-
-    @property
-    def counts(self) -> np.ndarray:
-        """int64 [thresholds, C, C+1], one matrix per threshold (its last column, undecided pixels, is 0)."""
-        up_to = self.histogram.cumsum(axis=2)[..., :-1]  # pixels whose strongest CAM is <= threshold j
-        above = self.histogram.sum(axis=2, keepdims=True) - up_to
-        matrices = np.concatenate((above, np.zeros_like(above[:, :1])), axis=1).transpose(2, 0, 1)
-        matrices[:, :, 0] += up_to.sum(axis=1).T
-        return matrices
+        bins = np.searchsorted(thresholds.astype(np.float32), cams.max(axis=0), side="left")
+    shape = (num_classes, num_classes, len(thresholds) + 1)
+    index = np.ravel_multi_index((truth, strongest, bins), shape)
+    histogram = np.bincount(index, minlength=math.prod(shape)).reshape(shape)
+    up_to = histogram.cumsum(axis=2)[..., :-1]  # pixels whose strongest CAM is <= threshold j
+    above = histogram.sum(axis=2, keepdims=True) - up_to
+    matrices = np.concatenate((above, np.zeros_like(above[:, :1])), axis=1).transpose(2, 0, 1)
+    matrices[:, :, 0] += up_to.sum(axis=1).T
+    return matrices
 
 
 def classification_scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from tools import distributed, parallel
 from tools.cam import multi_scale_cams, scaled_views
 from tools.maps import normalize, resize_maps
-from tools.metrics import ThresholdSweep, classification_scores, confusion_counts, scores, threshold_range
+from tools.metrics import classification_scores, confusion_counts, scores, sweep_counts, threshold_range
 from tools.options import PSEUDO_MASK_THRESHOLD
 
 THRESHOLDS = threshold_range(0.05, 0.80, 0.05)
@@ -37,9 +37,8 @@ def validate(model: nn.Module, source: Any, domain: str, device: torch.device, l
     """
     model.eval()
     ids, classes = source.ids(domain), source.info.num_classes
-    sweep, counts = ThresholdSweep(classes, THRESHOLDS), np.zeros((classes, classes + 1), np.int64)
-    logits = torch.zeros(len(ids), classes - 1)
-    seen = torch.zeros(2)  # images with CAMs, with segmentation logits
+    of_cams = np.zeros((len(THRESHOLDS), classes, classes + 1), np.int64)
+    of_masks, logits = np.zeros_like(of_cams[0]), torch.zeros(len(ids), classes - 1)
     for index in parallel.progress(
         parallel.share(range(len(ids)), announced=False), desc=f"validating on {domain}", unit="image"
     ):
@@ -49,28 +48,26 @@ def validate(model: nn.Module, source: Any, domain: str, device: torch.device, l
         outputs = model(view)
         truth = source.mask(image_id)
         if "cams" in outputs:
-            seen[0] += 1
             logits[index] = outputs["class_logits"][0].float()
             maps, label = outputs["cams"], torch.from_numpy(source.image_label(image_id))
             keys, _, cams = multi_scale_cams(lambda _, maps=maps: maps, image, label, scales=[1], hflip=False)
-            sweep.update(truth, keys, cams)
+            of_cams += sweep_counts(truth, keys, cams, classes, THRESHOLDS)
         if "seg_logits" in outputs:
             prediction = resize_maps(outputs["seg_logits"], truth.shape)[0].max(dim=0).indices
-            seen[1] += 1
-            counts += confusion_counts(truth, prediction.cpu().numpy(), classes)
-    counts, sweep.histogram, logits, seen = (
+            of_masks += confusion_counts(truth, prediction.cpu().numpy(), classes)
+    of_cams, of_masks, logits = (
         distributed.all_reduce_sum(torch.as_tensor(part).to(device)).cpu().numpy()
-        for part in (counts, sweep.histogram, logits, seen)
+        for part in (of_cams, of_masks, logits)
     )
-    report = _cam_report(sweep, logits, source.image_labels(ids)) if seen[0] else {}
-    if seen[1]:
-        report["valid/miou_seg"] = scores(counts).miou
+    report = _cam_report(of_cams, logits, source.image_labels(ids)) if of_cams.any() else {}
+    if of_masks.any():
+        report["valid/miou_seg"] = scores(of_masks).miou
     tqdm.write("  ".join(f"{name} {value:.2f}" for name, value in report.items()))  # above the training's bar
     return report
 
 
-def _cam_report(sweep: ThresholdSweep, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    mious = [scores(counts).miou for counts in sweep.counts]
+def _cam_report(curve: np.ndarray, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    mious = [scores(counts).miou for counts in curve]
     best = int(np.argmax(mious))
     return {
         "valid/miou_cam": mious[best],
