@@ -301,14 +301,9 @@ def merge_file(rule: Rule, info: DatasetInfo, folders: Folders, image_id: str) -
     if not path.exists():
         masks = load_proposals(folders.proposals / f"{image_id}.json", pseudo_mask.shape)
         save_mask(path, merge_masks(pseudo_mask, masks, **dataclasses.asdict(rule)), info.palette)
-    before, after = with_ignore_last(info, pseudo_mask), with_ignore_last(info, read_mask(path, info))
-    side = info.num_classes + 1
+    side, masks = info.num_classes + 1, (pseudo_mask, read_mask(path, info))
+    before, after = (np.where(mask == options.IGNORE_INDEX, side - 1, mask.astype(np.int64)) for mask in masks)
     return np.bincount((before * side + after).ravel(), minlength=side**2).reshape(side, side)
-
-
-def with_ignore_last(info: DatasetInfo, mask: np.ndarray) -> np.ndarray:
-    """The mask as int64 with C in place of the ignore index."""
-    return np.where(mask == options.IGNORE_INDEX, info.num_classes, mask.astype(np.int64))
 
 
 def print_changes(info: DatasetInfo, changes: np.ndarray) -> None:

@@ -141,25 +141,20 @@ def load_ordinary(args: argparse.Namespace, info: DatasetInfo) -> nn.Module:
     return model.eval() if args.method == "pnoc" else model.eval().requires_grad_(False)
 
 
-class Augmentation:
+def augmented(images: torch.Tensor, labels: torch.Tensor, names: list[str], mix_prob: float) -> Sample:
     """What happens to a batch on the device: colours, normalisation, mixing.
 
     Args:
+        images, labels: uint8 [B,3,H,W] and float32 [B,K]; mixed labels lie in [0,1].
         names: of `AUGMENTATIONS`; randaugment is the loader's and does nothing here.
-        mix_prob: probability that a batch is mixed, by one of the mixes named.
+        mix_prob: probability that the batch is mixed, by one of the mixes named.
     """
-
-    def __init__(self, names: list[str], mix_prob: float) -> None:
-        self.colours = PhotometricAugmentation(blur_prob=0) if "colorjitter" in names else nn.Identity()
-        self.mixes = [MIXES[name]() for name in names if name in MIXES]
-        self.mix_prob = mix_prob
-
-    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> Sample:
-        """uint8 [B,3,H,W] and float32 [B,K] -> a sample; mixed labels lie in [0,1]."""
-        images = normalize(self.colours(images))
-        if self.mixes and random.random() < self.mix_prob:
-            images, labels = random.choice(self.mixes)(images, labels)
-        return Sample(images, labels, hidden=random_class(labels))
+    if "colorjitter" in names:
+        images = PhotometricAugmentation(blur_prob=0)(images)
+    images, mixes = normalize(images), [MIXES[name] for name in names if name in MIXES]
+    if mixes and random.random() < mix_prob:
+        images, labels = random.choice(mixes)()(images, labels)
+    return Sample(images, labels, hidden=random_class(labels))
 
 
 def train_step(model: nn.Module, sample: Sample, criterion: PriorCriterion, progress: float) -> dict[str, torch.Tensor]:
@@ -192,7 +187,6 @@ def main(args: argparse.Namespace) -> None:
         restore(model, args.restore, source.info.classes)
     ordinary = load_ordinary(args, source.info).to(device) if args.oc_weights else None
     criterion = PriorCriterion(args.method, label_smoothing=args.label_smoothing, w_re=args.w_re, ordinary=ordinary)
-    augment = Augmentation(args.augment, args.cutmix_prob)
     companions: dict[str, Any] = {}
     if args.ema:
         average = Teacher(model)
@@ -208,7 +202,8 @@ def main(args: argparse.Namespace) -> None:
     for epoch in trainer.epochs():
         loader.set_epoch(epoch, trainer.batch)
         for batch in trainer.batches(epoch, loader):
-            sample = augment(*(batch[name].to(device, non_blocking=True) for name in ("image", "label")))
+            images, labels = (batch[name].to(device, non_blocking=True) for name in ("image", "label"))
+            sample = augmented(images, labels, args.augment, args.cutmix_prob)
             progress = trainer.updates / trainer.max_updates
             with trainer.autocast():
                 losses = train_step(model, sample, criterion, progress)

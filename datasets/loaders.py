@@ -72,7 +72,16 @@ def build_loader(
     sampler = EpochSampler(
         len(dataset), draws, shuffle=shuffle, seed=seed, weights=weights, rank=rank, world_size=world_size
     )
-    return Loader(dataset, sampler, batch_size // world_size, num_workers)
+    return Loader(
+        _SeededItems(dataset),
+        batch_size // world_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=_collate,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=num_workers > 0,
+        generator=torch.Generator(),  # its own, so that iterating leaves the global one alone
+    )
 
 
 @dataclass(eq=False)
@@ -133,36 +142,20 @@ def class_balance(labels: torch.Tensor) -> np.ndarray:
     return (members / members.sum(axis=0)).mean(axis=1)
 
 
-class Loader:
+class Loader(DataLoader):
     """Iterates over the batches of one epoch, the one named last by `set_epoch`.
 
     Two things more than torch's DataLoader: items are seeded one by one, and a UserError met in a worker reaches the
     caller as it was raised, in one line, where DataLoader would wrap it in the worker's traceback.
     """
 
-    def __init__(self, dataset: Dataset, sampler: EpochSampler, batch_size: int, num_workers: int) -> None:
-        self.sampler = sampler
-        self._loader = DataLoader(
-            _SeededItems(dataset),
-            batch_size=batch_size,
-            sampler=sampler,
-            num_workers=num_workers,
-            collate_fn=_collate,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=num_workers > 0,
-            generator=torch.Generator(),  # its own, so that iterating leaves the global one alone
-        )
-
     def set_epoch(self, epoch: int, steps_done: int = 0) -> None:
         """Choose the epoch (0-based) that the next iteration gives, without its first `steps_done` batches."""
         self.sampler.epoch = epoch
-        self.sampler.skipped = steps_done * self._loader.batch_size * self.sampler.world_size
-
-    def __len__(self) -> int:
-        return len(self._loader)
+        self.sampler.skipped = steps_done * self.batch_size * self.sampler.world_size
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in self._loader:
+        for batch in super().__iter__():
             if isinstance(batch, UserError):
                 # A copy: raising a local makes a reference cycle through this frame, and then the workers, left to
                 # the garbage collector, take seconds to stop.
@@ -175,9 +168,6 @@ class _SeededItems(Dataset):
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def __getitem__(self, draw: Draw) -> Any:
         with torch.random.fork_rng(devices=[]):

@@ -16,7 +16,7 @@ from tools.crf import (
     CAM_SETTINGS,
     SEGMENTATION_SETTINGS,
     CRFSettings,
-    _bounded_softmax,
+    _softmax,
     lattice,
     mean_field,
     unary_from_labels,
@@ -251,7 +251,7 @@ def test_the_quick_softmax_of_a_cpu(labels):
     groups = torch.randn(2 * 500, labels, generator=generator).mul(30)
     groups[:, 1:][groups[:, 1:] < -60] = -torch.inf
     groups += 20 * torch.rand(1000, 1, generator=generator) - groups.amax(dim=1, keepdim=True)
-    actual = _bounded_softmax(groups.view(500, -1), labels)
+    actual = _softmax(groups.view(500, -1), labels, bounded=True)
     torch.testing.assert_close(actual, groups.softmax(dim=1).view(500, -1), atol=1e-6, rtol=1e-5)
 
 

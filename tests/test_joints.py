@@ -393,9 +393,9 @@ def test_the_balanced_sampler_draws_classes_not_images(folder_root):
 def test_colour_jitter_changes_colours_and_only_on_request():
     images, labels = torch.full((16, 3, 9, 9), 100, dtype=torch.uint8), torch.ones(16, 1)
     images[:, 0] = 180
-    plain = train_classifier.Augmentation([], 1.0)(images, labels).images
+    plain = train_classifier.augmented(images, labels, [], 1.0).images
     torch.testing.assert_close(plain, normalized(images))
-    jittered = train_classifier.Augmentation(["colorjitter"], 1.0)(images, labels).images
+    jittered = train_classifier.augmented(images, labels, ["colorjitter"], 1.0).images
     assert ((jittered - plain).abs().amax(dim=(1, 2, 3)) > 0.02).sum() >= 6
     assert torch.equal(jittered, jittered[..., :1, :1].expand_as(jittered))  # flat photographs stay flat
 
@@ -405,11 +405,11 @@ def test_cutmix_pastes_a_rectangle_and_mixup_blends():
     labels, levels = torch.eye(2), normalized(images.float())[:, :, 0, 0]
     torch.manual_seed(0)
     for name, number in (("cutmix", 2), ("mixup", 1)):
-        sample = train_classifier.Augmentation([name], 1.0)(images, labels)
+        sample = train_classifier.augmented(images, labels, [name], 1.0)
         assert [len(image[0].unique()) for image in sample.images] == [number, number]
         shares = (sample.images.mean(dim=(2, 3)) - levels[0]) / (levels[1] - levels[0])  # of the second image
         torch.testing.assert_close(shares, sample.labels[:, 1:].expand(2, 3), atol=1e-5, rtol=0)
-    plain = train_classifier.Augmentation(["cutmix", "mixup"], 0.0)(images, labels)
+    plain = train_classifier.augmented(images, labels, ["cutmix", "mixup"], 0.0)
     assert torch.equal(plain.labels, labels)
     torch.testing.assert_close(plain.images, normalized(images.float()))
 

@@ -163,7 +163,7 @@ def test_classifier(method):
     criterion = PriorCriterion(method, label_smoothing=0.1, w_re=4, ordinary=ordinary if opposed else None)
     with fake_gpu() as waits:
         move(model), move(ordinary)
-        sample = train_classifier.Augmentation(["colorjitter"], 0)(images(4), torch.empty(4, 20, device=GPU))
+        sample = train_classifier.augmented(images(4), torch.empty(4, 20, device=GPU), ["colorjitter"], 0)
         losses = train_classifier.train_step(model, sample, criterion, progress=0.5)
         losses["loss"].backward()
     assert losses["loss"].device.type == "cuda"

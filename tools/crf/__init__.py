@@ -168,28 +168,26 @@ def _infer(images: Tensor, energy: Tensor, settings: CRFSettings, iterations: in
         _grid_kernel(batch, height, width, settings.gaussian_sxy, settings.gaussian_weight, images.device),
         _image_kernel(images, settings),
     )
-    logits = energy.amin(dim=2, keepdim=True) - energy  # the likeliest label has 0, for `_bounded_softmax`
+    logits = energy.amin(dim=2, keepdim=True) - energy  # the likeliest label has 0, for `_softmax`
     logits = logits.reshape(batch, unaries * labels, -1).transpose(1, 2).contiguous().flatten(0, 1)
-    softmax = _bounded_softmax if settings.gaussian_weight + settings.bilateral_weight < 20 else _softmax
-    q = softmax(logits, labels)
+    bounded = settings.gaussian_weight + settings.bilateral_weight < 20
+    q = _softmax(logits, labels, bounded=bounded)
     for _ in range(iterations):
-        q = softmax(kernels[1](q, kernels[0](q, logits)), labels)
+        q = _softmax(kernels[1](q, kernels[0](q, logits)), labels, bounded=bounded)
     return q.view(batch, -1, unaries, labels).permute(0, 2, 3, 1).unflatten(-1, (height, width))
 
 
-def _softmax(rows: Tensor, labels: int) -> Tensor:
-    """Softmax over each group of `labels` columns."""
-    return rows.view(-1, labels).softmax(dim=1).view_as(rows)
+def _softmax(rows: Tensor, labels: int, *, bounded: bool) -> Tensor:
+    """Softmax over each group of `labels` columns.
 
-
-def _bounded_softmax(rows: Tensor, labels: int) -> Tensor:
-    """`_softmax`, if the largest of each group is at least 0 and far below 88: faster on a CPU.
-
-    Logits begin with a largest of 0 and grow by what neighbours say, about the weights of the kernels at most.
+    Args:
+        bounded: whether the largest of each group is at least 0 and far below 88; faster on a CPU. Logits begin with a
+            largest of 0 and grow by what neighbours say, about the weights of the kernels at most.
     """
-    if rows.device.type != "cpu":
-        return _softmax(rows, labels)
-    groups = rows.view(-1, labels).exp()
+    groups = rows.view(-1, labels)
+    if not bounded or rows.device.type != "cpu":
+        return groups.softmax(dim=1).view_as(rows)
+    groups = groups.exp()
     # A sum over a short last dimension is slow.
     total = functools.reduce(torch.add, groups.unbind(1)) if labels < 16 else groups.sum(dim=1)
     return groups.div_(total[:, None]).view_as(rows)
