@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -55,44 +55,29 @@ class DatasetInfo:
         return len(self.classes) - 1
 
 
+@dataclass(eq=False, repr=False)
 class DataSource(ABC):
-    """Photographs with image labels, perhaps masks, and named lists of ids ("domains").
+    """Photographs with image labels, perhaps masks, and named lists of ids ("domains")."""
 
-    Args:
-        root: the dataset's folder; errors name it.
-        images: photographs by id. Files of other kinds among them become `unread`.
-        splits: the list of each domain, a file with one id per line. None: the domains are `parts`, or else `train`.
-        masks_dirs: folders of ID.png masks; of an image with masks in several, the first counts. None: no masks.
-        parts: names of domains; each has the images in the folder of that name.
-    """
+    label_noun: ClassVar = "row"  # what the labels of an image are called in reports
 
-    label_noun = "row"  # what the labels of an image are called in reports
+    root: Path  # the dataset's folder; errors name it
+    info: DatasetInfo
+    images: FileIndex  # photographs by id, and files of other kinds among them
+    splits: dict[str, Path]  # the list of each domain, one id per line; none: the domains are `parts`, or else `train`
+    masks_dirs: Sequence[Path]  # folders of ID.png masks; of an image with masks in several, the first counts
+    parts: Sequence[str] = ()  # names of domains; each has the images in the folder of that name
 
-    def __init__(
-        self,
-        root: Path,
-        *,
-        info: DatasetInfo,
-        images: FileIndex,
-        splits: dict[str, Path],
-        masks_dirs: Sequence[Path],
-        parts: Sequence[str] = (),
-    ) -> None:
-        for folder in masks_dirs:
+    def __post_init__(self) -> None:
+        for folder in self.masks_dirs:
             if not folder.is_dir():
                 raise UserError(f"{folder}: no such folder of masks (ID.png).")
-        self.root = root
-        self.info = info
-        self.unread = images.others
-        self._images = images.files
-        self._splits = splits
-        self._parts = parts
-        self._masks_dirs = masks_dirs
+        self.unread = self.images.others
         self._labels: dict[str, np.ndarray] = {}
 
     def domains(self) -> list[str]:
         """Names of the lists of ids, sorted."""
-        return sorted(self._splits) or sorted(self._parts) or ["train"]
+        return sorted(self.splits) or sorted(self.parts) or ["train"]
 
     def ids(self, domain: str) -> list[str]:
         """The ids of a domain, in the order of its file.
@@ -101,8 +86,8 @@ class DataSource(ABC):
             UserError: unknown or empty domain, an id listed twice, an id without an image.
         """
         ids = self.listed_ids(domain)
-        if self._splits:
-            self._check_ids(self._splits[domain], ids)
+        if self.splits:
+            self._check_ids(self.splits[domain], ids)
         return ids
 
     def listed_ids(self, domain: str) -> list[str]:
@@ -113,14 +98,10 @@ class DataSource(ABC):
         """
         if domain not in self.domains():
             raise UserError(f"{self.root}: no domain '{domain}'. Choose one of: {', '.join(self.domains())}.")
-        if not self._splits:
-            return sorted(i for i in self._images if not self._parts or i.startswith(f"{domain}/"))
-        lines = read_lines(self._splits[domain])
+        if not self.splits:
+            return sorted(i for i in self.images.files if not self.parts or i.startswith(f"{domain}/"))
+        lines = read_lines(self.splits[domain])
         return [self._id_of_line(clean_id(line)) for line in lines]
-
-    def image_ids(self) -> Iterable[str]:
-        """The ids of all photographs, listed or not."""
-        return self._images.keys()
 
     def advice(self, text: str) -> str:
         """What to write instead of an id without photograph: ": ..."; "" if no id is like it."""
@@ -128,22 +109,22 @@ class DataSource(ABC):
 
     @functools.cached_property
     def _likeness(self) -> Likeness:
-        return Likeness(self._images)
+        return Likeness(self.images.files)
 
     def has_image(self, image_id: str) -> bool:
         """Whether there is a photograph of that id."""
-        return image_id in self._images
+        return image_id in self.images.files
 
     def image_path(self, image_id: str) -> Path:
         """The photograph of an id (UserError: there is none)."""
-        if image_id not in self._images:
+        if image_id not in self.images.files:
             raise UserError(f"{self.root}: no image for id '{image_id}'.")
-        return self._images[image_id]
+        return self.images.files[image_id]
 
     def mask_path(self, image_id: str) -> Path | None:
         """The mask of an id, or where one is expected; None if the dataset has no masks."""
         found = (index.files[image_id] for index in self._masks if image_id in index.files)
-        return next(found, self._masks_dirs[0] / f"{image_id}.png" if self._masks_dirs else None)
+        return next(found, self.masks_dirs[0] / f"{image_id}.png" if self.masks_dirs else None)
 
     def has_mask(self, image_id: str) -> bool:
         """Whether there is a mask of that id."""
@@ -152,12 +133,12 @@ class DataSource(ABC):
     def stray_masks(self) -> Iterator[tuple[str, Path]]:
         """(id, file) of each file in the folders of masks without a photograph; files of other kinds have the id ""."""
         for index in self._masks:
-            yield from ((mask_id, path) for mask_id, path in index.files.items() if mask_id not in self._images)
+            yield from ((mask_id, path) for mask_id, path in index.files.items() if mask_id not in self.images.files)
             yield from (("", path) for path in index.others)
 
     @functools.cached_property
     def _masks(self) -> list[FileIndex]:
-        return [index_files([folder], MASK_SUFFIXES) for folder in self._masks_dirs]
+        return [index_files([folder], MASK_SUFFIXES) for folder in self.masks_dirs]
 
     def image(self, image_id: str) -> np.ndarray:
         """The photograph: uint8 RGB, HxWx3, in [0, 255] (UserError: missing or unreadable)."""
@@ -197,7 +178,7 @@ class DataSource(ABC):
         check_shown(map(self.mask_path, ids), self.info)
 
     def _check_present(self, ids: Sequence[str]) -> None:
-        if not self._masks_dirs:
+        if not self.masks_dirs:
             raise UserError(f"{self.root}: this dataset has no masks. Give a folder of ID.png masks.")
         missing = [image_id for image_id in ids if not self.has_mask(image_id)]
         if missing:
@@ -261,7 +242,7 @@ class DataSource(ABC):
         repeated = first_repeated(ids)
         if repeated is not None:
             raise UserError(f"{path}: id '{repeated}' is listed twice. Remove one.")
-        missing = [image_id for image_id in ids if image_id not in self._images]
+        missing = [image_id for image_id in ids if image_id not in self.images.files]
         if missing:
             raise UserError(
                 f"{path}: {len(missing)} of {len(ids)} ids have no image in {self.root}, the first is "

@@ -5,6 +5,7 @@ dataset[0]    # {"id": "2007_000032", "image": uint8 [3, 512, 512], "label": flo
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,37 +16,28 @@ from torchvision.transforms import v2
 from datasets.base import DataSource
 
 
+@dataclass(eq=False, repr=False)
 class ImageDataset(Dataset):
     """Images with what is known about them.
 
     Items are dicts: "id" str; "image" uint8 [3, H, W]; "label" float32 [K], unless `with_labels` is false; "mask"
     int64 [H, W], if `with_masks`. Random transforms draw from torch's global generator; `build_loader` seeds it.
 
-    Args:
-        transform: geometry of one sample (see `transforms`); None keeps images as they are, of any sizes.
-        with_labels: read image labels; turn it off for test sets, which have none.
-
     Raises:
         UserError: an id without label or mask, or masks that show no class at all. Found here, not hours later in a
             worker.
     """
 
-    def __init__(
-        self,
-        source: DataSource,
-        ids: Sequence[str],
-        transform: v2.Transform | None = None,
-        with_masks: bool = False,
-        *,
-        with_labels: bool = True,
-    ) -> None:
-        self.source = source
-        self.ids = list(ids)
-        self.transform = transform
-        self.with_masks = with_masks
-        self.labels = torch.from_numpy(source.image_labels(self.ids)) if with_labels else None
-        if with_masks:
-            source.check_masks(self.ids)
+    source: DataSource
+    ids: Sequence[str]
+    transform: v2.Transform | None = None  # geometry of one sample (see `transforms`); None keeps images as they are
+    with_masks: bool = False
+    with_labels: bool = True  # read image labels; off for test sets, which have none
+
+    def __post_init__(self) -> None:
+        self.labels = torch.from_numpy(self.source.image_labels(self.ids)) if self.with_labels else None
+        if self.with_masks:
+            self.source.check_masks(self.ids)
 
     def __len__(self) -> int:
         return len(self.ids)

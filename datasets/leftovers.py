@@ -17,7 +17,7 @@ PARTS = ("train", "val", "test")  # lists with one of these in both names may ov
 
 def leftovers(source: DataSource, lists: dict[str, Sequence[str]]) -> Iterator[tuple[str, str]]:
     """Kind and text of every finding; `lists` are ids by domain (UserError: the table of labels cannot be read)."""
-    images = set(source.image_ids())
+    images = source.images.files
     for image_id in source.labelled_ids():
         if image_id not in images:
             yield "rows", f"{source.label_noun} '{image_id}' belongs to no photograph{source.advice(image_id)}"
@@ -44,7 +44,7 @@ def leftovers(source: DataSource, lists: dict[str, Sequence[str]]) -> Iterator[t
 def unlisted(source: DataSource, lists: dict[str, Sequence[str]]) -> Iterable[str]:
     """A sentence on every photograph that is in no list."""
     listed = set(itertools.chain.from_iterable(lists.values()))
-    return (f"{source.image_path(i)}: in no list" for i in source.image_ids() if i not in listed)
+    return (f"{source.image_path(i)}: in no list" for i in source.images.files if i not in listed)
 
 
 def overlaps(lists: dict[str, Sequence[str]]) -> Iterator[str]:

@@ -46,7 +46,7 @@ def labels(root: Path) -> dict[str, list[str]]:
     """The class names of every photograph."""
     source = build_source("folder", root)
     classes = source.info.classes
-    return {i: [classes[k + 1] for k in np.flatnonzero(source.image_label(i))] for i in source.image_ids()}
+    return {i: [classes[k + 1] for k in np.flatnonzero(source.image_label(i))] for i in source.images.files}
 
 
 # Classes
@@ -210,7 +210,7 @@ def test_a_link_that_leads_back_is_not_followed(tmp_path):
     root.mkdir()
     (root / "images").symlink_to(photos)
     source = build_source("folder", root)
-    assert sorted(source.image_ids()) == ["cat/0", "cat/1", "dog/2"] and source.info.classes[1:] == ("cat", "dog")
+    assert sorted(source.images.files) == ["cat/0", "cat/1", "dog/2"] and source.info.classes[1:] == ("cat", "dog")
 
 
 def test_a_link_to_elsewhere_is_followed(tmp_path):
@@ -230,7 +230,7 @@ def test_a_link_that_leads_back_from_elsewhere_is_not_followed(tmp_path):
 
 def test_blanks_around_names_are_no_part_of_the_id(tmp_path):
     root = dataset(tmp_path, "a .jpg", "2024 /b.jpg", labels="id,labels\na ,cat\n2024 /b,dog\n")
-    assert sorted(build_source("folder", root).image_ids()) == ["2024/b", "a"]
+    assert sorted(build_source("folder", root).images.files) == ["2024/b", "a"]
     assert labels(root) == {"a": ["cat"], "2024/b": ["dog"]}
     with pytest.raises(UserError, match="has the same id as"):
         build_source("folder", photographs(root, "a.jpg"))
@@ -243,7 +243,7 @@ def test_files_of_systems_are_passed_over(folder_copy):
         (folder_copy / name).parent.mkdir(parents=True, exist_ok=True)
         (folder_copy / name).write_bytes(b"\x00\x05\x16\x07\xff")
     source = build_source("folder", folder_copy)
-    assert source.domains() == ["train", "val"] and sorted(source.image_ids()) == ["a", "b", "c", "d"]
+    assert source.domains() == ["train", "val"] and sorted(source.images.files) == ["a", "b", "c", "d"]
     assert findings(folder_copy).keys() == {"overlap"}
 
 

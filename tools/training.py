@@ -18,6 +18,7 @@ import math
 import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -48,39 +49,30 @@ RESUME_ONLY = ("optimizer", "schedule", "scaler", "memory_bank", "opponent", "he
 """Entries dropped from the checkpoint of a finished run."""
 
 
+@dataclass(eq=False, repr=False)
 class Trainer:
-    """Drives the training of one model.
+    """Drives the training of one model."""
 
-    Args:
-        model: on `device`, trained in place; has `config` and `scratch_modules()`.
-        classes: their names, background first; they go into the checkpoint.
-        steps_per_epoch: batches per epoch.
-        loaders: how many loaders of `run.batch_size` images a batch comes from; for the speed reported.
-        companions: what else is kept in the checkpoint, by name: modules such as the teacher, or what has a
-            `state_dict` and a `load_state_dict` like one; if it has a `share`, that makes it alike in all processes.
-    """
+    model: nn.Module  # on `device`, trained in place; has `config` and `scratch_modules()`
+    run: options.Training
+    classes: Sequence[str]  # their names, background first; they go into the checkpoint
+    _: KW_ONLY
+    device: torch.device
+    steps_per_epoch: int  # batches per epoch
+    loaders: int = 1  # how many loaders of `run.batch_size` images a batch comes from; for the speed reported
+    # what else is kept in the checkpoint, by name: modules such as the teacher, or what has a `state_dict` and a
+    # `load_state_dict` like one; if it has a `share`, that makes it alike in all processes
+    companions: dict[str, Any] = field(default_factory=dict)
 
-    def __init__(
-        self,
-        model: nn.Module,
-        run: options.Training,
-        classes: Sequence[str],
-        *,
-        device: torch.device,
-        steps_per_epoch: int,
-        loaders: int = 1,
-        companions: dict[str, Any] | None = None,
-    ) -> None:
-        self.model, self.run, self.classes, self.device = model, run, tuple(classes), device
-        self.steps_per_epoch, self.images_per_step = steps_per_epoch, loaders * run.batch_size
-        self.companions = companions or {}
+    def __post_init__(self) -> None:
+        model, run = self.model, self.run
         if run.compile:  # the teacher too
             for module in (model, *self.companions.values()):
                 if isinstance(module, nn.Module):
                     module.compile()
         distributed.share_model(model)
-        self.dtype = autocast_dtype(run.mixed_precision, device)
-        self.updates_per_epoch = -(-steps_per_epoch // run.optimization.accumulate_steps)
+        self.dtype = autocast_dtype(run.mixed_precision, self.device)
+        self.updates_per_epoch = -(-self.steps_per_epoch // run.optimization.accumulate_steps)
         self.max_updates = self.updates_per_epoch * run.max_epoch
         self.update = Update(model, run.optimization, updates=self.max_updates, dtype=self.dtype)
         self.path = options.model_path(run.tag)
@@ -88,7 +80,8 @@ class Trainer:
         self.steps_per_save = max(1, STEPS_PER_SAVE // accumulated) * accumulated
         self.updates = self.batch = 0  # optimiser steps of the run, batches of the epoch
         self.sums: dict[str, torch.Tensor] = {}
-        self.first_bad = torch.tensor(NEVER, device=device)  # batch of the epoch with the first loss that is not finite
+        # batch of the epoch with the first loss that is not finite
+        self.first_bad = torch.tensor(NEVER, device=self.device)
         self.ids: list[list[str]] = []  # of the batches since the losses were last looked at
 
     # -- epochs ---------------------------------------------------------------------------------------------------
@@ -158,7 +151,7 @@ class Trainer:
         means = self.means()
         self.log(epoch, means)
         text = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-        speed = f"{rate:.2f} steps/s  {rate * self.images_per_step:.1f} images/s"
+        speed = f"{rate:.2f} steps/s  {rate * self.loaders * self.run.batch_size:.1f} images/s"
         tqdm.write(f"{title}  {text}  lr {self.update.schedule.get_last_lr()[0]:.2e}  {speed}")
 
     def means(self) -> dict[str, float]:

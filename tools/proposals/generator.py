@@ -19,7 +19,8 @@ import functools
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -80,6 +81,7 @@ Found = tuple[View, MaskData]
 the image, "scores" float32 [N], predicted IoU."""
 
 
+@dataclass(eq=False, repr=False)
 class MaskGenerator:
     """All objects of an image as masks. Threads may share one: they prepare images while another uses the device.
 
@@ -87,35 +89,21 @@ class MaskGenerator:
     SAM 2 and 3, `tools.proposals.later_sams` has others.
     """
 
-    mask_threshold = 0.0  # logits above belong to the mask
+    mask_threshold: ClassVar = 0.0  # logits above belong to the mask
 
-    def __init__(
-        self,
-        model: Sam,
-        options: MaskOptions,
-        *,
-        dtype: torch.dtype | None = None,
-        compile: bool = False,
-        images_per_batch: int = 1,
-        points_per_batch: int = 64,
-    ) -> None:
-        """
-        Args:
-            model: on its device, in evaluation mode.
-            options: which masks are looked for and kept.
-            dtype: of the encoder and the decoder; None: float32. Scores and enlarging are float32.
-            compile: let torch.compile have the networks: minutes at the start, faster afterwards.
-            images_per_batch: images or crops that the encoder sees at a time.
-            points_per_batch: prompts that are decoded, and full-size masks that exist, at a time.
-        """
-        self.model = model
-        self.dtype = dtype or torch.float32
-        self.options = options
-        self.images_per_batch = images_per_batch
-        self.points_per_batch = points_per_batch
-        self.point_grids = build_all_layer_point_grids(options.points_per_side, options.crop_n_layers, 1)
+    model: Sam  # on its device, in evaluation mode
+    options: MaskOptions  # which masks are looked for
+    _: KW_ONLY
+    dtype: torch.dtype | None = None  # of the encoder and the decoder (None: float32); scores and enlarging are float32
+    compile: InitVar[bool] = False  # let torch.compile have the networks: minutes at the start, faster afterwards
+    images_per_batch: int = 1  # images or crops that the encoder sees at a time
+    points_per_batch: int = 64  # prompts that are decoded, and full-size masks that exist, at a time
+
+    def __post_init__(self, compile: bool) -> None:
+        self.dtype = self.dtype or torch.float32
+        self.point_grids = build_all_layer_point_grids(self.options.points_per_side, self.options.crop_n_layers, 1)
         # As there: 0 is no filter.
-        self.pred_iou_thresh = options.pred_iou_thresh if options.pred_iou_thresh > 0 else -math.inf
+        self.pred_iou_thresh = self.options.pred_iou_thresh if self.options.pred_iou_thresh > 0 else -math.inf
         self._device_lock = threading.Lock()
         self._prepare_networks(compile)
 
