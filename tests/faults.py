@@ -58,15 +58,15 @@ FAULTS = (
     Fault(
         "its predictions are not refined by the dense CRF",
         "train_segmentation.py",
-        "    if not how.crf.iterations:\n        return before",
-        "    if how.crf.iterations:\n        return before",
+        "    if not how.crf.iterations and not reading:\n",
+        "    if not reading:\n",
         "test_joints.py::test_a_prediction_is_refined_as_the_golden_segmentations",
     ),
     Fault(
         "its predictions are refined with the settings of CAMs",
         "train_segmentation.py",
-        "from tools.crf import SEGMENTATION_SETTINGS, ",
-        "from tools.crf import CAM_SETTINGS as SEGMENTATION_SETTINGS, ",
+        "unary_from_probabilities(before), SEGMENTATION_SETTINGS",
+        "unary_from_probabilities(before), CAM_SETTINGS",
         "test_joints.py::test_a_prediction_is_refined_as_the_golden_segmentations",
     ),
     Fault(
@@ -377,8 +377,8 @@ FAULTS = (
     Fault(
         "--crf_backend and --crf_t of the prediction are the defaults",
         "train_segmentation.py",
-        "crf = options.CRF(iterations=args.crf_t, backend=args.crf_backend)",
-        "crf = options.CRF()",
+        "crf = options.CRF(args.crf_t, RELATIVE_GT_PROB, args.crf_backend)",
+        "crf = options.CRF(gt_prob=RELATIVE_GT_PROB)",
         "test_joints.py::test_views_and_crf_of_a_prediction_are_those_of_the_flags_and_of_the_training",
     ),
     Fault(
