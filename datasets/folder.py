@@ -17,6 +17,7 @@ Labels and masks are read only when they are needed, so a test set needs neither
 """
 
 import csv
+import functools
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -76,7 +77,6 @@ class FolderSource(DataSource):
             masks_dirs=_find_masks(root) if masks_dir is None else [masks_dir],
             parts=parts,
         )
-        self._class_table: dict[str, list[int]] | None = None
 
     def _read_classes(self, root: Path, images: FileIndex) -> tuple[str, ...]:
         path = root / "classes.txt"
@@ -110,24 +110,22 @@ class FolderSource(DataSource):
         """Whether there is a row of the table, or without a table a folder, that gives the label of an image."""
         if self._table_path is None:
             return self._class_folder(image_id) is not None
-        return image_id in self._read_table(self._table_path)
+        return image_id in self._table
 
     def labelled_ids(self) -> Iterable[str]:
-        return () if self._table_path is None else self._read_table(self._table_path).keys()
+        return () if self._table_path is None else self._table.keys()
 
     def _class_indices(self, image_id: str) -> list[int]:
         if self._table_path is None and (name := self._class_folder(image_id)) is not None:
             return self._index_of_folder(name)
-        path = self._table_path or self.root / "labels.csv"
-        table = self._read_table(path)
-        if image_id not in table:
-            raise UserError(f"{path}: no row for id '{image_id}'. Add one (without classes if it shows none).")
-        return table[image_id]
+        if image_id not in self._table:
+            fault = f"{self._table_path}: no row for id '{image_id}'"
+            raise UserError(f"{fault}. Add one (without classes if it shows none).")
+        return self._table[image_id]
 
-    def _read_table(self, path: Path) -> dict[str, list[int]]:
-        if self._class_table is None:
-            self._class_table = read_label_table(path, self.info.classes)
-        return self._class_table
+    @functools.cached_property
+    def _table(self) -> dict[str, list[int]]:
+        return read_label_table(self._table_path or self.root / "labels.csv", self.info.classes)
 
     def _class_folder(self, image_id: str) -> str | None:
         """The name of the folder of an image, which is its class; None if it is in no folder."""

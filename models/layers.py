@@ -57,20 +57,16 @@ class ASPP(nn.Module):
     image-mean branch cannot train on a batch of one.
     """
 
-    def __init__(self, in_channels: int, channels: int, *, output_stride: int, dropout: float, use_gn: bool) -> None:
+    def __init__(self, in_channels: int, config: DecoderConfig, *, output_stride: int) -> None:
         super().__init__()
-        rates = [rate * 16 // output_stride for rate in (6, 12, 18)]
-        self.branches = nn.ModuleList(
-            [conv_norm_relu(in_channels, channels, 1, use_gn=use_gn)]
-            + [conv_norm_relu(in_channels, channels, 3, dilation=rate, use_gn=use_gn) for rate in rates]
-        )
-        self.image_mean = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), conv_norm_relu(in_channels, channels, 1, use_gn=use_gn)
-        )
-        self.project = nn.Sequential(conv_norm_relu(5 * channels, channels, 1, use_gn=use_gn), nn.Dropout(dropout))
+        conv, channels = functools.partial(conv_norm_relu, use_gn=config.use_gn), config.decoder_channels
+        kinds = [(1, 1), *((3, rate * 16 // output_stride) for rate in (6, 12, 18))]  # size of the kernel, dilation
+        self.branches = nn.ModuleList([conv(in_channels, channels, size, dilation=rate) for size, rate in kinds])
+        self.image_mean = nn.Sequential(nn.AdaptiveAvgPool2d(1), conv(in_channels, channels, 1))
+        self.project = nn.Sequential(conv(5 * channels, channels, 1), nn.Dropout(config.dropout))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B,`in_channels`,h,w] -> [B,`channels`,h,w]."""
+        """[B,`in_channels`,h,w] -> [B,`decoder_channels`,h,w]."""
         parts = [branch(x) for branch in self.branches]
         parts.append(self.image_mean(x).expand_as(parts[0]))
         return self.project(torch.cat(parts, dim=1))
@@ -85,13 +81,7 @@ class Trunk(nn.Module):
     def __init__(self, backbone: Backbone, config: DecoderConfig) -> None:
         super().__init__()
         self.channels = config.decoder_channels + LOW_LEVEL_CHANNELS
-        self.aspp = ASPP(
-            backbone.channels,
-            config.decoder_channels,
-            output_stride=backbone.output_stride,
-            dropout=config.dropout,
-            use_gn=config.use_gn,
-        )
+        self.aspp = ASPP(backbone.channels, config, output_stride=backbone.output_stride)
         self.low = conv_norm_relu(backbone.low_channels, LOW_LEVEL_CHANNELS, 1, use_gn=config.use_gn)
         init_kaiming(self)
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from benchmarks import backbones
 from models import Backbone, build_model
-from models.config import BackboneConfig
+from models.config import BackboneConfig, DecoderConfig
 from models.layers import ASPP
 from tools.cam import multi_scale_cams
 from tools.errors import UserError
@@ -379,7 +379,7 @@ def test_new_convolutions_start_kaiming_normal():
 
 def test_aspp_image_mean_reaches_every_pixel():
     torch.manual_seed(0)
-    aspp = ASPP(8, 8, output_stride=16, dropout=0.5, use_gn=True).eval()
+    aspp = ASPP(8, DecoderConfig(architecture="", num_classes=2, decoder_channels=8), output_stride=16).eval()
     x = images(1, 8, 40, 40).requires_grad_()
     aspp(x)[0, :, 0, 0].sum().backward()
     assert (x.grad[0, :, 39, 39] != 0).any()  # beyond the reach of dilation 18

@@ -15,7 +15,7 @@ The maps of a plain classifier cover only the most discriminative part of an obj
 """
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -88,28 +88,23 @@ class PriorCriterion:
         return self.classification(logits, sample.labels * (1 - sample.hidden))
 
 
+@dataclass(eq=False, repr=False)
 class Opponent:
     """P-NOC's ordinary classifier, which learns in turn with the CAM network.
 
     Outside `learn` its weights take no gradient: the CAM network's loss passes through it without changing it.
-
-    Args:
-        model: trained in place; always in evaluation mode, as its batch norm is frozen.
-        options, updates, dtype: as of `Update`; the options are those of the CAM network.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        options: Optimization,
-        *,
-        label_smoothing: float,
-        updates: int,
-        dtype: torch.dtype | None,
-    ) -> None:
-        self.model, self.label_smoothing = model.eval(), label_smoothing
-        distributed.share_model(model)
-        self.update = Update(model, options, updates=updates, dtype=dtype)
+    model: nn.Module  # trained in place; always in evaluation mode, as its batch norm is frozen
+    options: Optimization  # those of the CAM network, as are the next two, which `Update` takes
+    _: KW_ONLY
+    updates: InitVar[int]
+    dtype: InitVar[torch.dtype | None]
+    label_smoothing: float
+
+    def __post_init__(self, updates: int, dtype: torch.dtype | None) -> None:
+        distributed.share_model(self.model.eval())
+        self.update = Update(self.model, self.options, updates=updates, dtype=dtype)
         self._take_gradients(False)
 
     def state_dict(self) -> dict[str, dict]:
