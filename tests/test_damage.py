@@ -49,7 +49,7 @@ def mask(path: Path):
 
 
 def proposals(path: Path):
-    save_proposals(path, GENERATOR.random((6, 23, 31)) > 0.8)
+    save_proposals(path, GENERATOR.random((6, 23, 31)) > 0.8, (23, 31))
     return lambda path: load_proposals(path, (23, 31))
 
 

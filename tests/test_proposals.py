@@ -38,7 +38,7 @@ def checkpoint(tmp_path, registry):
 def test_what_is_saved_is_what_is_loaded(tmp_path_factory, count, height, width, seed):
     masks = np.random.default_rng(seed).random((count, height, width)) < 0.5
     path = tmp_path_factory.mktemp("proposals") / "image.json"
-    save_proposals(path, masks)
+    save_proposals(path, masks, masks.shape[1:])
     loaded = load_proposals(path, (height, width))
     assert len(loaded) == count
     for rle, mask in zip(loaded, masks, strict=True):
@@ -47,7 +47,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path_factory, count, height, width,
 
 def test_pycocotools_reads_the_file(tmp_path):
     masks = np.random.default_rng(0).random((3, 11, 8)) < 0.4
-    save_proposals(tmp_path / "a.json", masks)
+    save_proposals(tmp_path / "a.json", masks, masks.shape[1:])
     content = json.loads((tmp_path / "a.json").read_text())
     assert content["image"] == {"height": 11, "width": 8}
     for mask, annotation in zip(masks, content["annotations"], strict=True):
@@ -57,9 +57,9 @@ def test_pycocotools_reads_the_file(tmp_path):
 
 def test_rle_and_arrays_make_the_same_file(tmp_path):
     masks = np.random.default_rng(1).random((2, 6, 7)) < 0.5
-    save_proposals(tmp_path / "a.json", masks)
-    save_proposals(tmp_path / "b.json", encode(masks), size=(6, 7))
-    save_proposals(tmp_path / "none.json", [], size=(6, 7))
+    save_proposals(tmp_path / "a.json", masks, masks.shape[1:])
+    save_proposals(tmp_path / "b.json", encode(masks), (6, 7))
+    save_proposals(tmp_path / "none.json", [], (6, 7))
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
     assert load_proposals(tmp_path / "none.json", (6, 7)) == []
 
@@ -85,7 +85,7 @@ def test_damaged_counts_are_named(tmp_path, counts):
 
 
 def test_masks_of_another_size_and_missing_files_are_named(tmp_path):
-    save_proposals(tmp_path / "a.json", np.ones((1, 4, 5), bool))
+    save_proposals(tmp_path / "a.json", np.ones((1, 4, 5), bool), (4, 5))
     with pytest.raises(UserError, match="a.json: 5x4 pixels, but its image is 4x5"):
         load_proposals(tmp_path / "a.json", (5, 4))
     with pytest.raises(UserError, match="b.json: no such file of masks"):

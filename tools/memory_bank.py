@@ -112,7 +112,8 @@ def contrastive_loss(
     # Pixels that are not reliable become 255, so that "reliable and labelled c" is one comparison from here on.
     reliable = labels.where(torch.cat([torch.ones_like(low_entropy), low_entropy]), IGNORE_INDEX)
     pixels, candidates = sample_anchors(reliable, teacher_probs, num_anchors, ANCHOR_PROBABILITY)
-    anchors = gather_pixels(student_reps, pixels)
+    area = labels[0].numel()
+    anchors = student_reps.flatten(2)[pixels // area, :, pixels % area]
     # Mixed precision would turn the products below into half precision, whose sums over a batch can overflow.
     with torch.autocast(student_reps.device.type, enabled=False):
         positives, has_reliable = class_means(teacher_reps, reliable, teacher_probs.shape[1])
@@ -237,12 +238,6 @@ def sample_anchors(labels: Tensor, teacher_probs: Tensor, count: int, threshold:
         pixels.append(_position_of_rank(running, ranks.long()))
         candidates.append(running[-1])
     return torch.stack(pixels), torch.stack(candidates)
-
-
-def gather_pixels(maps: Tensor, pixels: Tensor) -> Tensor:
-    """The vectors of `maps`, [N, D, h, w], at int64 positions [...] in the flattened [N, h, w]: [..., D]."""
-    area = maps.shape[-2] * maps.shape[-1]
-    return maps.flatten(2)[pixels // area, :, pixels % area]
 
 
 def _position_of_rank(running: Tensor, ranks: Tensor) -> Tensor:

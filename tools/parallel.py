@@ -58,11 +58,6 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
-def local_world_size() -> int:
-    """Number of processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if launched() else 1
-
-
 def is_main() -> bool:
     """Whether this is the process that speaks, and writes checkpoints and logs."""
     return rank() == 0
@@ -70,7 +65,8 @@ def is_main() -> bool:
 
 def own_workers(workers: int) -> int:
     """This process's part of the `workers` of the machine."""
-    return -(-workers // local_world_size())
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if launched() else 1
+    return -(-workers // processes)
 
 
 def share(

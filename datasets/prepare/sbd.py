@@ -29,18 +29,13 @@ def convert(sbd: Path, devkit: Path, workers: int) -> None:
     Raises:
         UserError: a list, a mask or an image is missing, or a .mat file is damaged.
     """
-    ids = augmented_ids(sbd, devkit)
+    lists = devkit / "ImageSets" / "Segmentation"
+    train = {*read_lines(sbd / "train.txt"), *read_lines(sbd / "val.txt"), *read_lines(lists / "train.txt")}
+    ids = sorted(train - set(read_lines(lists / "val.txt")))
     check_present(devkit / "JPEGImages", ids, ".jpg", "It is an image of SBD: unpack VOC 2012 again.")
     for _ in run_jobs(functools.partial(_write_mask, sbd, devkit), ids, workers, "masks of train_aug", "image"):
         pass
     save_text(list_path(devkit), "".join(f"{image_id}\n" for image_id in ids))
-
-
-def augmented_ids(sbd: Path, devkit: Path) -> list[str]:
-    """(SBD train + SBD val + VOC train) minus VOC val, sorted."""
-    lists = devkit / "ImageSets" / "Segmentation"
-    ids = {*read_lines(sbd / "train.txt"), *read_lines(sbd / "val.txt"), *read_lines(lists / "train.txt")}
-    return sorted(ids - set(read_lines(lists / "val.txt")))
 
 
 def read_mat(path: Path) -> np.ndarray:

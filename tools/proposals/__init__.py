@@ -69,19 +69,13 @@ def load_sam(checkpoint: str | os.PathLike, model_type: str, device: torch.devic
     return model.to(device).eval()
 
 
-def save_proposals(
-    path: str | os.PathLike, masks: np.ndarray | Sequence[dict], size: tuple[int, int] | None = None
-) -> None:
-    """Write the masks of one image, atomically (UserError: the file cannot be written).
+def save_proposals(path: str | os.PathLike, masks: np.ndarray | Sequence[dict], size: tuple[int, int]) -> None:
+    """Write the masks of one image of `size` (H, W), atomically (UserError: the file cannot be written).
 
     Args:
         masks: bool [N, H, W], or compressed COCO RLE dicts ("size", "counts" as bytes or text).
-        size: (H, W) of the image; needed with RLE only, which may be an empty list.
     """
-    if isinstance(masks, np.ndarray):
-        size = masks.shape[1:]
-        masks = encode(masks)
-    assert size is not None, "RLE masks without the size of their image"
+    masks = encode(masks) if isinstance(masks, np.ndarray) else masks
     height, width = map(int, size)
     counts = [_text(mask["counts"], size) for mask in masks]
     content = {
