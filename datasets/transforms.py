@@ -119,8 +119,9 @@ class RandomCropReflect(v2.Transform):
         output = inpt.as_subclass(Tensor)
         for dim, offset in ((-2, params["top"]), (-1, params["left"])):
             output = output.narrow(dim, max(offset, 0), min(self.size, output.shape[dim]))
-        pad = _pad_mask if isinstance(inpt, tv_tensors.Mask) else _pad_image
-        return tv_tensors.wrap(pad(output, max(-params["top"], 0), max(-params["left"], 0), self.size), like=inpt)
+        top, left = max(-params["top"], 0), max(-params["left"], 0)
+        padded = _pad(output, top, left, self.size, is_mask=isinstance(inpt, tv_tensors.Mask))
+        return tv_tensors.wrap(padded, like=inpt)
 
     def _offset(self, length: int) -> int:
         """Of the crop in the image; negative if the image has to be padded: of the image in the crop, negated."""
@@ -128,20 +129,17 @@ class RandomCropReflect(v2.Transform):
         return int(torch.randint(min(slack, 0), max(slack, 0) + 1, ()))
 
 
-def _pad_image(image: Tensor, top: int, left: int, size: int) -> Tensor:
-    height, width = image.shape[-2:]
-    if height == width == size:
-        return image
-    # OpenCV, since torch and torchvision cannot reflect by more than the image's own size
-    pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+def _pad(pixels: Tensor, top: int, left: int, size: int, *, is_mask: bool) -> Tensor:
+    height, width = pixels.shape[-2:]
     below, right = size - height - top, size - width - left
+    if is_mask:
+        return F.pad(pixels, (left, right, top, below), value=IGNORE_INDEX)
+    if height == width == size:
+        return pixels
+    # OpenCV, since torch and torchvision cannot reflect by more than the image's own size
+    pixels = np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
     padded = cv2.copyMakeBorder(pixels, top, below, left, right, cv2.BORDER_REFLECT_101)
     return torch.from_numpy(padded).permute(2, 0, 1)
-
-
-def _pad_mask(mask: Tensor, top: int, left: int, size: int) -> Tensor:
-    height, width = mask.shape[-2:]
-    return F.pad(mask, (left, size - width - left, top, size - height - top), value=IGNORE_INDEX)
 
 
 def _uniform(low: float, high: float) -> float:

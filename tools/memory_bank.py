@@ -49,12 +49,8 @@ class MemoryBank(nn.Module):
         self.register_buffer("heads", torch.zeros(num_classes, dtype=torch.long))
 
     @torch.no_grad()
-    def push(self, class_index: int, vectors: Tensor, mask: Tensor) -> Tensor:
-        """Append the vectors [P, D] in `mask`, bool [P], in order, over the oldest keys of a class.
-
-        Returns:
-            int64 scalar, the number of vectors in the mask (which may be more than the queue keeps).
-        """
+    def push(self, class_index: int, vectors: Tensor, mask: Tensor) -> None:
+        """Append the vectors [P, D] in `mask`, bool [P], in order, over the oldest keys of a class."""
         capacity = self.capacities[class_index]
         running = mask.cumsum(0)
         count = running[-1]
@@ -67,7 +63,6 @@ class MemoryBank(nn.Module):
         self.storage.index_copy_(0, row, vectors.index_select(0, position).to(self.storage.dtype))
         self.heads[class_index] = (self.heads[class_index] + kept) % capacity
         self.sizes[class_index] = (self.sizes[class_index] + kept).clamp(max=capacity)
-        return count
 
     def sample(self, count: int) -> Tensor:
         """Draw `count` keys of every class with replacement, float32 [C, count, D]; of an empty queue, zeros."""
@@ -156,15 +151,12 @@ def feed_bank(
     high_entropy: Tensor,
     low_rank: int,
     high_rank: int,
-) -> Tensor:
+) -> None:
     """Push the teacher's representations of the hard negatives of every class c.
 
     These are labeled pixels (not 255) of another class where c is among the `low_rank` most probable classes; and
     uncertain unlabeled pixels where c is that probable but not in the image, or has a rank in [low_rank, high_rank).
     Arguments as of `contrastive_loss`.
-
-    Returns:
-        int64 [C], the number of new keys per class, of all processes.
     """
     half = len(labels) // 2
     num_classes = teacher_probs.shape[1]
@@ -180,7 +172,8 @@ def feed_bank(
         masks.append(torch.cat([labeled, unlabeled]))
     vectors = gather_batch(teacher_reps.permute(0, 2, 3, 1)).flatten(0, 2)  # a copy, unless already channels last
     masks = gather_batch(torch.stack(masks, dim=1)).transpose(0, 1).flatten(1)
-    return torch.stack([bank.push(c, vectors, mask) for c, mask in enumerate(masks)])
+    for c, mask in enumerate(masks):
+        bank.push(c, vectors, mask)
 
 
 def entropy_masks(teacher_entropy: Tensor, labels: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
