@@ -17,6 +17,7 @@ import numpy as np
 
 from tools.errors import UserError
 from tools.files import atomic_write, reading
+from tools.metrics import confusion_counts
 from tools.options import IGNORE_INDEX
 
 SMALLEST_SHARE = 0.002
@@ -70,11 +71,9 @@ def image_iou(truth: np.ndarray, mask: np.ndarray) -> float:
     Pixels that are 255 in `truth` do not count; of those left, pixels that are 255 in `mask` belong to no class there.
     1 if nothing is left.
     """
-    kept = truth != IGNORE_INDEX
-    pairs = truth[kept].astype(np.int64) * 256 + mask[kept]
-    counts = np.bincount(pairs, minlength=256 * 256).reshape(256, 256)
-    hits = np.diagonal(counts)[:IGNORE_INDEX]
-    unions = (counts.sum(axis=0) + counts.sum(axis=1))[:IGNORE_INDEX] - hits
+    counts = confusion_counts(truth, mask, IGNORE_INDEX)  # of all indices that a class may have
+    hits = np.diagonal(counts)
+    unions = counts.sum(axis=1) + counts[:, :-1].sum(axis=0) - hits
     return float((hits[unions > 0] / unions[unions > 0]).mean()) if unions.any() else 1.0
 
 
