@@ -33,17 +33,12 @@ def make_parser() -> cli.Parser:
     network.add_argument("--restore", type=Path, help=text)
     options.add_images(parser)
     options.add_optimization(parser, lr=0.007, wd=1e-4, batch_size=32, max_epoch=15, alpha_bias=1.0)
-    add_mixing(parser)
-    add_labels(parser)
-    add_losses(parser)
-    return parser
-
-
-def add_mixing(parser: cli.Parser) -> None:
-    """How two images become one."""
     add, kinds = parser.add_argument_group("mixing").add_argument, ["classmix", "cutmix", "none"]
     add("--augment", choices=kinds, default="classmix", help="how images are mixed")
     add("--cutmix_prob", type=cli.fraction, default=0.5, help="probability that a step mixes")
+    add_labels(parser)
+    add_losses(parser)
+    return parser
 
 
 def add_labels(parser: cli.Parser) -> None:
