@@ -8,10 +8,10 @@
 Training reads photographs and the masks in --masks_dir (ID.png, 255 ignored; without the flag the dataset's own masks:
 fully supervised) and writes experiments/models/TAG.pth. Masks in --corrected_dir (docs/review.md) replace those of
 their images, and these images are used more often. Prediction averages the logits of each image at several scales and
-mirrored, and refines the result with a dense CRF. It never reads labels. A model that has learnt a few pseudo masks is
-seldom sure: its argmax is the background too often, and --reading relative is better. It finds the classes that are
-sure somewhere in the image, and compares their maps with parts of their maxima, as inference.py does with the classes
-of the label. Prediction also takes a CSRM checkpoint (--weights). It writes to experiments/predictions/TAG@DOMAIN/
+mirrored, and refines the result with a dense CRF. It never reads labels. It also takes a CSRM checkpoint (--weights).
+A model that has learnt few pseudo masks is seldom sure, and its argmax is the background too often. For such a model
+use --reading relative: the classes that are sure somewhere in the image take the place of an image label, and their
+maps are read relative to their maxima, as in inference.py. Prediction writes to experiments/predictions/TAG@DOMAIN/
 
     masks/ID.png         class indices with a palette
     overlays/ID.jpg      the photograph with painted classes and a legend (--save_overlays)
@@ -68,7 +68,7 @@ def make_parser() -> cli.Parser:
     cli.add_switch(group, "--save_confidence", False, "also write the probability of each pixel's class")
     text = "segment photographs that are longer than this in overlapping squares of this side"
     group.add_argument("--tile", type=cli.positive_int, metavar="PIXELS", help=text)
-    text = "argmax of the probabilities; relative: for models that are seldom sure (see above)"
+    text = "how probabilities become classes; relative: for models that are seldom sure (see above)"
     group.add_argument("--reading", choices=options.PREDICTION_READINGS, default="argmax", help=text)
     group.add_argument("--weights", type=Path, help="checkpoint, of CSRM too (default: experiments/models/TAG.pth)")
     group.add_argument("--max_images", type=cli.positive_int, help="stop after the first N images of the split")
