@@ -76,8 +76,8 @@ folder)
   if [[ -z "${MASKS:-}" ]]; then choose ROUNDS 2; fi
   ;;
 shapes)
-  # Measured, seeds 0, 1, 2: prior 51.7, 51.4, 50.3; CSRM's CAMs 64.7, 64.2, 62.8; pseudo masks 85.7, 87.8, 85.9; final
-  # model 88.2, 89.4, 89.0 on val. 8 to 10 minutes in all on two CPU cores (docs/results.md, docs/log.md).
+  # Measured, seeds 0, 1, 2: prior 51.7, 51.3, 50.3; CSRM's CAMs 65.7, 63.2, 62.3; pseudo masks 87.6, 87.8, 85.1; final
+  # model 89.2, 89.5, 88.5 on val. 8 to 10 minutes in all on two CPU cores (README.md, docs/log.md).
   # A tiny network without pretrained weights, and schedules for two CPU cores and ten minutes.
   TAKES="about 9 minutes on two CPU cores"; DONE_BEFORE=([3]=76 [4]=81)  # per cent of that
   : "${DATA_DIR:=data/shapes}" 
