@@ -39,4 +39,4 @@ run train_segmentation.py --tag "$TAG_SEG" --predict --domain "$SHEET" --max_ima
 report
 
 printf '\nFinal model: experiments/models/%s.pth, which has learnt %s\n' "$TAG_SEG" "$MASKS"
-echo "Other photographs: $PYTHON train_segmentation.py --tag $TAG_SEG --predict --images FOLDER $VIEW_FLAGS $PREDICT_FLAGS"
+echo "Other photographs:" $PYTHON train_segmentation.py --tag "$TAG_SEG" --predict --images FOLDER $VIEW_FLAGS $PREDICT_FLAGS
