@@ -103,6 +103,12 @@ class EpochSampler(Sampler[Draw]):
     epoch: int = 0
     skipped: int = 0  # draws of the epoch that are done
 
+    def __post_init__(self) -> None:
+        assert self.num_items > 0, f"expected a non-empty dataset, got {self.num_items} items"
+        fits = self.weights is None or (self.shuffle and self.weights.shape == (self.num_items,))
+        assert fits, "weights go with shuffle, one per item"
+        assert 0 <= self.rank < self.world_size, f"expected 0 <= rank < world_size, got {self.rank}, {self.world_size}"
+
     def __len__(self) -> int:
         return len(range(self.rank, self.num_draws, self.world_size))
 

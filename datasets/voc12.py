@@ -74,9 +74,8 @@ class VOC12Source(DataSource):
     def _class_indices(self, image_id: str) -> set[int]:
         path = self._annotations.get(image_id, self.root / "Annotations" / f"{image_id}.xml")
         with reading(path, "annotation", "It holds the labels of the image: unpack the dataset again."):
-            objects = ElementTree.fromstring(path.read_bytes()).iterfind(
-                "object"
-            )  # not their parts, as heads and hands
+            # An object's parts, such as heads and hands, are inside it and are not objects.
+            objects = ElementTree.fromstring(path.read_bytes()).iterfind("object")
         names = {item.findtext("name", default="").strip() for item in objects}
         unknown = names - set(self.info.classes[1:])
         if unknown:

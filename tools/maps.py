@@ -42,9 +42,13 @@ def cells(size: Sequence[int], stride: int) -> list[int]:
     return [(side + stride - 1) // stride for side in size]
 
 
-def unit_maximum(maps: Tensor) -> Tensor:
-    """Maps [..., h, w] of values >= 0, each divided by its maximum (+1e-5)."""
-    return maps / (maps.amax(dim=(-2, -1), keepdim=True) + 1e-5)
+def unit_maximum(maps: Tensor, highest: Tensor | None = None) -> Tensor:
+    """Maps [..., h, w] of values >= 0, each divided by its maximum (+1e-5).
+
+    With `highest` [..., 1, 1], the maxima of larger maps of which these are a part, by these.
+    """
+    highest = maps.amax(dim=(-2, -1), keepdim=True) if highest is None else highest
+    return maps / (highest + 1e-5)
 
 
 def fit(height: int, width: int, limit: float) -> float:

@@ -107,7 +107,7 @@ def sweep_counts(
         cams: float [n, H, W]; n may be 0: everything is background.
         thresholds: float [T], ascending.
     """
-    assert np.all(np.diff(thresholds) > 0), f"thresholds must ascend, got {thresholds}"
+    assert len(thresholds) > 0 and np.all(np.diff(thresholds) > 0), f"thresholds must ascend, got {thresholds}"
     assert cams.shape == (len(keys) - 1, *truth.shape), f"{len(keys)} keys, CAMs {cams.shape}, mask {truth.shape}"
     valid = truth != IGNORE_INDEX
     truth = truth[valid].astype(np.int64)

@@ -193,7 +193,7 @@ class RelativeReading:
 
     def labels(self, probabilities: Tensor) -> Tensor:
         """Index into `keys` of each pixel, int64 [1,h,w], from probabilities f32[1,K+1,h,w] of a part of the image."""
-        maps = _shared_foreground(probabilities[0, self.keys]) / (self.highest + 1e-5)
+        maps = unit_maximum(_shared_foreground(probabilities[0, self.keys]), self.highest)
         return F.pad(maps, (0, 0, 0, 0, 1, 0), value=self.threshold).argmax(dim=0)[None]
 
 
