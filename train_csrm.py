@@ -121,6 +121,9 @@ from tools.seeds import auto_threshold, label_folder
 from tools.training import Trainer, seed_everything
 from tools.validation import check_domain, validate
 
+HEALTH_EVERY = 5
+"""In warm-up the teacher segments every fifth batch only: no loss asks for it, just the signals of `health`."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -139,8 +142,8 @@ class Targets:
 
     image_labels: Tensor  # float32 [2B,K], after mixing
     cam_labels: Tensor  # int64 [B,H,W] of the labeled half: reliable CAM labels, 255 elsewhere
-    teacher_labels: Tensor  # int64 [2B,H,W]: the teacher's classes among [background, image labels]
-    confidence: Tensor  # float32 [2B,H,W]: their probability
+    teacher_labels: Tensor | None  # int64 [2B,H,W]: the teacher's classes among [background, image labels]
+    confidence: Tensor | None  # float32 [2B,H,W]: their probability
 
 
 @dataclass(frozen=True)
@@ -293,14 +296,32 @@ class LabelOptions:
 
 
 def train_step(
-    batch: Batch, student: nn.Module, teacher: Teacher, criterion: Criterion, labels: LabelOptions, epoch: int
+    batch: Batch,
+    student: nn.Module,
+    teacher: Teacher,
+    criterion: Criterion,
+    labels: LabelOptions,
+    epoch: int,
+    observed: bool = True,
 ) -> dict[str, Tensor]:
-    """One step of CSRM up to its losses: teacher labels, mixing, student, losses."""
+    """One step of CSRM up to its losses: teacher labels, mixing, student, losses.
+
+    Args:
+        epoch: counted from 0.
+        observed: whether `health` looks at a step of the warm-up; at later steps it always does.
+    """
     # 1. The teacher sees both halves. If nothing is mixed, the losses use this pass, too.
     mixes = labels.augment != "none" and random.random() < labels.cutmix_prob
-    needs_representations = criterion.needs_representations(epoch)
-    teacher_out = teacher(normalize(batch.images), representations=needs_representations and not mixes)
-    seg_logits, class_logits = teacher_out["seg_logits"], teacher_out["class_logits"]
+    needs_representations, teaches = criterion.needs_representations(epoch), criterion.teaches_itself(epoch)
+    needs_segmentation = teaches or observed or labels.c2s_mode == "mp"
+    teacher_out = {}
+    if needs_segmentation or labels.c2s_mode != "gt":
+        teacher_out = teacher(
+            normalize(batch.images),
+            segmented=None if needs_segmentation else 0,
+            representations=needs_representations and not mixes,
+        )
+    seg_logits, class_logits = teacher_out.get("seg_logits"), teacher_out.get("class_logits")
 
     # 2. Its CAMs become reliable pixel labels. Those of the unlabeled half are needed for mixing only.
     to_label = slice(None) if mixes else slice(len(batch.images) // 2)
@@ -313,11 +334,13 @@ def train_step(
         images, cam_labels, seg_logits, image_labels = mix(images, cam_labels, seg_logits, image_labels)
 
     # 4. The teacher labels each pixel with the background or a class of the image.
-    hard_labels, confidence = teacher_labels(seg_logits, image_labels, images.shape[-2:], labels.teacher_labels)
+    hard_labels = confidence = None
+    if needs_segmentation:
+        hard_labels, confidence = teacher_labels(seg_logits, image_labels, images.shape[-2:], labels.teacher_labels)
 
     # 5. Student and teacher see the mixed images. In warm-up no loss asks how the unlabeled half is segmented.
     inputs = normalize(images)
-    segmented = None if criterion.teaches_itself(epoch) else len(images) // 2
+    segmented = None if teaches else len(images) // 2
     with record_function("student"):
         student_out = student(inputs, segmented=segmented, representations=needs_representations)
     if mixes and criterion.needs_teacher(epoch):
@@ -325,7 +348,8 @@ def train_step(
 
     # 6. The five losses.
     targets = Targets(image_labels, cam_labels[: len(images) // 2], hard_labels, confidence)
-    criterion.observe(targets, class_logits, batch.image_labels)
+    if needs_segmentation:
+        criterion.observe(targets, class_logits, batch.image_labels)
     return criterion(student_out, teacher_out, targets, epoch)
 
 
@@ -497,7 +521,8 @@ def main(args: argparse.Namespace) -> None:
         unlabeled.set_epoch(epoch, trainer.batch)
         for batch in trainer.batches(epoch, batches(labeled, unlabeled, augment, device)):
             with trainer.autocast():
-                losses = train_step(batch, student, teacher, criterion, labels, epoch)
+                observed = trainer.batch % HEALTH_EVERY == 0
+                losses = train_step(batch, student, teacher, criterion, labels, epoch, observed)
             if trainer.batch == 0:
                 health.add_gradients(losses, student.backbone)
             if trainer.step(losses):

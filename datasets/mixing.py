@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 MASK_VALUES = 256  # a label map holds 0..255
 
-Mixed = tuple[Tensor, Tensor, Tensor, Tensor]
+Mixed = tuple[Tensor, Tensor, Tensor | None, Tensor]
 
 
-def classmix(images: Tensor, label_maps: Tensor, seg_logits: Tensor, image_labels: Tensor) -> Mixed:
+def classmix(images: Tensor, label_maps: Tensor, seg_logits: Tensor | None, image_labels: Tensor) -> Mixed:
     """Paste half (at least one) of the foreground classes of each partner's label map, chosen at random.
 
     Ignored pixels (255) are never pasted. A partner without foreground leaves the image as it is.
@@ -24,7 +24,8 @@ def classmix(images: Tensor, label_maps: Tensor, seg_logits: Tensor, image_label
     Args:
         images: uint8 [B, 3, H, W].
         label_maps: int64 [B, H, W], 0 background, 1..K classes, 255 ignore.
-        seg_logits: float [B, C, h, w] of any size; the pasted region is brought to it by nearest neighbour.
+        seg_logits: float [B, C, h, w] of any size; the pasted region is brought to it by nearest neighbour. None
+            stays None.
         image_labels: float [B, K], multi-hot.
 
     Returns:
@@ -39,7 +40,7 @@ def classmix(images: Tensor, label_maps: Tensor, seg_logits: Tensor, image_label
     return *_paste(paste, partner, images, label_maps, seg_logits), mixed_labels
 
 
-def cutmix(images: Tensor, label_maps: Tensor, seg_logits: Tensor, image_labels: Tensor) -> Mixed:
+def cutmix(images: Tensor, label_maps: Tensor, seg_logits: Tensor | None, image_labels: Tensor) -> Mixed:
     """Paste a random rectangle of half the area of each partner, ignored pixels included.
 
     Arguments as of `classmix`; image labels may be in [0, 1].
@@ -88,12 +89,14 @@ def _interval(position: Tensor, length: Tensor, total: int) -> Tensor:
     return (index >= start) & (index < start + length)
 
 
-def _paste(paste: Tensor, partner: Tensor, images: Tensor, label_maps: Tensor, seg_logits: Tensor) -> list[Tensor]:
+def _paste(
+    paste: Tensor, partner: Tensor, images: Tensor, label_maps: Tensor, seg_logits: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Where `paste` (bool [B, H, W]) holds, the partner's pixels; elsewhere one's own."""
+    mixed = torch.where(paste, label_maps[partner], label_maps)
     paste = paste.unsqueeze(1)
-    small = F.interpolate(paste.float(), seg_logits.shape[-2:], mode="nearest").bool()
-    return [
-        torch.where(paste, images[partner], images),
-        torch.where(paste.squeeze(1), label_maps[partner], label_maps),
-        torch.where(small, seg_logits[partner], seg_logits),
-    ]
+    images = torch.where(paste, images[partner], images)
+    if seg_logits is not None:
+        small = F.interpolate(paste.float(), seg_logits.shape[-2:], mode="nearest").bool()
+        seg_logits = torch.where(small, seg_logits[partner], seg_logits)
+    return images, mixed, seg_logits

@@ -304,10 +304,11 @@ class Recorded:
     """What the steps of a run were given, in place of the steps."""
 
     def __init__(self) -> None:
-        self.steps, self.decays, self.validated = [], [], []
+        self.steps, self.decays, self.validated, self.observed = [], [], [], []
 
-    def step(self, batch, student, teacher, criterion, labels, epoch):
+    def step(self, batch, student, teacher, criterion, labels, epoch, observed):
         self.steps.append((batch, labels, criterion.options, epoch))
+        self.observed.append(observed)
         self.teacher = teacher.module
         return {"loss": sum(p.sum() for p in student.parameters() if p.requires_grad)}
 
@@ -349,6 +350,7 @@ def test_batches_of_csrm(csrm):
     assert all((batch.images[:2] == 7).all() and (batch.images[2:] != 7).any() for batch, *_ in csrm.steps)
     assert all(set(batch.masks.unique().tolist()) <= {2, 255} for batch, *_ in csrm.steps)
     assert [epoch for *_, epoch in csrm.steps] == [0, 0, 1, 1, 2, 2]
+    assert csrm.observed == [True, False] * 3, "every fifth batch of an epoch"
 
 
 def test_options_of_csrm_and_its_teacher(csrm):

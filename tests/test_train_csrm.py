@@ -125,8 +125,8 @@ class Step:
         images = torch.randint(0, 256, (2 * half, 3, 48, 48), dtype=torch.uint8)
         self.batch = Batch(images, labels, 1, torch.randint(0, NUM_CLASSES, (2 * half, 48, 48)))
 
-    def __call__(self, epoch: int = 1) -> dict[str, torch.Tensor]:
-        losses = train_step(self.batch, self.student, self.teacher, self.criterion, self.labels, epoch)
+    def __call__(self, epoch: int = 1, observed: bool = True) -> dict[str, torch.Tensor]:
+        losses = train_step(self.batch, self.student, self.teacher, self.criterion, self.labels, epoch, observed)
         losses["loss"].backward()
         return losses
 
@@ -341,3 +341,22 @@ def test_in_warm_up_the_student_segments_the_labeled_half_with_the_same_losses(m
         assert student.call_args.kwargs["segmented"] == 2
     torch.testing.assert_close(losses[0], losses[1])
     assert losses[0]["c2s"] > 0
+
+
+@pytest.mark.parametrize("mode, needed", [("cam", 0), ("gt", "not at all"), ("mp", None)])
+@pytest.mark.parametrize("augment", ["classmix", "cutmix", "none"])
+def test_in_warm_up_the_teacher_segments_only_where_health_looks_with_the_same_losses(
+    monkeypatch, mode, needed, augment
+):
+    step = Step("--c2s_mode", mode, "--augment", augment, "--cutmix_prob", 1, "--c2s_sigma", 0.3)
+    forward, losses = step.teacher.module.forward, []
+    for observed, epoch, segmented in ((True, 0, None), (False, 0, needed), (False, 1, None)):
+        teacher = mock.Mock(side_effect=forward)
+        monkeypatch.setattr(step.teacher.module, "forward", teacher)
+        training.seed_everything(0)
+        losses.append(step(epoch, observed))
+        first = teacher.call_args_list[0].kwargs["segmented"] if teacher.called else "not at all"
+        assert first == segmented
+        seen = [name for name, value in step.criterion.health.close().items() if value is not None]
+        assert bool(seen) == (segmented is None)
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
