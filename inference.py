@@ -77,7 +77,7 @@ from tools.files import save_mask
 from tools.left_out import LeftOut
 from tools.maps import cells, normalize, resize_maps, unit_maximum
 from tools.pseudo_labels import foreground_maps, object_threshold
-from tools.seeds import auto_threshold
+from tools.seeds import auto_threshold, network_cams
 
 HARMLESS = ("seed", "domain", "save_cams", "save_masks", "save_pseudos", "cam_format")
 """Flags that do not change the content of any file."""
@@ -239,7 +239,7 @@ def background_threshold(args: argparse.Namespace, model: nn.Module, source: Dat
     if args.threshold != "auto" or args.pseudos_from == "masks":
         return args.threshold
     device = next(model.parameters()).device
-    threshold = auto_threshold(cam_forward(model), source, source.ids(args.domain), views, device)
+    threshold = auto_threshold(network_cams(cam_forward(model), source, views, device), source.ids(args.domain))
     print(f"--threshold auto: {threshold:g}")
     return threshold
 

@@ -117,7 +117,7 @@ from tools.maps import normalize, resize_maps
 from tools.memory_bank import MemoryBank, contrastive_loss, entropy_masks
 from tools.options import IGNORE_INDEX
 from tools.pseudo_labels import mutual_promotion_labels, reliable_cam_labels, teacher_labels
-from tools.seeds import auto_threshold, label_folder
+from tools.seeds import CamsOf, auto_threshold, cams_of_file, label_files, network_cams, write_labels
 from tools.training import Trainer, seed_everything
 from tools.validation import check_domain, validate
 
@@ -288,8 +288,9 @@ class LabelOptions:
     augment: str  # classmix, cutmix or none
     cutmix_prob: float  # probability that a step mixes
     c2s_mode: str  # labels of L_c2s: cam (CAMs and dense CRF), mp (CAMs against the teacher's background), gt (masks)
-    c2s_fg: float  # cam: CAM above which a pixel is foreground
-    c2s_bg: float  # cam: CAM below which a pixel is background
+    c2s_thresholds: (
+        tuple[float, float] | None
+    )  # cam: below the first a pixel is background, above the second foreground
     c2s_sigma: float  # mp: probability below which a pixel is ignored
     crf: options.CRF  # cam
     teacher_labels: str  # how they are read from the segmentation logits, one of `tools.options.READINGS`
@@ -367,48 +368,54 @@ def pixel_labels(batch: Batch, teacher_out: dict[str, Tensor], images: slice, op
         batch.images[images],
         cams,
         labels,
+        *options.c2s_thresholds,
         max_classes=batch.max_classes,
-        background_threshold=options.c2s_bg,
-        foreground_threshold=options.c2s_fg,
         gt_prob=options.crf.gt_prob,
         crf_iterations=options.crf.iterations,
         backend=options.crf.backend,
     )
 
 
-def labelled_source(source: DataSource, args: argparse.Namespace) -> DataSource:
-    """The dataset with the masks of --c2s_labels instead of its own (UserError: see `tools.seeds.label_folder`)."""
-    made = options.EXPERIMENTS / "labels" / args.tag
-    thresholds = (args.c2s_bg, args.c2s_fg)
-    if "auto" in thresholds:
-        raise UserError("--c2s_fg / --c2s_bg auto: read from the network's own CAMs. Give numbers with --c2s_labels.")
-    ids = source.ids(args.domain_train)
-    folder = label_folder(
-        source, ids, args.c2s_labels, made, thresholds=thresholds, crf=options.crf(args), overwrite=args.overwrite
-    )
+def labelled_source(source: DataSource, args: argparse.Namespace, views: options.Views) -> DataSource:
+    """The dataset with the masks of --c2s_labels instead of its own (UserError: see `tools.seeds.label_files`)."""
+    files = label_files(args.c2s_labels, source.ids(args.domain_train))
+    folder = args.c2s_labels
+    if next(iter(files.values())).suffix != ".png":
+        folder = options.EXPERIMENTS / "labels" / args.tag
+        thresholds = cam_thresholds(
+            args, lambda image_id: cams_of_file(source, image_id, files[image_id])[1], list(files)
+        )
+        crf = options.crf(args)
+        write_labels(source, files, folder, thresholds=thresholds, crf=crf, views=views, overwrite=args.overwrite)
     return build_source(args.dataset, options.data_dir(args), folder)
 
 
-def cam_thresholds(student: nn.Module, source: DataSource, args: argparse.Namespace) -> tuple[float, float]:
-    """--c2s_bg and --c2s_fg. `auto`: .5 t and 1.25 t, where t is the `auto_threshold` of the CAMs of --restore.
+def cam_thresholds(args: argparse.Namespace, cams_of: CamsOf, ids: Sequence[str]) -> tuple[float, float]:
+    """--c2s_bg and --c2s_fg. `auto`: .5 t and 1.25 t, where t is the `auto_threshold` of the CAMs."""
+    thresholds = {"bg": args.c2s_bg, "fg": args.c2s_fg}
+    if automatic := [name for name, value in thresholds.items() if value == "auto"]:
+        middle = auto_threshold(cams_of, ids)
+        thresholds |= {name: round(middle * {"bg": 0.5, "fg": 1.25}[name], 3) for name in automatic}
+        print("  ".join(f"--c2s_{name} auto: {thresholds[name]:g}" for name in automatic))
+    return thresholds["bg"], thresholds["fg"]
+
+
+def own_thresholds(
+    student: nn.Module, source: DataSource, args: argparse.Namespace, views: options.Views
+) -> tuple[float, float] | None:
+    """`cam_thresholds` of the student's own CAMs as they are now; None if L_c2s learns other labels.
 
     Raises:
         UserError: `auto` without --restore.
     """
-    thresholds = {"bg": args.c2s_bg, "fg": args.c2s_fg}
-    automatic = [name for name, value in thresholds.items() if value == "auto"]
-    if automatic and not args.restore:
-        raise UserError(
-            f"--c2s_{automatic[0]} auto: no CAMs to read it from. Pass a prior with --restore, or a number."
-        )
-    if automatic:
-        views = options.Views(scales=(1.0,), hflip=True, long_side=args.image_size)
-        forward = lambda images: student(images, segmented=0)["cams"]  # noqa: E731
-        device = next(student.parameters()).device
-        middle = auto_threshold(forward, source, source.ids(args.domain_train), views, device)
-        thresholds |= {name: round(middle * {"bg": 0.5, "fg": 1.25}[name], 3) for name in automatic}
-        print("  ".join(f"--c2s_{name} auto: {thresholds[name]:g}" for name in automatic))
-    return thresholds["bg"], thresholds["fg"]
+    if args.c2s_labels or args.c2s_mode != "cam":
+        return None
+    if "auto" in (args.c2s_bg, args.c2s_fg) and not args.restore:
+        name = "bg" if args.c2s_bg == "auto" else "fg"
+        raise UserError(f"--c2s_{name} auto: no CAMs to read it from. Pass a prior with --restore, or a number.")
+    forward = lambda images: student(images, segmented=0)["cams"]  # noqa: E731
+    device = next(student.parameters()).device
+    return cam_thresholds(args, network_cams(forward, source, views, device), source.ids(args.domain_train))
 
 
 def build_loaders(source: DataSource, args: argparse.Namespace) -> tuple[Loader, Loader]:
@@ -458,11 +465,10 @@ def loss_options(args: argparse.Namespace) -> LossOptions:
     return options.from_flags(LossOptions, args, weights=weights, **ranks)
 
 
-def label_options(args: argparse.Namespace, background: float, foreground: float) -> LabelOptions:
-    """The flags of the labels and of mixing, with the thresholds of `cam_thresholds`."""
+def label_options(args: argparse.Namespace, thresholds: tuple[float, float] | None) -> LabelOptions:
+    """The flags of the labels and of mixing, with the `own_thresholds`."""
     mode = "gt" if args.c2s_labels else args.c2s_mode
-    thresholds = {"c2s_bg": background, "c2s_fg": foreground}
-    return options.from_flags(LabelOptions, args, c2s_mode=mode, crf=options.crf(args), **thresholds)
+    return options.from_flags(LabelOptions, args, c2s_mode=mode, c2s_thresholds=thresholds, crf=options.crf(args))
 
 
 def build_student(args: argparse.Namespace, classes: Sequence[str]) -> nn.Module:
@@ -492,13 +498,14 @@ def main(args: argparse.Namespace) -> None:
     distributed.start(device, options.EXPERIMENTS)
     source = build_source(args.dataset, options.data_dir(args))
     check_domain(source, args.domain_valid)
-    learnt = labelled_source(source, args) if args.c2s_labels else source
+    views = options.Views(scales=(1.0,), hflip=True, long_side=args.image_size)
+    learnt = labelled_source(source, args, views) if args.c2s_labels else source
     labeled, unlabeled = build_loaders(learnt, args)
     seed_everything(args.seed)
     student = build_student(args, source.info.classes).to(device)
     teacher = Teacher(student)
     criterion = Criterion(loss_options(args), num_classes=source.info.num_classes, dim=args.decoder_channels).to(device)
-    labels = label_options(args, *cam_thresholds(student.eval(), source, args))
+    labels = label_options(args, own_thresholds(student.eval(), source, args, views))
     augment = PhotometricAugmentation()
     health = criterion.health
     companions = {"teacher": teacher.module, "health": health}

@@ -174,9 +174,7 @@ def test_what_is_kept_of_an_inference_follows_the_flags(folder_root, folder, mon
     write_checkpoint("t", "csrm")
     seen, sample = [], []
     monkeypatch.setattr(inference.Predictor, "__call__", lambda self, image_id: seen.append(self.outputs) or False)
-    monkeypatch.setattr(
-        inference, "auto_threshold", lambda forward, source, ids, views, device: sample.append(ids) or 0.25
-    )
+    monkeypatch.setattr(inference, "auto_threshold", lambda cams_of, ids: sample.append(ids) or 0.25)
     flags = ["--scales", "0.5,1", "--hflip", "false", "--crf_t", 3, "--crf_gt_prob", 0.9, "--num_workers", 0]
     flags += ["--save_masks", "--cam_format", "npy", "--threshold", "auto"]
     run("inference", *data_flags(folder_root), "--tag", "t", "--domain", "val", *flags)
@@ -355,7 +353,7 @@ def test_batches_of_csrm(csrm):
 
 def test_options_of_csrm_and_its_teacher(csrm):
     _, labels, criterion, _ = csrm.steps[0]
-    assert (labels.c2s_bg, labels.c2s_fg, labels.c2s_mode) == (0.2, 0.6, "gt")
+    assert (labels.c2s_thresholds, labels.c2s_mode) == (None, "gt")
     assert (criterion.low_rank, criterion.high_rank, criterion.warmup_epochs, criterion.max_epoch) == (2, 6, 0, 3)
     assert csrm.decays == [0, 0, *(pytest.approx(1 - 1 / (1 + t)) for t in (3, 4, 5, 6))]
     model, _, domain, _, size = csrm.validated[0]

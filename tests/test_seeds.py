@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from command import DECODER, TRAINING, data_flags, parse, refusal, run
 from conftest import OBJECTS, SIZES, SPLITS
 from PIL import Image
@@ -22,7 +23,7 @@ from tools.files import load_mask, save_mask
 from tools.maps import normalize
 from tools.options import CRF, Views
 from tools.pseudo_labels import reliable_cam_labels
-from tools.seeds import auto_threshold, label_folder
+from tools.seeds import auto_threshold, cams_of_file, label_files, network_cams, write_labels
 
 VIEWS = Views(scales=(1.0,), hflip=False, long_side=64)
 
@@ -54,14 +55,15 @@ def test_a_threshold_is_the_mean_of_otsus(folder_root, forward):
         _, _, cams = multi_scale_cams(forward, image, label, scales=[1], hflip=False, long_side=64)
         if len(cams) and cams.any():
             expected.append(plain_otsu(cams.max(axis=0)))
-    threshold = auto_threshold(forward, source, ids, VIEWS, torch.device("cpu"))
+    threshold = auto_threshold(network_cams(forward, source, VIEWS, torch.device("cpu")), ids)
     assert threshold == pytest.approx(np.mean(expected), abs=0.01) and len(expected) > 0
 
 
 def test_without_any_cam_the_usual_threshold(folder_root):
     dead = lambda images: -torch.ones(len(images), 2, 3, 3)  # noqa: E731
     source = build_source("folder", folder_root)
-    assert auto_threshold(dead, source, SPLITS["train"], VIEWS, torch.device("cpu")) == 0.4
+    cams_of = network_cams(dead, source, VIEWS, torch.device("cpu"))
+    assert auto_threshold(cams_of, SPLITS["train"]) == 0.4
 
 
 def write_cams(folder: Path) -> None:
@@ -72,35 +74,67 @@ def write_cams(folder: Path) -> None:
         save_cams(folder / f"{image_id}.npz", keys, maps[:, ::4, ::4], maps)
 
 
+def maps_of(source, folder: Path, image_id: str) -> torch.Tensor:
+    """The CAM file as f32[1,K,H,W]."""
+    with np.load(folder / f"{image_id}.npz") as file:
+        cams = torch.zeros(1, 2, *SIZES[image_id])
+        for key, cam in zip(file["keys"][1:], file["hr_cam"], strict=True):
+            cams[0, key - 1] = torch.from_numpy(cam.astype(np.float32))
+    return cams
+
+
 def test_cam_files_become_reliable_labels(folder_root, tmp_path):
-    source = build_source("folder", folder_root)
+    source, made = build_source("folder", folder_root), tmp_path / "made"
     write_cams(tmp_path / "cams")
-    options = {"thresholds": (0.3, 0.6), "crf": CRF(iterations=2)}
-    made = label_folder(source, SPLITS["train"], tmp_path / "cams", tmp_path / "made", **options)
-    assert made == tmp_path / "made"
+    files, options = label_files(tmp_path / "cams", SPLITS["train"]), {"crf": CRF(iterations=2), "views": VIEWS}
+    write_labels(source, files, made, thresholds=(0.3, 0.6), **options)
     for image_id in SPLITS["train"]:
-        with np.load(tmp_path / "cams" / f"{image_id}.npz") as file:
-            cams = torch.zeros(1, 2, *SIZES[image_id])
-            for key, cam in zip(file["keys"][1:], file["hr_cam"], strict=True):
-                cams[0, key - 1] = torch.from_numpy(cam.astype(np.float32))
-        label = torch.from_numpy(source.image_label(image_id))[None]
+        cams, label = maps_of(source, tmp_path / "cams", image_id), torch.from_numpy(source.image_label(image_id))[None]
         expected = reliable_cam_labels(source.photograph(image_id), cams, label, 0.3, 0.6, crf_iterations=2)[0]
         assert np.array_equal(load_mask(made / f"{image_id}.png"), expected.numpy())
     with pytest.raises(UserError, match="made: made with --c2s_bg 0.3, not 0.2"):
-        label_folder(source, SPLITS["train"], tmp_path / "cams", made, thresholds=(0.2, 0.6), crf=CRF(iterations=2))
+        write_labels(source, files, made, thresholds=(0.2, 0.6), **options)
+
+
+def test_labels_of_a_large_photograph_are_made_of_a_reduced_one(folder_root, tmp_path, monkeypatch):
+    """At half the size; then each pixel stands for four."""
+    source, image_id = build_source("folder", folder_root), SPLITS["train"][0]
+    write_cams(tmp_path / "cams")
+    height, width = SIZES[image_id]
+    monkeypatch.setattr("tools.cam.WORKING_SIDE", max(height, width) / 2)
+    views = Views(scales=(1.0,), hflip=False, long_side=1)
+    files = {image_id: tmp_path / "cams" / f"{image_id}.npz"}
+    options = {"thresholds": (0.3, 0.6), "crf": CRF(iterations=2), "views": views}
+    write_labels(source, files, tmp_path / "made", **options)
+    small = (round(height / 2), round(width / 2))
+    photograph = F.interpolate(source.photograph(image_id), small, mode="bilinear", antialias=True)
+    cams = F.interpolate(maps_of(source, tmp_path / "cams", image_id), small, mode="bilinear", align_corners=True)
+    label = torch.from_numpy(source.image_label(image_id))[None]
+    expected = reliable_cam_labels(photograph, cams, label, 0.3, 0.6, crf_iterations=2)[0].numpy()
+    rows, columns = (np.arange(n) * m // n for n, m in zip((height, width), small, strict=True))
+    assert np.array_equal(load_mask(tmp_path / "made" / f"{image_id}.png"), expected[np.ix_(rows, columns)])
+
+
+def test_classes_that_the_label_lacks_are_left_out_of_a_cam_file(folder_root, tmp_path):
+    source, image_id = build_source("folder", folder_root), next(i for i in SPLITS["train"] if len(OBJECTS[i]) == 1)
+    (present,) = np.flatnonzero(source.image_label(image_id))
+    maps = np.stack([np.full(SIZES[image_id], value, np.float16) for value in (0.25, 0.75)])
+    save_cams(tmp_path / "a.npz", np.array([0, 1, 2]), maps[:, ::4, ::4], maps)
+    classes, cams = cams_of_file(source, image_id, tmp_path / "a.npz")
+    assert classes.tolist() == [present] and cams.dtype == np.float32
+    assert np.array_equal(cams, maps[[present]])
 
 
 def test_masks_are_taken_as_they_are_and_none_may_be_missing(folder_root, tmp_path):
-    source = build_source("folder", folder_root)
-    options = {"thresholds": (0.05, 0.3), "crf": CRF()}
     for image_id in SPLITS["train"]:
         save_mask(tmp_path / "masks" / f"{image_id}.png", np.zeros(SIZES[image_id], np.uint8), voc_palette())
-    assert label_folder(source, SPLITS["train"], tmp_path / "masks", tmp_path, **options) == tmp_path / "masks"
+    files = label_files(tmp_path / "masks", SPLITS["train"])
+    assert files == {image_id: tmp_path / "masks" / f"{image_id}.png" for image_id in SPLITS["train"]}
     (tmp_path / "masks" / f"{SPLITS['train'][-1]}.png").unlink()
     with pytest.raises(UserError, match=f"{SPLITS['train'][-1]}.png is missing .1 of "):
-        label_folder(source, SPLITS["train"], tmp_path / "masks", tmp_path, **options)
+        label_files(tmp_path / "masks", SPLITS["train"])
     with pytest.raises(UserError, match="a.png is missing .3 of 3 are.. --c2s_labels needs ID.png or ID.npz"):
-        label_folder(source, SPLITS["train"], tmp_path / "none", tmp_path, **options)
+        label_files(tmp_path / "none", SPLITS["train"])
 
 
 def test_photograph_and_label_take_the_same_crop_flip_and_mixing(folder_root, tmp_path):
@@ -116,9 +150,9 @@ def test_photograph_and_label_take_the_same_crop_flip_and_mixing(folder_root, tm
     (root / "labels.csv").write_text("id,labels\na,cat\nb,cat\nc,cat\nd,cat\n")
     flags = ["--c2s_labels", root / "seeds", "--augment", "classmix", "--cutmix_prob", 1, "--max_steps", 4]
     args = parse("train_csrm", "--tag", "t", *data_flags(root), *TRAINING, *flags)
-    source = train_csrm.labelled_source(build_source("folder", root), args)
+    source = train_csrm.labelled_source(build_source("folder", root), args, VIEWS)
     labeled, unlabeled = train_csrm.build_loaders(source, args)
-    options = train_csrm.label_options(args, 0.05, 0.3)
+    options = train_csrm.label_options(args, None)
     for batch in train_csrm.batches(labeled, unlabeled, nn.Identity(), torch.device("cpu")):
         labels = train_csrm.pixel_labels(batch, {}, slice(None), options)
         logits = torch.zeros(len(labels), 2, 12, 12)
@@ -132,8 +166,6 @@ def test_auto_is_refused_where_there_is_nothing_to_read_it_from(folder_root, tmp
     monkeypatch.chdir(tmp_path)
     flags = [*data_flags(folder_root), "--tag", "t", *TRAINING, *DECODER]
     assert "--c2s_fg auto: no CAMs to read it from" in refusal(capsys, "train_csrm", *flags, "--c2s_fg", "auto")
-    line = refusal(capsys, "train_csrm", *flags, "--c2s_labels", folder_root / "masks", "--c2s_bg", "auto")
-    assert "Give numbers with --c2s_labels" in line
 
 
 def test_auto_thresholds_in_training_and_inference(folder_root, tmp_path, monkeypatch, capsys):
@@ -152,3 +184,25 @@ def test_auto_thresholds_in_training_and_inference(folder_root, tmp_path, monkey
     for image_id in SPLITS["train"]:
         pair = [load_mask(folder / f"pseudos-t{name}-c0" / f"{image_id}.png") for name in ("auto", f"{threshold:g}")]
         assert np.array_equal(*pair)
+
+
+def test_auto_thresholds_are_those_of_the_cam_files(folder_root, tmp_path, monkeypatch, capsys):
+    """One step: the labels are made before it."""
+    monkeypatch.chdir(tmp_path)
+    write_cams(tmp_path / "cams")
+    source, ids = build_source("folder", folder_root), SPLITS["train"]
+    middle = np.mean(
+        [plain_otsu(maps_of(source, tmp_path / "cams", i).numpy()[0].max(axis=0)) for i in ids if OBJECTS[i]]
+    )
+    flags = ["--c2s_labels", tmp_path / "cams", "--c2s_fg", "auto", "--c2s_bg", "auto", "--max_steps", 1]
+    run("train_csrm", *data_flags(folder_root), "--tag", "c", *TRAINING, *DECODER, *flags)
+    found = dict(re.findall(r"--c2s_(bg|fg) auto: (\S+)", capsys.readouterr().out))
+    assert float(found["bg"]) == pytest.approx(0.5 * middle, abs=0.01)
+    assert float(found["fg"]) == pytest.approx(1.25 * middle, abs=0.015)
+    thresholds = float(found["bg"]), float(found["fg"])
+    views = Views(scales=(1.0,), hflip=True, long_side=64)
+    files = label_files(tmp_path / "cams", ids)
+    write_labels(source, files, tmp_path / "made", thresholds=thresholds, crf=CRF(), views=views)
+    for image_id in ids:
+        made = [load_mask(folder / f"{image_id}.png") for folder in (Path("experiments/labels/c"), tmp_path / "made")]
+        assert np.array_equal(*made)

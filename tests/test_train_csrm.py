@@ -119,7 +119,7 @@ class Step:
         self.student = build_model("csrm", num_classes=NUM_CLASSES, **network, **heads)
         self.teacher = Teacher(self.student)
         self.criterion = Criterion(loss_options(self.args), num_classes=NUM_CLASSES, dim=8)
-        self.labels = label_options(self.args, self.args.c2s_bg, self.args.c2s_fg)
+        self.labels = label_options(self.args, (self.args.c2s_bg, self.args.c2s_fg))
         labels = torch.zeros(2 * half, NUM_CLASSES - 1)
         labels[torch.arange(2 * half), torch.arange(2 * half) % (NUM_CLASSES - 1)] = 1
         images = torch.randint(0, 256, (2 * half, 3, 48, 48), dtype=torch.uint8)

@@ -138,7 +138,7 @@ def build(kind: str, parser: cli.Parser, *flags: str) -> tuple[argparse.Namespac
 )
 def test_csrm(flags, epoch):
     args, student = build("csrm", train_csrm.make_parser(), "--decoder_channels", "32", "--cutmix_prob", "1", *flags)
-    teacher, labels = Teacher(student), train_csrm.label_options(args, args.c2s_bg, args.c2s_fg)
+    teacher, labels = Teacher(student), train_csrm.label_options(args, (args.c2s_bg, args.c2s_fg))
     criterion = train_csrm.Criterion(train_csrm.loss_options(args), num_classes=21, dim=32)
     with fake_gpu() as waits:
         for module in (student, teacher, criterion):

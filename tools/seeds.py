@@ -1,25 +1,27 @@
 """Where L_c2s gets its labels besides the network's own CAMs, and thresholds on CAMs without any mask.
 
-    threshold = auto_threshold(cam_logits, source, ids, views, device)     # 0.42
-    folder = label_folder(source, ids, Path("clip-es"), made, thresholds=(0.05, 0.3), crf=CRF())
+    files = label_files(Path("experiments/predictions/prior@train/cams"), ids)    # {id: path}: masks or CAM files
+    threshold = auto_threshold(lambda i: cams_of_file(source, i, files[i])[1], ids)  # 0.42
+    write_labels(source, files, made, thresholds=(0.21, 0.52), crf=CRF(), ...)
 
 Labels from elsewhere are masks ID.png (255: ignored), taken as they are, or CAM files, which go through the step that
 makes reliable labels of the network's own CAMs. docs/seeds.md has recipes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from skimage.filters import threshold_otsu
 
 from tools import distributed, identity, parallel
 from tools.cam import Forward, multi_scale_cams, read_cams, working_photograph
 from tools.files import check_present, save_mask
-from tools.maps import normalize
+from tools.maps import normalize, resize_maps
 from tools.options import CRF, PSEUDO_MASK_THRESHOLD, Views
 from tools.pseudo_labels import reliable_cam_labels
 
@@ -27,86 +29,113 @@ SAMPLE = 100
 """Images that are looked at for a threshold."""
 
 
-@torch.inference_mode()
-def auto_threshold(forward: Forward, source: Any, ids: Sequence[str], views: Views, device: torch.device) -> float:
+CamsOf = Callable[[str], np.ndarray]
+"""CAMs f32[n,H,W] in [0, 1] of the classes of an image, from its ID."""
+
+
+def auto_threshold(cams_of: CamsOf, ids: Sequence[str]) -> float:
     """A background threshold on CAMs: Otsu's (1979) for each image of a sample, and the mean of these.
 
     Otsu's threshold parts the values of an image's strongest CAM into two groups that vary least within themselves.
 
     Args:
-        forward: gives CAM logits f32[B,K,h,w] of normalised images.
-        source: a `datasets.DataSource` with image labels.
         ids: of the images; `SAMPLE` of them are taken, evenly spread.
 
     Returns:
         In (0, 1), two decimals; the usual threshold if no image of the sample has a class with a CAM above 0.
     """
-    thresholds = []
-    for image_id in ids[:: max(1, len(ids) // SAMPLE)][:SAMPLE]:
-        image = normalize(working_photograph(source.photograph(image_id), views).to(device))
-        label = torch.from_numpy(source.image_label(image_id))
-        _, _, cams = multi_scale_cams(forward, image, label, **asdict(views))
-        if cams.any():
-            thresholds.append(threshold_otsu(cams.max(axis=0)))
+    sample = ids[:: max(1, len(ids) // SAMPLE)][:SAMPLE]
+    thresholds = [threshold_otsu(cams.max(axis=0)) for cams in map(cams_of, sample) if cams.any()]
     return round(float(np.mean(thresholds)), 2) if thresholds else PSEUDO_MASK_THRESHOLD
 
 
-def label_folder(
+def network_cams(forward: Forward, source: Any, views: Views, device: torch.device) -> CamsOf:
+    """The CAMs that a network makes.
+
+    Args:
+        forward: gives CAM logits f32[B,K,h,w] of normalised images.
+        source: a `datasets.DataSource` with image labels.
+    """
+
+    @torch.inference_mode()
+    def cams_of(image_id: str) -> np.ndarray:
+        image = normalize(working_photograph(source.photograph(image_id), views).to(device))
+        return multi_scale_cams(forward, image, torch.from_numpy(source.image_label(image_id)), **asdict(views))[2]
+
+    return cams_of
+
+
+def label_files(folder: Path, ids: Sequence[str]) -> dict[str, Path]:
+    """The label of each image: all ID.png, all ID.npz or all ID.npy.
+
+    Raises:
+        UserError: one is missing.
+    """
+    suffix = next((s for s in (".png", ".npz", ".npy") if (folder / f"{ids[0]}{s}").is_file()), ".png")
+    remedy = "--c2s_labels needs ID.png or ID.npz of every image of --domain_train: make them."
+    check_present(folder, ids, suffix, remedy)
+    return {image_id: folder / f"{image_id}{suffix}" for image_id in ids}
+
+
+def write_labels(
     source: Any,
-    ids: Sequence[str],
-    folder: Path,
+    files: dict[str, Path],
     made: Path,
     *,
     thresholds: tuple[float, float],
     crf: CRF,
+    views: Views,
     overwrite: bool = False,
-) -> Path:
-    """The folder of masks ID.png that L_c2s learns: `folder` itself, or `made`, where those of CAM files are written.
+) -> None:
+    """Write the reliable labels of CAM files as masks into the folder `made`.
 
     Args:
         source: a `datasets.DataSource` with image labels.
-        folder: ID.png, ID.npz or ID.npy of every id.
+        files: of `label_files`.
         thresholds: background and foreground, on CAMs divided by their maximum.
+        views: of the training; larger photographs are reduced for the dense CRF, as `inference.py` does.
         overwrite: replace the labels in `made` if they are of other files or thresholds.
 
     Raises:
-        UserError: a file is missing, or cannot be read; or `made` holds other labels.
+        UserError: a file cannot be read; or `made` holds other labels.
     """
-    suffix = next((s for s in (".png", ".npz", ".npy") if (folder / f"{ids[0]}{s}").is_file()), None)
-    remedy = "--c2s_labels needs ID.png or ID.npz of every image of --domain_train: make them."
-    check_present(folder, ids, suffix or ".png", remedy)
-    if suffix == ".png":
-        return folder
-    inputs = {
-        **source.fingerprints(ids, labels=True),
-        "CAM files": identity.contents({i: folder / f"{i}{suffix}" for i in ids}),
-    }
-    flags = {"c2s_bg": thresholds[0], "c2s_fg": thresholds[1], "c2s_labels": folder}
+    flags = {"c2s_bg": thresholds[0], "c2s_fg": thresholds[1], "c2s_labels": next(iter(files.values())).parent}
     flags |= {"crf_t": crf.iterations, "crf_gt_prob": crf.gt_prob, "crf_backend": crf.backend}
+    inputs = {**source.fingerprints(list(files), labels=True), "CAM files": identity.contents(files)}
     identity.claim_folder(made, identity.describe("train_csrm.py", flags, inputs=inputs), ".png", overwrite=overwrite)
 
     def make(image_id: str) -> None:
-        labels = labels_of_cams(source, image_id, folder / f"{image_id}{suffix}", thresholds, crf)
+        labels = labels_of_cams(source, image_id, files[image_id], thresholds, crf, views)
         save_mask(made / f"{image_id}.png", labels.numpy(), source.info.palette)
 
-    pending = parallel.share(ids, [i for i in ids if not (made / f"{i}.png").exists()])
+    pending = parallel.share(list(files), [i for i in files if not (made / f"{i}.png").exists()])
     for _ in parallel.run_jobs(make, pending, name="labels of CAM files"):
         pass
     distributed.wait()
-    return made
 
 
-def labels_of_cams(source: Any, image_id: str, path: Path, thresholds: tuple[float, float], crf: CRF) -> torch.Tensor:
-    """Reliable labels int64 [H,W] of one CAM file; classes that the image's label lacks are left out.
+def cams_of_file(source: Any, image_id: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """What a CAM file says of the classes in the image's label: their indices int64 [n] and CAMs f32[n,H,W].
 
     Raises:
         UserError: unreadable, of another size than the photograph, or with classes that the dataset has not.
     """
-    photograph, label = source.photograph(image_id), torch.from_numpy(source.image_label(image_id))
-    size = tuple(photograph.shape[-2:])
+    label, size = source.image_label(image_id), tuple(source.photograph(image_id).shape[-2:])
     keys, maps = read_cams(path, size, 1 + len(label))
-    cams = torch.zeros(1, len(label), *size)
-    cams[0, keys[1:] - 1] = torch.from_numpy(maps.astype(np.float32))
-    background, foreground = thresholds
+    classes = keys[1:] - 1
+    present = label[classes] > 0
+    return classes[present], maps[present].astype(np.float32)
+
+
+def labels_of_cams(
+    source: Any, image_id: str, path: Path, thresholds: tuple[float, float], crf: CRF, views: Views
+) -> torch.Tensor:
+    """Reliable labels int64 [H,W] of one CAM file (UserError: see `cams_of_file`)."""
+    photograph, label = source.photograph(image_id), torch.from_numpy(source.image_label(image_id))
+    small = working_photograph(photograph, views)
+    classes, maps = cams_of_file(source, image_id, path)
+    cams = torch.zeros(1, len(label), *small.shape[-2:])
+    cams[0, classes] = resize_maps(torch.from_numpy(maps)[None], small.shape[-2:])[0]
     options = {"crf_iterations": crf.iterations, "gt_prob": crf.gt_prob, "backend": crf.backend}
-    return reliable_cam_labels(photograph, cams, label[None], background, foreground, **options)[0]
+    labels = reliable_cam_labels(small, cams, label[None], *thresholds, **options)
+    return F.interpolate(labels[None].float(), photograph.shape[-2:], mode="nearest")[0, 0].long()
