@@ -110,7 +110,7 @@ class Split:
     def add(self, image_id: str, look: Look) -> None:
         """Count one of its images."""
         self.counts.update(kind for kind, _ in look.findings)
-        self.counts.update(look.has)
+        self.counts.update({what: int(there) for what, there in look.has.items()})
         for what, there in look.has.items():
             if look.found and not there:
                 self.without[what].append(image_id)

@@ -164,6 +164,13 @@ def test_the_command_prints_the_table_and_writes_the_report(folder_root, tmp_pat
         assert picture.size[0] > 600 and len(set(picture.convert("L").tobytes())) > 2
 
 
+def test_counts_of_one_image_are_numbers(folder_root, tmp_path):
+    (folder_root / "splits" / "dev.txt").write_text("a\n")
+    run("datasets.verify", "dev", "--dataset", "folder", "--data_dir", folder_root, "--output_dir", tmp_path)
+    split = json.loads((tmp_path / "verify.json").read_text())["splits"]["dev"]
+    assert [(split[what], type(split[what])) for what in ("labels", "masks")] == [(1, int), (1, int)]
+
+
 def test_it_does_without_pytorch(folder_root, tmp_path):
     """Which would be half of the time that 2,139 photographs take."""
     flags = ["--dataset", "folder", "--data_dir", str(folder_root), "--output_dir", str(tmp_path), "--num_workers", "0"]
