@@ -306,6 +306,19 @@ def test_the_size_of_a_run_on_your_own_photographs_follows_the_machine(tmp_path,
     assert process.returncode == 2 and "PRESET=huge: choose small or standard" in process.stderr
 
 
+@pytest.mark.parametrize("prior, has_cams", [("vanilla", True), ("pnoc", True), ("prior.pth", False)])
+def test_csrm_learns_the_cams_of_a_prior_that_is_trained_here(tmp_path, prior, has_cams):
+    (tmp_path / "prior.pth").touch()
+    for preset in ("small", "standard"):
+        commands(tmp_path, DATASET="folder", DATA_DIR="birds", PRESET=preset, PRIOR=prior)
+        calls = (tmp_path / "calls.txt").read_text().splitlines()
+        (csrm,) = (call for call in calls if call.startswith("train_csrm.py"))
+        made = [call for call in calls if call.startswith("inference.py") and "--save_pseudos false" in call]
+        name = "folder-pnoc-prior" if prior == "pnoc" else "folder-prior"
+        assert (f"--c2s_labels experiments/predictions/{name}@train/cams " in csrm) == has_cams == bool(made)
+        assert "--self_training auto" in csrm
+
+
 def test_the_final_model_of_a_small_run_starts_from_csrm_if_there_is_one(tmp_path):
     flags = {"DATASET": "folder", "DATA_DIR": "birds", "DEVICE": "cpu", "MASKS": "masks"}
     for name, start in (("other", []), ("csrm", [models("csrm-csrm")])):

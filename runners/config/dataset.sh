@@ -13,7 +13,7 @@ choose() {
   if [[ -z "${!chosen:-}" ]]; then printf -v "$chosen" %s "$2"; fi
   if [[ -z "${!1:-}" ]]; then printf -v "$1" %s "$2"; fi
 }
-REPORTS=experiments/reports/$NAME
+REPORTS=experiments/reports/$NAME PREDICTIONS=experiments/predictions
 
 case "$DATASET" in
 voc12)
@@ -46,6 +46,12 @@ folder)
   if [[ -d "$DATA_DIR/splits" || -d "$DATA_DIR/images/val" ]]; then : "${DOMAIN_TEST:=val}"; else : "${DOMAIN_TEST:=train}"; fi
   if [[ -d "$DATA_DIR/masks" ]]; then : "${DOMAIN_EVAL=train}" "${DOMAIN_SCORE=$DOMAIN_TEST}"; fi
   : "${DOMAIN_TRAIN:=train}" "${DOMAIN_EVAL=}" "${DOMAIN_SCORE=}"
+  LABEL_FLAGS="--c2s_fg auto --c2s_bg auto --self_training auto --teacher_labels relative --s2c_sigma 0.6 --w_s2c 0.15 --w_contra 0.1"
+  # L_c2s learns the prior's CAMs, which are means over scales, instead of CSRM's own of one view: then self-training pays
+  # (docs/log.md). Weights of others as PRIOR have made no CAM files.
+  case "$PRIOR" in
+  vanilla | puzzle | poc | pnoc) LABEL_FLAGS+=" --c2s_labels $PREDICTIONS/$TAG_PRIOR@$DOMAIN_TRAIN/cams" ;;
+  esac
   # Schedules count steps, so that 45 photographs are learnt like 4,500.
   case "$PRESET" in
   small)  # two CPU cores: 500 photographs in about an hour; docs/log.md has the trials behind the flags of CSRM
@@ -56,15 +62,14 @@ folder)
     if [[ -f "experiments/models/$TAG_CSRM.pth" ]]; then START_SEG="--restore experiments/models/$TAG_CSRM.pth"; fi
     : "${BACKBONE_SEG:=$BACKBONE --decoder_channels 64 $START_SEG}"
     : "${PRIOR_FLAGS:=--batch_size 16 --max_epoch 4 --max_steps 40 --lr 0.003 --augment none}"
-    # Without self-training: with it, masks score the same, and final models 2.6 points less (docs/log.md).
-    : "${CSRM_FLAGS:=--decoder_channels 64 --batch_size 8 --max_epoch 8 --max_steps 30 --optimizer adamw --lr 0.0001 --wd 0.01 --c2s_fg auto --c2s_bg auto --self_training off --teacher_labels relative}"
+    : "${CSRM_FLAGS:=--decoder_channels 64 --batch_size 8 --max_epoch 8 --max_steps 30 --optimizer adamw --lr 0.0001 --wd 0.01 --warmup_epochs 5 $LABEL_FLAGS}"
     : "${SEG_FLAGS:=--batch_size 16 --max_epoch 4 --max_steps 50 --optimizer adamw --lr 0.0001 --wd 0.01 --max_image_size 400}"
     ;;
   standard)  # one GPU
     : "${IMAGE_FLAGS:=--image_size 321 --min_image_size 240 --max_image_size 480}"
     : "${BACKBONE:=--architecture resnet50}" "${BACKBONE_SEG:=--architecture resnet50}"
     : "${PRIOR_FLAGS:=--max_epoch 15 --max_steps 46 --lr 0.01}" "${SEG_FLAGS:=--max_epoch 15 --max_steps 46}"
-    : "${CSRM_FLAGS:=--max_epoch 15 --max_steps 46 --warmup_epochs 8 --c2s_fg auto --c2s_bg auto --self_training auto --teacher_labels relative --s2c_sigma 0.6 --w_s2c 0.15 --w_contra 0.1}"
+    : "${CSRM_FLAGS:=--max_epoch 15 --max_steps 46 --warmup_epochs 8 $LABEL_FLAGS}"
     ;;
   *)
     echo "PRESET=$PRESET: choose small or standard" >&2
@@ -122,7 +127,6 @@ choose ROUNDS 1                               # stage 4: models in a row, each o
 if [[ -n "$SAM_CHECKPOINT" ]]; then : "${PROPOSALS:=sam}"; fi
 choose PROPOSALS regions                      # regions, sam (where there is a checkpoint), sam2, sam3 or files
 
-PREDICTIONS=experiments/predictions
 if [[ "$THRESHOLD" != auto ]]; then THRESHOLD=$(printf %g "$THRESHOLD"); fi  # as inference.py names the folder
 
 # What is not as chosen above is part of the names, so that experiments that differ in it do not meet.
