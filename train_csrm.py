@@ -51,7 +51,7 @@ def add_labels(parser: cli.Parser) -> None:
         "present: the best of background and the image's classes; foreground: object or not first, of all classes; "
     )
     reading += "relative: the same, each class against its maximum in the image"
-    auto = "is {}; auto: from the CAMs of --restore"
+    auto = "is {}; auto: from the CAMs of --c2s_labels or --restore"
     add("--c2s_mode", choices=["cam", "mp", "gt"], default="cam", help=source)
     add("--c2s_labels", type=Path, metavar="DIR", help=folder)
     add("--c2s_fg", type=number, default=0.30, help="cam: CAM above which a pixel " + auto.format("foreground"))
