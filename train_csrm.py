@@ -385,8 +385,16 @@ def labelled_source(source: DataSource, args: argparse.Namespace, views: options
         thresholds = cam_thresholds(
             args, lambda image_id: cams_of_file(source, image_id, files[image_id])[1], list(files)
         )
-        crf = options.crf(args)
-        write_labels(source, files, folder, thresholds=thresholds, crf=crf, views=views, overwrite=args.overwrite)
+        write_labels(
+            source,
+            files,
+            folder,
+            thresholds=thresholds,
+            crf=options.crf(args),
+            views=views,
+            overwrite=args.overwrite,
+            threads=parallel.own_workers(args.num_workers),
+        )
     return build_source(args.dataset, options.data_dir(args), folder)
 
 

@@ -86,6 +86,7 @@ def write_labels(
     crf: CRF,
     views: Views,
     overwrite: bool = False,
+    threads: int = 0,
 ) -> None:
     """Write the reliable labels of CAM files as masks into the folder `made`.
 
@@ -95,6 +96,7 @@ def write_labels(
         thresholds: background and foreground, on CAMs divided by their maximum.
         views: of the training; larger photographs are reduced for the dense CRF, as `inference.py` does.
         overwrite: replace the labels in `made` if they are of other files or thresholds.
+        threads: how many images are done at once.
 
     Raises:
         UserError: a file cannot be read; or `made` holds other labels.
@@ -109,7 +111,7 @@ def write_labels(
         save_mask(made / f"{image_id}.png", labels.numpy(), source.info.palette)
 
     pending = parallel.share(list(files), [i for i in files if not (made / f"{i}.png").exists()])
-    for _ in parallel.run_jobs(make, pending, name="labels of CAM files"):
+    for _ in parallel.run_jobs(make, pending, name="labels of CAM files", threads=threads):
         pass
     distributed.wait()
 
