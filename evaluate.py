@@ -65,13 +65,12 @@ if __name__ == "__main__":
     ARGS = make_parser().parse_args()  # before PyTorch is imported: --help and mistakes answer at once
 
 import numpy as np
-import torch
 
 from datasets import build_source
 from datasets.base import DatasetInfo, DataSource, read_mask
 from datasets.exchange.voc_server import write_package
-from tools import distributed, identity
-from tools.cam import read_cams
+from tools import identity
+from tools.cam_files import read_cams
 from tools.files import atomic_write, check_present, check_size, check_writable, save_json
 from tools.metrics import Scores, confusion_counts, scores, sweep_counts, threshold_range
 
@@ -84,7 +83,12 @@ def main(args: argparse.Namespace) -> None:
     if args.package:
         package(args)
         return
-    distributed.start(torch.device("cpu"), options.EXPERIMENTS)
+    if parallel.launched():  # only then PyTorch is imported: that takes longer than many an evaluation
+        import torch
+
+        from tools import distributed
+
+        distributed.start(torch.device("cpu"), options.EXPERIMENTS)
     if args.output:
         check_writable(args.output.parent)
     thresholds = select_thresholds(args)
@@ -179,6 +183,10 @@ def count(
     classes = source.info.num_classes
     none = np.zeros((1 if thresholds is None else len(thresholds), classes, classes + 1), np.int64)
     counts = sum(parallel.run_jobs(work, parts, workers, "evaluating", f"x{IDS_PER_JOB} images"), start=none)
+    if not parallel.launched():
+        return counts
+    from tools import distributed
+
     return distributed.sum_of_shares(counts)
 
 

@@ -61,15 +61,8 @@ from torch import nn
 from datasets import DataSource, build_source
 from models import load_model, segmentation_forward
 from tools import distributed, identity
-from tools.cam import (
-    cam_labels,
-    enlarged_argmax,
-    load_cams,
-    multi_scale_cams,
-    multi_scale_logits,
-    save_cams,
-    working_photograph,
-)
+from tools.cam import enlarged_argmax, multi_scale_cams, multi_scale_logits, working_photograph
+from tools.cam_files import cam_labels, load_cams, save_cams
 from tools.checkpoint import check_classes
 from tools.crf import CAM_SETTINGS, mean_field, unary_from_labels
 from tools.devices import select_device
@@ -149,7 +142,7 @@ class Predictor:
         return is_empty
 
     def _maps(self, kind: str, photograph: torch.Tensor, image_id: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The arrays of a CAM file (`tools.cam`); `kind` is cams or masks."""
+        """The arrays of a CAM file (`tools.cam_files`); `kind` is cams or masks."""
         label, size = torch.from_numpy(self.source.image_label(image_id)), tuple(photograph.shape[-2:])
         image = normalize(working_photograph(photograph, self.outputs.views).to(self.device))
         views = asdict(self.outputs.views)

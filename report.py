@@ -64,7 +64,7 @@ from PIL import Image
 
 from datasets import build_source
 from datasets.base import DatasetInfo, DataSource, read_mask
-from tools.cam import cam_labels, load_cams, read_cams
+from tools.cam_files import cam_labels, load_cams, read_cams
 from tools.drawing import legend, overlay
 from tools.files import check_size, check_writable, save_json, save_png, save_text
 from tools.history import read_commands, read_run

@@ -12,16 +12,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tools.cam import (
-    cam_labels,
-    enlarged_argmax,
-    load_cams,
-    multi_scale_cams,
-    multi_scale_logits,
-    save_cams,
-    scaled_views,
-    working_photograph,
-)
+from tools.cam import enlarged_argmax, multi_scale_cams, multi_scale_logits, scaled_views, working_photograph
+from tools.cam_files import cam_labels, load_cams, save_cams
 from tools.errors import UserError
 from tools.options import Views
 

@@ -17,7 +17,7 @@ from command import data_flags, refusal
 from datasets.base import voc_palette
 from models import build_model
 from tools import identity
-from tools.cam import load_cams, save_cams
+from tools.cam_files import load_cams, save_cams
 from tools.checkpoint import load_checkpoint, save_checkpoint
 from tools.errors import UserError
 from tools.files import load_mask, save_mask

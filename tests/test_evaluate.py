@@ -13,7 +13,7 @@ from PIL import Image
 import evaluate
 from datasets.base import voc_palette
 from tools import cli
-from tools.cam import cam_labels, load_cams, save_cams
+from tools.cam_files import cam_labels, load_cams, save_cams
 from tools.errors import UserError
 from tools.files import save_mask
 

@@ -12,7 +12,7 @@ from command import DECODER, TRAINING, data_flags, parse, refusal, run
 from conftest import SPLITS
 
 from tools import identity
-from tools.cam import load_cams
+from tools.cam_files import load_cams
 from tools.files import load_mask, save_mask
 
 MODEL = Path("experiments/models/t.pth")

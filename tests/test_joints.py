@@ -26,7 +26,7 @@ import train_segmentation
 from datasets import build_source
 from datasets.base import DatasetInfo, voc_palette
 from tools import losses, options, training
-from tools.cam import load_cams, save_cams
+from tools.cam_files import load_cams, save_cams
 from tools.ema import Teacher
 from tools.files import load_mask, save_mask
 from tools.optim import Update

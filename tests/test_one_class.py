@@ -16,7 +16,7 @@ import train_csrm
 from datasets import build_source
 from datasets.base import voc_palette
 from models import load_model
-from tools.cam import load_cams
+from tools.cam_files import load_cams
 from tools.files import load_mask, save_mask
 from tools.maps import normalize
 

@@ -13,7 +13,7 @@ from PIL import Image
 import report
 from datasets import build_source
 from datasets.base import DatasetInfo, voc_palette
-from tools.cam import save_cams
+from tools.cam_files import save_cams
 from tools.errors import UserError
 from tools.files import save_json, save_mask
 

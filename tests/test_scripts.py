@@ -19,7 +19,8 @@ import inference
 from datasets import build_source
 from models import load_model
 from tools import options
-from tools.cam import load_cams, multi_scale_logits
+from tools.cam import multi_scale_logits
+from tools.cam_files import load_cams
 from tools.files import load_mask
 from tools.identity import file_fingerprint
 from tools.maps import normalize

@@ -17,7 +17,8 @@ from torch import nn
 import train_csrm
 from datasets import build_source
 from datasets.base import voc_palette
-from tools.cam import multi_scale_cams, save_cams
+from tools.cam import multi_scale_cams
+from tools.cam_files import save_cams
 from tools.errors import UserError
 from tools.files import load_mask, save_mask
 from tools.maps import normalize

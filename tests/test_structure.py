@@ -57,3 +57,10 @@ def test_flags_are_read_before_pytorch_is_imported(script):
     check = f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr)); {code}"
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.startswith("usage:") and done.stderr == "False\n", done.stderr
+
+
+def test_evaluation_does_without_pytorch():
+    """Whose import takes longer than the evaluation of a small split."""
+    code = "import sys, evaluate; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "False\n", done.stderr

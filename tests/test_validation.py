@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from datasets import build_source
-from tools.cam import cam_labels, multi_scale_cams, scaled_views
+from tools.cam import multi_scale_cams, scaled_views
+from tools.cam_files import cam_labels
 from tools.maps import normalize
 from tools.metrics import classification_scores, confusion_counts, scores
 from tools.validation import validate

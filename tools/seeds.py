@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from skimage.filters import threshold_otsu
 
 from tools import distributed, identity, parallel
-from tools.cam import Forward, multi_scale_cams, read_cams, working_photograph
+from tools.cam import Forward, multi_scale_cams, working_photograph
+from tools.cam_files import read_cams
 from tools.files import check_present, save_mask
 from tools.maps import normalize, resize_maps
 from tools.options import CRF, PSEUDO_MASK_THRESHOLD, Views
