@@ -306,8 +306,8 @@ FAULTS = (
     Fault(
         "--threshold auto looks at the images of another split",
         "inference.py",
-        "source.ids(args.domain), views, device)",
-        "source.ids(source.domains()[0]), views, device)",
+        "source, views, device), source.ids(args.domain))",
+        "source, views, device), source.ids(source.domains()[0]))",
         "test_joints.py::test_what_is_kept_of_an_inference_follows_the_flags",
     ),
     Fault(
