@@ -113,11 +113,11 @@ from tools.losses import (
     s2c_weight,
     unreliable_percent,
 )
-from tools.maps import normalize, resize_maps
+from tools.maps import normalize, resize_labels, resize_maps
 from tools.memory_bank import MemoryBank, contrastive_loss, entropy_masks
 from tools.options import IGNORE_INDEX
 from tools.pseudo_labels import mutual_promotion_labels, reliable_cam_labels, teacher_labels
-from tools.seeds import CamsOf, auto_threshold, cams_of_file, label_files, network_cams, write_labels
+from tools.seeds import CamsOf, auto_threshold, file_cams, label_files, network_cams, write_labels
 from tools.training import Trainer, seed_everything
 from tools.validation import check_domain, validate
 
@@ -238,7 +238,7 @@ class Criterion(nn.Module):
         """L_contra: pixels against class means and the memory bank, at stride 4."""
         _, teacher_labels = targets.teacher_labels.chunk(2)
         logits = teacher["seg_logits"].float()
-        labels = nearest(torch.cat([targets.cam_labels, teacher_labels]), logits.shape[-2:])
+        labels = resize_labels(torch.cat([targets.cam_labels, teacher_labels]), logits.shape[-2:])
         _, unlabeled_labels = labels.chunk(2)
         _, unlabeled_logits = logits.chunk(2)
         low, high = entropy_masks(entropy(unlabeled_logits), unlabeled_labels, self.alpha(epoch))
@@ -276,11 +276,6 @@ class Criterion(nn.Module):
         add("confident", targets.confidence > self.options.s2c_sigma, labels.numel())
 
 
-def nearest(labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Label maps int64 [N,H,W] at another size, nearest neighbour."""
-    return nn.functional.interpolate(labels[:, None].float(), size, mode="nearest")[:, 0].long()
-
-
 @dataclass(frozen=True)
 class LabelOptions:
     """How a step makes its labels."""
@@ -288,9 +283,8 @@ class LabelOptions:
     augment: str  # classmix, cutmix or none
     cutmix_prob: float  # probability that a step mixes
     c2s_mode: str  # labels of L_c2s: cam (CAMs and dense CRF), mp (CAMs against the teacher's background), gt (masks)
-    c2s_thresholds: (
-        tuple[float, float] | None
-    )  # cam: below the first a pixel is background, above the second foreground
+    # cam: CAM below which a pixel is background, CAM above which it is foreground
+    c2s_thresholds: tuple[float, float] | None
     c2s_sigma: float  # mp: probability below which a pixel is ignored
     crf: options.CRF  # cam
     teacher_labels: str  # how they are read from the segmentation logits, one of `tools.options.READINGS`
@@ -382,9 +376,7 @@ def labelled_source(source: DataSource, args: argparse.Namespace, views: options
     folder = args.c2s_labels
     if next(iter(files.values())).suffix != ".png":
         folder = options.EXPERIMENTS / "labels" / args.tag
-        thresholds = cam_thresholds(
-            args, lambda image_id: cams_of_file(source, image_id, files[image_id])[1], list(files)
-        )
+        thresholds = cam_thresholds(args, file_cams(source, files), list(files))
         write_labels(
             source,
             files,

@@ -93,10 +93,10 @@ def _paste(
     paste: Tensor, partner: Tensor, images: Tensor, label_maps: Tensor, seg_logits: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Where `paste` (bool [B, H, W]) holds, the partner's pixels; elsewhere one's own."""
-    mixed = torch.where(paste, label_maps[partner], label_maps)
+    label_maps = torch.where(paste, label_maps[partner], label_maps)
     paste = paste.unsqueeze(1)
     images = torch.where(paste, images[partner], images)
     if seg_logits is not None:
         small = F.interpolate(paste.float(), seg_logits.shape[-2:], mode="nearest").bool()
         seg_logits = torch.where(small, seg_logits[partner], seg_logits)
-    return images, mixed, seg_logits
+    return images, label_maps, seg_logits

@@ -121,7 +121,7 @@ def test_classes_that_the_label_lacks_are_left_out_of_a_cam_file(folder_root, tm
     (present,) = np.flatnonzero(source.image_label(image_id))
     maps = np.stack([np.full(SIZES[image_id], value, np.float16) for value in (0.25, 0.75)])
     save_cams(tmp_path / "a.npz", np.array([0, 1, 2]), maps[:, ::4, ::4], maps)
-    classes, cams = cams_of_file(source, image_id, tmp_path / "a.npz")
+    classes, cams = cams_of_file(tmp_path / "a.npz", source.image_label(image_id), SIZES[image_id])
     assert classes.tolist() == [present] and cams.dtype == np.float32
     assert np.array_equal(cams, maps[[present]])
 

@@ -37,6 +37,11 @@ def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=True)
 
 
+def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize label maps int64 [B, H, W] to another (H, W): nearest neighbour."""
+    return F.interpolate(labels[:, None].float(), size, mode="nearest")[:, 0].long()
+
+
 def cells(size: Sequence[int], stride: int) -> list[int]:
     """The size of a map at `stride`: ceil(side / stride), without negative numbers, which ONNX divides differently."""
     return [(side + stride - 1) // stride for side in size]

@@ -1,7 +1,7 @@
 """Where L_c2s gets its labels besides the network's own CAMs, and thresholds on CAMs without any mask.
 
     files = label_files(Path("experiments/predictions/prior@train/cams"), ids)    # {id: path}: masks or CAM files
-    threshold = auto_threshold(lambda i: cams_of_file(source, i, files[i])[1], ids)  # 0.42
+    threshold = auto_threshold(file_cams(source, files), ids)                     # 0.42
     write_labels(source, files, made, thresholds=(0.21, 0.52), crf=CRF(), ...)
 
 Labels from elsewhere are masks ID.png (255: ignored), taken as they are, or CAM files, which go through the step that
@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from skimage.filters import threshold_otsu
 
 from tools import distributed, identity, parallel
 from tools.cam import Forward, multi_scale_cams, working_photograph
 from tools.cam_files import read_cams
 from tools.files import check_present, save_mask
-from tools.maps import normalize, resize_maps
+from tools.maps import normalize, resize_labels, resize_maps
 from tools.options import CRF, PSEUDO_MASK_THRESHOLD, Views
 from tools.pseudo_labels import reliable_cam_labels
 
@@ -64,6 +63,11 @@ def network_cams(forward: Forward, source: Any, views: Views, device: torch.devi
         return multi_scale_cams(forward, image, torch.from_numpy(source.image_label(image_id)), **asdict(views))[2]
 
     return cams_of
+
+
+def file_cams(source: Any, files: dict[str, Path]) -> CamsOf:
+    """The CAMs in files of `label_files`, of the classes in the images' labels."""
+    return lambda i: cams_of_file(files[i], source.image_label(i), source.image(i).shape[:2])[1]
 
 
 def label_files(folder: Path, ids: Sequence[str]) -> dict[str, Path]:
@@ -117,13 +121,16 @@ def write_labels(
     distributed.wait()
 
 
-def cams_of_file(source: Any, image_id: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
+def cams_of_file(path: Path, label: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """What a CAM file says of the classes in the image's label: their indices int64 [n] and CAMs f32[n,H,W].
+
+    Args:
+        label: f32[K], of the image.
+        size: (H, W) of the photograph.
 
     Raises:
         UserError: unreadable, of another size than the photograph, or with classes that the dataset has not.
     """
-    label, size = source.image_label(image_id), tuple(source.photograph(image_id).shape[-2:])
     keys, maps = read_cams(path, size, 1 + len(label))
     classes = keys[1:] - 1
     present = label[classes] > 0
@@ -134,11 +141,11 @@ def labels_of_cams(
     source: Any, image_id: str, path: Path, thresholds: tuple[float, float], crf: CRF, views: Views
 ) -> torch.Tensor:
     """Reliable labels int64 [H,W] of one CAM file (UserError: see `cams_of_file`)."""
-    photograph, label = source.photograph(image_id), torch.from_numpy(source.image_label(image_id))
-    small = working_photograph(photograph, views)
-    classes, maps = cams_of_file(source, image_id, path)
+    photograph, label = source.photograph(image_id), source.image_label(image_id)
+    size, small = tuple(photograph.shape[-2:]), working_photograph(photograph, views)
+    classes, maps = cams_of_file(path, label, size)
     cams = torch.zeros(1, len(label), *small.shape[-2:])
     cams[0, classes] = resize_maps(torch.from_numpy(maps)[None], small.shape[-2:])[0]
     options = {"crf_iterations": crf.iterations, "gt_prob": crf.gt_prob, "backend": crf.backend}
-    labels = reliable_cam_labels(small, cams, label[None], *thresholds, **options)
-    return F.interpolate(labels[None].float(), photograph.shape[-2:], mode="nearest")[0, 0].long()
+    labels = reliable_cam_labels(small, cams, torch.from_numpy(label)[None], *thresholds, **options)
+    return resize_labels(labels, size)[0]
