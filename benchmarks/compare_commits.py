@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.measuring import HERE, checkout, run
 from tools import cli
-from tools.history import read_curves
+from tools.history import read_logs
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 STEPS = "--max_epoch 20 --max_steps 1 --batch_size 4 --image_size 65 --min_image_size 49 --max_image_size 97"
@@ -73,7 +73,7 @@ def products(revision: str | None, folder: Path, data: Path) -> dict[str, object
         scores = json.loads(path.read_text())
         found |= {f"scores of {path.stem}/{name}": scores[name] for name in ("miou", "miou_foreground", "iou")}
     for path in work.glob("experiments/logs/*"):
-        for name, points in read_curves(path)[0].items():
+        for name, points in read_logs(path)[0].items():
             tag = name.replace("/", " ")
             found |= {f"losses of {path.name}/step {step:2} {tag}": value for step, value in points}
     return found

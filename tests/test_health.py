@@ -16,7 +16,8 @@ from test_training import Killed, change_steps, kill_at
 from torch import nn
 
 from tools import health as health_module
-from tools.health import HARM, READY_VANISHED, SIGNALS, Health, teaching_epochs
+from tools.health import HARM, READY_VANISHED, Health, teaching_epochs
+from tools.history import SIGNALS
 from train_csrm import Criterion, Targets, loss_options
 
 CHECKPOINT, REPORT = Path("experiments/models/a.pth"), Path("experiments/models/a.health.json")

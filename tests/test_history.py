@@ -8,9 +8,8 @@ import time
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from tools.checkpoint import save_checkpoint
 from tools.errors import UserError
-from tools.history import Command, read_commands, read_curves, read_run
+from tools.history import SETTINGS, Command, read_commands, read_logs, read_run
 
 
 def log(folder, values, *, start=1, seconds=10.0):
@@ -27,7 +26,7 @@ def test_curves_and_time_of_a_resumed_run(tmp_path):
     log(tmp_path, [5.0, 4.0, 9.0])
     time.sleep(1.1)  # event files are named by the second
     log(tmp_path, [3.0, 2.0], start=3)
-    curves, seconds = read_curves(tmp_path)
+    curves, seconds, _ = read_logs(tmp_path)
     assert curves["loss"] == [(1, 5.0), (2, 4.0), (3, 3.0), (4, 2.0)]
     assert curves["valid/miou_cam"] == [(1, 50.0), (2, 40.0), (3, 30.0), (4, 20.0)]
     assert seconds == pytest.approx(50, abs=1)
@@ -39,14 +38,19 @@ def test_a_run_of_which_nothing_is_left(tmp_path, monkeypatch):
     assert (run.curves, run.seconds, run.settings, run.health) == ({}, None, {}, None)
 
 
-def test_settings_and_health_lie_beside_each_other(tmp_path, monkeypatch):
+def test_settings_are_those_of_the_last_start_and_health_lies_beside_the_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path = tmp_path / "experiments" / "models" / "a.pth"
-    save_checkpoint(path, config={}, model={}, classes=["background", "cat"], epoch=1, args={"lr": 0.1})
-    path.with_suffix(".health.json").write_text(json.dumps({"kept": [0.1, 0.2]}))
+    for lr in (0.2, 0.1):
+        writer = SummaryWriter(tmp_path / "experiments" / "logs" / "a", filename_suffix=f".{1 - lr}")
+        writer.add_text(SETTINGS, json.dumps({"lr": lr, "scales": [0.5, 1]}))
+        writer.close()
+    models = tmp_path / "experiments" / "models"
+    models.mkdir()
+    (models / "a.health.json").write_text(json.dumps({"kept": [0.1, 0.2]}))
     run = read_run("a")
-    assert run.settings == {"lr": 0.1} and run.health == {"kept": [0.1, 0.2]}
-    path.with_suffix(".health.json").write_text("{")
+    assert run.settings == {"lr": 0.1, "scales": [0.5, 1]} and run.health == {"kept": [0.1, 0.2]}
+    assert run.curves == {} and run.seconds is None
+    (models / "a.health.json").write_text("{")
     with pytest.raises(UserError, match=r"a\.health\.json: not a readable JSON file"):
         read_run("a")
 

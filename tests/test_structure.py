@@ -59,8 +59,9 @@ def test_flags_are_read_before_pytorch_is_imported(script):
     assert done.returncode == 0 and done.stdout.startswith("usage:") and done.stderr == "False\n", done.stderr
 
 
-def test_evaluation_does_without_pytorch():
+@pytest.mark.parametrize("script", ["evaluate", "report"])
+def test_scores_and_report_do_without_pytorch(script):
     """Whose import takes longer than the evaluation of a small split."""
-    code = "import sys, evaluate; print('torch' in sys.modules)"
+    code = f"import sys, {script}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout == "False\n", done.stderr

@@ -28,9 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from tools.distributed import all_reduce_sum
+from tools.history import SIGNALS
 from tools.parallel import world_size
-
-SIGNALS = ("class_logit", "vanished", "agreement", "reliable", "kept", "confident", "s2c_to_c2s")
 
 READY_VANISHED = 10.0
 """Per cent of the labelled classes: self-training starts when no more are missing from the teacher's labels."""

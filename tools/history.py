@@ -1,4 +1,4 @@
-"""A training run, as the report shows it: its curves, how long it took, its settings, its health.
+"""A training run, as the report shows it: its curves, how long it took, its settings, its health. Without PyTorch.
 
     run = read_run("csrm")
     run.curves["loss"]         # [(1, 2.31), (2, 1.87), ...]: epoch and value
@@ -9,14 +9,20 @@ exit code, command.
 """
 
 import csv
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tools import options
-from tools.checkpoint import load_checkpoint
 from tools.files import read_json, reading
+
+SETTINGS = "settings"
+"""The text in a TensorBoard log that holds the flags of the run, as JSON."""
+
+SIGNALS = ("class_logit", "vanished", "agreement", "reliable", "kept", "confident", "s2c_to_c2s")
+"""The signals of a run's health; `tools.health` says what they are."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,7 @@ class Run:
     # scalar of the TensorBoard log -> (epoch, value), ascending
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     seconds: float | None = None  # time spent in it; None if nothing was logged
-    settings: dict[str, object] = field(default_factory=dict)  # the flags its checkpoint was made with
+    settings: dict[str, object] = field(default_factory=dict)  # its flags
     # `tools.health.Health.report`, of models/TAG.health.json; None if there is none
     health: dict[str, object] | None = None
 
@@ -44,26 +50,29 @@ class Command:
 
 def read_run(tag: str) -> Run:
     """What is there of a run; of its files, each may be missing (UserError: one of them is damaged)."""
-    weights, logs = options.model_path(tag), options.EXPERIMENTS / "logs" / tag
-    curves, seconds = read_curves(logs)
-    settings = load_checkpoint(weights).get("args", {}) if weights.exists() else {}
-    health = weights.with_suffix(".health.json")
+    curves, seconds, settings = read_logs(options.EXPERIMENTS / "logs" / tag)
+    health = options.model_path(tag).with_suffix(".health.json")
     signals = read_json(health, "Delete it; training writes it again.") if health.exists() else None
     return Run(tag, curves, seconds, settings, signals)
 
 
-def read_curves(logs: Path) -> tuple[dict[str, list[tuple[float, float]]], float | None]:
-    """The scalars of a log folder, and the seconds its event files span. A resumed run replaces what it repeats."""
-    spans, curves = [], {}
-    for path in sorted(logs.glob("events.out.tfevents.*")):
+def read_logs(folder: Path) -> tuple[dict[str, list[tuple[float, float]]], float | None, dict[str, object]]:
+    """The scalars of a log folder, the seconds its event files span, and the flags of the last start.
+
+    A resumed run replaces what it repeats.
+    """
+    spans, curves, settings = [], {}, {}
+    for path in sorted(folder.glob("events.out.tfevents.*")):
         events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+        for tag in set(events.Tags()["tensors"]) & {f"{SETTINGS}/text_summary"}:
+            settings = json.loads(events.Tensors(tag)[-1].tensor_proto.string_val[0])
         scalars = {name: events.Scalars(name) for name in events.Tags()["scalars"]}
         if not scalars:
             continue
         spans.append(max(values[-1].wall_time for values in scalars.values()) - events.FirstEventTimestamp())
         for name, values in scalars.items():
             curves.setdefault(name, {}).update((value.step, value.value) for value in values)
-    return {name: sorted(values.items()) for name, values in curves.items()}, sum(spans) if spans else None
+    return {name: sorted(values.items()) for name, values in curves.items()}, sum(spans) if spans else None, settings
 
 
 def read_commands(path: Path) -> list[Command]:

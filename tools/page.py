@@ -20,8 +20,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from tools.charts import Points, line_chart
-from tools.health import SIGNALS
-from tools.history import Command, Run
+from tools.history import SIGNALS, Command, Run
 from tools.options import IGNORE_INDEX
 
 TEMPLATE = Path(__file__).with_name("page.html")

@@ -14,6 +14,7 @@ number of them. The first one logs and saves.
 """
 
 import contextlib
+import json
 import math
 import random
 import time
@@ -32,6 +33,7 @@ from tools.checkpoint import check_classes, load_checkpoint, previous_path, save
 from tools.devices import autocast_dtype
 from tools.errors import UserError
 from tools.files import check_writable, locked
+from tools.history import SETTINGS
 from tools.optim import Update
 
 SECONDS_TO_END = 15
@@ -106,6 +108,8 @@ class Trainer:
                 print(f"{self.path}: already trained; nothing to do. For another training choose another --tag.")
                 return
             self.writer = SummaryWriter(logs, purge_step=first + 1) if parallel.is_main() else None
+            if self.writer:
+                self.writer.add_text(SETTINGS, json.dumps(self.run.flags))
             steps = self.run.max_epoch * self.steps_per_epoch
             self.bar = stack.enter_context(
                 parallel.progress((), desc="training", unit="step", total=steps, initial=done)

@@ -115,13 +115,14 @@ def mean_field(
     parts = [slice(start, start + step) for start in range(0, len(images), step)]
 
     @torch.inference_mode()  # what a thread is told about gradients holds for no other
-    def solve(part: slice) -> Tensor:
-        return infer(images[part], energy[part], settings, iterations)
+    def solve(part: slice) -> None:
+        q[part] = infer(images[part], energy[part], settings, iterations)
 
-    # On a CPU a thread per part: operations on so few pixels gain nothing from several threads.
+    # On a CPU a thread per part: operations on so few pixels gain nothing from several threads. Each writes its own
+    # result: a copy by this thread would wake PyTorch's other threads, which then spin where these work.
     threads = torch.get_num_threads() if images.device.type == "cpu" else 1
-    for part, result in zip(parts, thread_map(solve, parts, threads), strict=True):
-        q[part] = result
+    for _ in thread_map(solve, parts, threads):
+        pass
     return q.reshape(unary.shape)
 
 
