@@ -110,4 +110,7 @@ def check_classes(checkpoint: dict[str, Any], classes: tuple[str, ...], path: st
     """Refuse a model trained on other classes than the dataset's (UserError: the class names differ)."""
     if tuple(checkpoint["classes"]) != tuple(classes):
         ours, theirs = ", ".join(classes[1:]), ", ".join(checkpoint["classes"][1:])
-        raise UserError(f"{path}: trained on the classes [{theirs}], but the dataset has [{ours}]. Check --dataset.")
+        raise UserError(
+            f"{path}: trained on the classes [{theirs}], but the dataset has [{ours}]. Check --dataset and --data_dir; "
+            "a folder lists its classes in classes.txt."
+        )
