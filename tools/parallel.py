@@ -148,16 +148,15 @@ def thread_map(work: Callable[[Item], Any], items: Sequence[Item], threads: int)
     if threads <= 1:
         yield from map(work, items)
         return
-    import torch
-
-    allowed = torch.get_num_threads()
+    torch = sys.modules.get("torch")  # not imported: no tensors here, and importing it takes longer than many a job
+    allowed = torch.get_num_threads() if torch else 0
+    each = {"initializer": torch.set_num_threads, "initargs": (max(1, allowed // threads),)} if torch else {}
     try:
-        with ThreadPoolExecutor(
-            threads, initializer=torch.set_num_threads, initargs=(max(1, allowed // threads),)
-        ) as pool:
+        with ThreadPoolExecutor(threads, **each) as pool:
             yield from pool.map(work, items)
     finally:
-        torch.set_num_threads(allowed)  # some libraries took the threads' 1 for everybody's
+        if torch:
+            torch.set_num_threads(allowed)  # some libraries took the threads' 1 for everybody's
 
 
 @contextlib.contextmanager
