@@ -82,7 +82,7 @@ folder)
   ;;
 shapes)
   # Measured, seeds 0, 1, 2: prior 51.7, 51.3, 50.3; CSRM's CAMs 65.7, 63.2, 62.3; pseudo masks 87.6, 87.8, 85.1; final
-  # model 89.2, 89.5, 88.5 on val. 8 to 10 minutes in all on two CPU cores (README.md, docs/log.md).
+  # model 89.2, 89.5, 88.5 on val. About 8 minutes in all on two CPU cores (README.md, docs/log.md).
   # A tiny network without pretrained weights, and schedules for two CPU cores and ten minutes.
   TAKES="about 8 minutes on two CPU cores"; DONE_BEFORE=([3]=71 [4]=76)  # per cent of that
   : "${DATA_DIR:=data/shapes}" 
