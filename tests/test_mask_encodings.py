@@ -125,11 +125,20 @@ def write_dataset(root: Path, mask: Encoded, orientation: int, *, drawn_upright:
 RAMP = np.array([[0, 1, 2]])
 
 
+SORTED_GREYS = np.repeat([[0], [255], [2]], 3, axis=1)
+"""Of a grey ramp, the colours in use, moved to the front: index 1 is no class 1 in white, but ignored."""
+
+
 @settings(max_examples=100, deadline=None)
 @given(mask=encoded_masks(), orientation=st.integers(1, 8), drawn_upright=st.booleans())
 @example(mask=Encoded(RAMP, 200, RAMP[..., None], GREY, 4, None), orientation=1, drawn_upright=True)
 @example(mask=Encoded(RAMP, 200, RAMP[..., None], GREY, 2, None), orientation=1, drawn_upright=True)
 @example(mask=Encoded(100 * RAMP, 201, 25500 * RAMP[..., None], GREY, 16, None), orientation=1, drawn_upright=True)
+@example(
+    mask=Encoded(np.array([[0, 255, 2]]), 3, RAMP[..., None], PALETTE, 8, np.resize(SORTED_GREYS, (256, 3))),
+    orientation=1,
+    drawn_upright=True,
+)
 def test_what_verify_accepts_evaluate_reads_rightly(mask, orientation, drawn_upright):
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

@@ -427,15 +427,16 @@ def _check_palette(
 ) -> None:
     """Refuse a mask whose colours are all colours of classes, but some not of the class that the index means.
 
-    Two colour maps are known: the dataset's; and grey i for class i, where white may stand for any index, as masks of
-    one class are often drawn in white.
+    Two colour maps are known: the dataset's; and grey i for class i. White on black may stand for any index, as masks
+    of one class are often drawn so.
     """
     used = np.flatnonzero(count_values(mask)).tolist()
     shown = {index: tuple(colours[index].tolist()) for index in used}
-    classes = {tuple(palette[i].tolist()): i for i in (*range(min(num_classes, 255)), 255)}
-    greys = {(i, i, i): i for i in range(min(num_classes, 255))}
-    coloured = {index: colour for index, colour in shown.items() if colour != (255, 255, 255)}
-    for colour_map, entries in ((classes, shown), (greys, coloured)):
+    values = (*range(min(num_classes, 255)), 255)
+    classes, greys = {tuple(palette[i].tolist()): i for i in values}, {(i, i, i): i for i in values}
+    black, white = (0, 0, 0), (255, 255, 255)
+    drawn = {i: c for i, c in shown.items() if c != white} if {black, white} >= {*shown.values()} else shown
+    for colour_map, entries in ((classes, shown), (greys, drawn)):
         meant = {index: colour_map.get(colour) for index, colour in entries.items()}
         distinct = len(set(meant.values())) == len(meant)
         moved = [(index, other) for index, other in meant.items() if index != other]
