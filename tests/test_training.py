@@ -12,6 +12,7 @@ from command import DECODER, TRAINING, data_flags, refusal, run
 from tools import training
 from tools.checkpoint import previous_path
 from tools.files import locked
+from tools.history import read_run
 from tools.training import Trainer
 
 CLASSIFIER = ["--tag", "a", *TRAINING, "--max_steps", 2, "--max_epoch", 3]
@@ -61,6 +62,7 @@ def test_a_killed_run_ends_with_the_same_bytes(folder_root, folder, script, flag
     assert torch.load(CHECKPOINT, weights_only=True)["epoch"] == 2
     run(script, *flags)
     assert CHECKPOINT.read_bytes() == expected
+    assert read_run("a").settings == torch.load(CHECKPOINT, weights_only=True)["args"]
 
 
 def test_the_seed_decides(folder_root, folder):

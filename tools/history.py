@@ -64,7 +64,7 @@ def read_logs(folder: Path) -> tuple[dict[str, list[tuple[float, float]]], float
     spans, curves, settings = [], {}, {}
     for path in sorted(folder.glob("events.out.tfevents.*")):
         events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
-        for tag in set(events.Tags()["tensors"]) & {f"{SETTINGS}/text_summary"}:
+        if (tag := f"{SETTINGS}/text_summary") in events.Tags()["tensors"]:
             settings = json.loads(events.Tensors(tag)[-1].tensor_proto.string_val[0])
         scalars = {name: events.Scalars(name) for name in events.Tags()["scalars"]}
         if not scalars:
