@@ -164,9 +164,9 @@ def test_the_command_prints_the_table_and_writes_the_report(folder_root, tmp_pat
         assert picture.size[0] > 600 and len(set(picture.convert("L").tobytes())) > 2
 
 
-def test_counts_of_one_image_are_numbers(folder_root, tmp_path):
-    (folder_root / "splits" / "dev.txt").write_text("a\n")
-    run("datasets.verify", "dev", "--dataset", "folder", "--data_dir", folder_root, "--output_dir", tmp_path)
+def test_counts_of_one_image_are_numbers(folder_copy, tmp_path):
+    (folder_copy / "splits" / "dev.txt").write_text("a\n")
+    run("datasets.verify", "dev", "--dataset", "folder", "--data_dir", folder_copy, "--output_dir", tmp_path)
     split = json.loads((tmp_path / "verify.json").read_text())["splits"]["dev"]
     assert [(split[what], type(split[what])) for what in ("labels", "masks")] == [(1, int), (1, int)]
 
