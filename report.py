@@ -66,7 +66,7 @@ from datasets import build_source
 from datasets.base import DatasetInfo, DataSource, read_mask
 from tools.cam_files import cam_labels, load_cams, read_cams
 from tools.drawing import legend, overlay
-from tools.files import check_size, check_writable, save_json, save_png, save_text
+from tools.files import check_size, check_writable, save_json, save_png, save_text, upright_size
 from tools.history import read_commands, read_run
 from tools.metrics import load_scores
 from tools.page import Card, Layer, Page, heat_uri, mask_uri, photograph_uri, render, shares_text
@@ -223,7 +223,7 @@ def gallery(source: DataSource, blocks: dict[str, Sequence[str]], columns: Seque
 def row_masks(source: DataSource, columns: Sequence[Column], image_id: str) -> list[np.ndarray | None]:
     """Ground truth and the columns' masks of one image, uint8 [H, W] each; None where there is none."""
     truth = source.mask(image_id) if source.has_mask(image_id) else None
-    size = source.image(image_id).shape[:2]
+    size = upright_size(source.image_path(image_id))
     return [truth, *(column.mask(image_id, size, source.info) for column in columns)]
 
 

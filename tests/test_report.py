@@ -95,6 +95,17 @@ def test_columns_read_masks_and_cams_from_several_folders(tmp_path):
     assert mine.mask("c", *place) is None and np.all(strict.mask("b", *place) == 0)
 
 
+def test_masks_of_a_turned_photograph_are_those_of_the_upright_one(data, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.full((16, 12, 3), 100, np.uint8)).save(data / "images" / "d.png", exif=exif)
+    save_mask(tmp_path / "pseudo" / "d.png", np.ones(SIZE), voc_palette())
+    run(data, tmp_path / "out", "--domain", "test", "--columns", f"Mine={tmp_path / 'pseudo'}")
+    save_mask(tmp_path / "pseudo" / "d.png", np.ones(SIZE[::-1]), voc_palette())
+    with pytest.raises(UserError, match=r"d\.png: 12x16 pixels, but its image is 16x12"):
+        run(data, tmp_path / "out", "--domain", "test", "--columns", f"Mine={tmp_path / 'pseudo'}")
+
+
 def test_images_that_every_column_has_are_preferred(tmp_path):
     for folder, names in (("one", "abc"), ("two", "bc")):
         for name in names:

@@ -157,9 +157,8 @@ def claim_folder(folder: Path, made_by: dict[str, Any], suffix: str, *, overwrit
             stored = {}
         old = stored.get("inputs", {})
         inputs = {kind: dict(sorted({**old.get(kind, {}), **each}.items())) for kind, each in made_by["inputs"].items()}
-        if (
-            inputs != old
-        ):  # written after the deletions: so, if the process is killed, the record is true of the files left
+        if inputs != old:
+            # After the deletions: if the process is killed between them, the record is true of the files that are left.
             save_json(record, {**made_by, **stored, "inputs": inputs})
 
 
