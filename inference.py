@@ -191,8 +191,8 @@ def segmentation_maps(
     if reading == "present":
         maps = logits[:, keys].softmax(dim=1)
     else:
-        foreground = foreground_maps(logits, (label == 0).to(logits.device)[None, :, None, None])
-        maps = F.pad(foreground[:, classes], (0, 0, 0, 0, 1, 0))  # no map at all could not be resized
+        foreground = foreground_maps(logits.softmax(dim=1)[:, keys])
+        maps = F.pad(foreground, (0, 0, 0, 0, 1, 0))  # no map at all could not be resized
     low, high = (resize_maps(maps, place)[0, 1:].cpu().numpy() for place in (cells(size, 4), size))
     return keys.numpy(), low, high
 

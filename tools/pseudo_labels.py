@@ -140,25 +140,24 @@ def _read_foreground(logits: Tensor, absent: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _read_relative(logits: Tensor, absent: Tensor) -> tuple[Tensor, Tensor]:
-    maps = foreground_maps(logits, absent[:, 1:])
+    maps = foreground_maps(logits.softmax(dim=1), ~absent[:, 1:])
     score, best = unit_maximum(maps).max(dim=1)
     is_object = score > RELATIVE_FOREGROUND
     return (1 + best) * is_object, score.where(is_object, 1 - score)
 
 
-def foreground_maps(logits: Tensor, absent: Tensor) -> Tensor:
+def foreground_maps(probabilities: Tensor, present: Tensor | float = 1.0) -> Tensor:
     """The foreground probability, p_fg = 1 - p_bg over all classes, shared among the present classes in proportion.
 
     Args:
-        logits: float [B, K+1, h, w], of a segmentation branch.
-        absent: bool, expands to [B, K, h, w].
+        probabilities: float [B, n+1, h, w], of the background and n classes: all, or those that are present.
+        present: 1 or True for present classes, else 0; broadcasts to [B, n, h, w].
 
     Returns:
-        float [B, K, h, w]: p_fg p_c / (sum of p over the present classes); 0 for absent classes.
+        float [B, n, h, w]: p_fg p_c / (sum of p over the present classes); 0 for absent classes.
     """
-    foreground = 1 - logits.softmax(dim=1)[:, :1]
-    shares = logits[:, 1:].masked_fill(absent, -torch.inf).softmax(dim=1).nan_to_num()  # NaN: no class is present
-    return foreground * shares
+    shown = probabilities[:, 1:] * present
+    return (1 - probabilities[:, :1]) * shown / shown.sum(dim=1, keepdim=True).clamp(min=1e-30)
 
 
 def object_threshold(maps: np.ndarray) -> float:
@@ -188,19 +187,13 @@ class RelativeReading:
         sure = probabilities[0].amax(dim=(1, 2)) > SURE
         sure[0] = True
         keys = sure.nonzero().flatten()
-        maps = _shared_foreground(probabilities[0, keys])
+        maps = foreground_maps(probabilities[:, keys])[0]
         return cls(keys, maps.amax(dim=(1, 2), keepdim=True), object_threshold(unit_maximum(maps).cpu().numpy()))
 
     def labels(self, probabilities: Tensor) -> Tensor:
         """Index into `keys` of each pixel, int64 [1,h,w], from probabilities f32[1,K+1,h,w] of a part of the image."""
-        maps = unit_maximum(_shared_foreground(probabilities[0, self.keys]), self.highest)
+        maps = unit_maximum(foreground_maps(probabilities[:, self.keys])[0], self.highest)
         return F.pad(maps, (0, 0, 0, 0, 1, 0), value=self.threshold).argmax(dim=0)[None]
-
-
-def _shared_foreground(probabilities: Tensor) -> Tensor:
-    """`foreground_maps` f32[n,h,w] from probabilities f32[n+1,h,w] of the background and the present classes."""
-    background, present = probabilities[:1], probabilities[1:]
-    return (1 - background) * present / present.sum(dim=0).clamp(min=1e-30)
 
 
 def _present_maps(cams: Tensor, image_labels: Tensor, max_classes: int | None = None) -> tuple[Tensor, Tensor]:
