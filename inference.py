@@ -254,7 +254,7 @@ def main(args: argparse.Namespace) -> None:
     check_classes(checkpoint, source.info.classes, weights)
     check_flags(args, model)
     folder = options.predictions_dir(args.tag, args.domain)
-    views = options.views(args, checkpoint["args"]["image_size"])
+    views = options.views(args, checkpoint["args"])
     outputs = Outputs(
         wanted=tuple(kind for kind in ("cams", "masks", "pseudos") if getattr(args, f"save_{kind}")),
         cam_format=args.cam_format,

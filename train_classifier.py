@@ -216,7 +216,7 @@ def main(args: argparse.Namespace) -> None:
                 average.update(model, ema_decay(trainer.updates, args.ema))
         if args.domain_valid:
             network = average.module if args.ema else model
-            trainer.log(epoch, validate(network, source, args.domain_valid, device, args.image_size))
+            trainer.log(epoch, validate(network, source, args.domain_valid, device, options.long_side(vars(args))))
     print(f"Next: python inference.py --tag {args.tag} --domain {args.domain_train}   (its CAMs)")
 
 

@@ -421,7 +421,7 @@ def own_thresholds(
 def build_loaders(source: DataSource, args: argparse.Namespace) -> tuple[Loader, Loader]:
     """The labeled and the unlabeled loader: the same photographs, other crops, in other orders."""
     ids = source.ids(args.domain_train)
-    geometries = (train_geometry(*options.image_sizes(args)), crop_geometry(args.image_size))
+    geometries = (train_geometry(*options.image_sizes(args)), crop_geometry(args.image_size, args.min_image_size))
     shared = options.loader_arguments(args)
     labeled, unlabeled = (
         build_loader(
@@ -498,7 +498,8 @@ def main(args: argparse.Namespace) -> None:
     distributed.start(device, options.EXPERIMENTS)
     source = build_source(args.dataset, options.data_dir(args))
     check_domain(source, args.domain_valid)
-    views = options.Views(scales=(1.0,), hflip=True, long_side=args.image_size)
+    long_side = options.long_side(vars(args))
+    views = options.Views(scales=(1.0,), hflip=True, long_side=long_side)
     learnt = labelled_source(source, args, views) if args.c2s_labels else source
     labeled, unlabeled = build_loaders(learnt, args)
     seed_everything(args.seed)
@@ -536,7 +537,7 @@ def main(args: argparse.Namespace) -> None:
                 teacher.update(student, teacher_decay(epoch, trainer.updates, **warmup))
         report_health(health, trainer, epoch)
         if args.domain_valid:
-            trainer.log(epoch, validate(teacher.module, source, args.domain_valid, device, args.image_size))
+            trainer.log(epoch, validate(teacher.module, source, args.domain_valid, device, long_side))
     print(f"Next: python inference.py --tag {args.tag} --domain {args.domain_train}   (plus the data flags)")
 
 

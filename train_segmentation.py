@@ -178,7 +178,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                 losses = train_step(model, batch, device, args.label_smoothing)
             trainer.step(losses)
         if args.domain_valid:
-            trainer.log(epoch, validate(model, truth, args.domain_valid, device, args.image_size))
+            trainer.log(epoch, validate(model, truth, args.domain_valid, device, options.long_side(vars(args))))
     print(
         f"Next: python train_segmentation.py --tag {args.tag} --predict --domain {args.domain}   (plus the data flags)"
     )
@@ -369,7 +369,7 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
     model, checkpoint = load_model(weights, device, kinds=["segmentation", "csrm"])
     source, domain, name = photographs(args, checkpoint, weights)
     ids = source.ids(domain)[: args.max_images]
-    views = options.views(args, checkpoint["args"]["image_size"])
+    views = options.views(args, checkpoint["args"])
     crf = options.CRF(args.crf_t, RELATIVE_GT_PROB, args.crf_backend)
     how = Segmentation(views, crf, args.reading, args.tile, args.save_confidence)
     predictor = Predictor(model, source, options.predictions_dir(args.tag, name), how, overlays=args.save_overlays)

@@ -43,11 +43,12 @@ def train_geometry(size: int, min_size: int, max_size: int, *, randaugment: bool
 
     Args:
         size: side of the square crop, pixels; longer images are reduced to it.
-        min_size, max_size: the image is then scaled by U(min_size / size, max_size / size) before the crop.
+        min_size, max_size: images shorter than `min_size` are enlarged to it. The image is then scaled by
+            U(min_size / size, max_size / size) before the crop.
         randaugment: end with RandAugment (two operations of magnitude 10; images only, masks would not follow).
     """
     steps = [
-        RandomScale(min_size / size, max_size / size, limit=size),
+        RandomScale(min_size / size, max_size / size, (min_size, size)),
         RandomCropReflect(size),
         v2.RandomHorizontalFlip(0.5),
     ]
@@ -56,9 +57,9 @@ def train_geometry(size: int, min_size: int, max_size: int, *, randaugment: bool
     return v2.Compose(steps)
 
 
-def crop_geometry(size: int) -> v2.Transform:
-    """Geometry for the unlabeled images of CSRM: longer ones reduced, then padded at random to `size` x `size`."""
-    return v2.Compose([RandomScale(1, 1, limit=size), RandomCropReflect(size)])
+def crop_geometry(size: int, min_size: int) -> v2.Transform:
+    """Geometry for the unlabeled images of CSRM: their long side in the range `min_size` to `size`, the rest padded."""
+    return v2.Compose([RandomScale(1, 1, (min_size, size)), RandomCropReflect(size)])
 
 
 def segmentation_geometry(size: int, min_size: int, max_size: int) -> v2.Transform:
@@ -73,17 +74,17 @@ class RandomScale(v2.Transform):
 
     Args:
         low, high: the factor is U(low, high).
-        limit: it is relative to the image reduced to this long side, where it is longer; pixels.
+        long_side: it is relative to the image with its long side brought into this range; pixels.
     """
 
-    def __init__(self, low: float, high: float, limit: float = math.inf) -> None:
+    def __init__(self, low: float, high: float, long_side: tuple[float, float] = (0, math.inf)) -> None:
         super().__init__()
         assert 0 < low <= high, f"expected 0 < low <= high, got {low} and {high}"
-        self.low, self.high, self.limit = low, high, limit
+        self.low, self.high, self.long_side = low, high, long_side
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = VF.get_size(flat_inputs[0])
-        scale = _uniform(self.low, self.high) * fit(height, width, self.limit)
+        scale = _uniform(self.low, self.high) * fit(height, width, self.long_side)
         return {"size": [max(1, round(height * scale)), max(1, round(width * scale))]}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:

@@ -72,8 +72,8 @@ FAULTS = (
     Fault(
         "images are not scaled at random",
         "datasets/transforms.py",
-        "scale = _uniform(self.low, self.high) * fit(height, width, self.limit)",
-        "scale = fit(height, width, self.limit)",
+        "scale = _uniform(self.low, self.high) * fit(height, width, self.long_side)",
+        "scale = fit(height, width, self.long_side)",
         "test_joints.py::test_geometry_of_the_two_halves",
     ),
     Fault(
@@ -101,7 +101,7 @@ FAULTS = (
         "CSRM's labeled half is neither scaled nor mirrored",
         "train_csrm.py",
         "geometries = (train_geometry(*options.image_sizes(args)), ",
-        "geometries = (crop_geometry(args.image_size), ",
+        "geometries = (crop_geometry(args.image_size, args.min_image_size), ",
         "test_joints.py::test_geometry_of_the_two_halves",
     ),
     Fault(
@@ -121,8 +121,8 @@ FAULTS = (
     Fault(
         "long photographs of the unlabeled half are not reduced",
         "datasets/transforms.py",
-        "RandomScale(1, 1, limit=size)",
-        "RandomScale(1, 1)",
+        "RandomScale(1, 1, (min_size, size))",
+        "RandomScale(1, 1, (min_size, math.inf))",
         "test_joints.py::test_geometry_of_the_two_halves",
     ),
     Fault(
@@ -313,8 +313,8 @@ FAULTS = (
     Fault(
         "photographs are predicted at their full size, not at that of the training",
         "inference.py",
-        'options.views(args, checkpoint["args"]["image_size"])',
-        "options.views(args, 10**9)",
+        'options.views(args, checkpoint["args"])',
+        'options.views(args, {**checkpoint["args"], "image_size": 10**9})',
         "test_joints.py::test_what_is_kept_of_an_inference_follows_the_flags",
     ),
     Fault(

@@ -63,11 +63,12 @@ def test_multi_scale_cams_are_the_plain_sums(forward, size, scales, hflip, label
 
 
 def test_scales_are_relative_to_the_size_of_training():
-    large, small = torch.zeros(1, 3, 640, 480), torch.zeros(1, 3, 64, 48)
-    assert [view.shape[-2:] for view in scaled_views(large, [0.5, 1, 2], long_side=128)] == [
-        view.shape[-2:] for view in scaled_views(large, [0.1, 0.2, 0.4])
-    ]
-    assert scaled_views(small, [1], long_side=128)[0].shape[-2:] == scaled_views(small, [1])[0].shape[-2:]
+    """Longer photographs are reduced to its crop, shorter ones enlarged to its smallest size; others stay."""
+    sizes = lambda image, *flags: [view.shape[-2:] for view in scaled_views(image, *flags)]  # noqa: E731
+    large, medium, small = (torch.zeros(1, 3, 4 * side, 3 * side) for side in (160, 24, 10))
+    assert sizes(large, [0.5, 1, 2], (80, 128)) == sizes(large, [0.1, 0.2, 0.4])
+    assert sizes(medium, [0.5, 1, 2], (80, 128)) == sizes(medium, [0.5, 1, 2])
+    assert sizes(small, [0.5, 1, 2], (80, 128)) == sizes(small, [1, 2, 4])
 
 
 def test_an_image_without_classes_has_empty_maps(forward):
@@ -91,14 +92,15 @@ def test_multi_scale_logits_are_the_plain_means(forward, size):
 
 
 @pytest.mark.parametrize(
-    "size, expected", [((640, 480), (640, 480)), ((2000, 1000), (1024, 512)), ((1, 5000), (1, 1024))]
+    "size, expected",
+    [((640, 480), (640, 480)), ((64, 48), (64, 48)), ((2000, 1000), (1024, 512)), ((1, 5000), (1, 1024))],
 )
 def test_photographs_are_reduced_to_the_working_size(size, expected):
     photograph = torch.full((1, 3, *size), 7, dtype=torch.uint8)
-    views = Views(scales=(0.5, 2), hflip=True, long_side=512)
+    views = Views(scales=(0.5, 2), hflip=True, long_side=(320, 512))
     working = working_photograph(photograph, views)
     assert tuple(working.shape[-2:]) == expected and working.dtype == torch.uint8 and (working == 7).all()
-    assert working_photograph(photograph, dataclasses.replace(views, long_side=3000)) is photograph
+    assert working_photograph(photograph, dataclasses.replace(views, long_side=(320, 3000))) is photograph
 
 
 @settings(max_examples=30, deadline=None)

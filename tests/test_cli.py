@@ -32,7 +32,12 @@ def write_checkpoint(tag: str, kind: str, classes: list[str] = CLASSES, **networ
     model = build_model(kind, architecture="test_resnet", num_classes=len(classes), **width, **network)
     path = options.model_path(tag)
     save_checkpoint(
-        path, config=model.config, model=model.state_dict(), classes=classes, epoch=1, args={"image_size": 64}
+        path,
+        config=model.config,
+        model=model.state_dict(),
+        classes=classes,
+        epoch=1,
+        args={"image_size": 64, "min_image_size": 32},
     )
     return path
 

@@ -98,9 +98,9 @@ def report(root: Path) -> list[dict]:
     source = build_source("folder", root)
     torch.manual_seed(0)
     model = build_model("csrm", architecture="test_resnet", num_classes=3, decoder_channels=8, batch_norm="fix")
-    whole = validate(model, source, "val", torch.device("cpu"), 64)
+    whole = validate(model, source, "val", torch.device("cpu"), (0, 64))
     source.ids = lambda domain: ["b"]
-    return [whole, validate(model, source, "val", torch.device("cpu"), 64)]
+    return [whole, validate(model, source, "val", torch.device("cpu"), (0, 64))]
 
 
 def pixel_losses(part: slice) -> list[torch.Tensor]:

@@ -37,7 +37,7 @@ from train_segmentation import Segmentation
 
 MEAN, DEVIATION = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # of ImageNet
 LABELS, SOFTMAX = GOLDEN["labels_0"], torch.from_numpy(GOLDEN["softmax_0"])
-WHOLE = Views((1.0,), False, 10**6)
+WHOLE = Views((1.0,), False, (0, 10**6))
 MAX_STEPS = ["--max_steps", 2]
 
 
@@ -99,7 +99,7 @@ def test_views_and_crf_of_a_prediction_are_those_of_the_flags_and_of_the_trainin
     flags = ["--scales", "0.5,1", "--hflip", "false", "--crf_t", 3, "--num_workers", 0, "--max_images", 1]
     flags += ["--tile", 99, "--save_confidence"]
     run("train_segmentation", *data_flags(folder_root), "--tag", "t", "--predict", "--domain", "train", *flags)
-    assert seen == [Segmentation(Views((0.5, 1.0), False, 64), CRF(3, gt_prob=0.9), tile=99, confidence=True)]
+    assert seen == [Segmentation(Views((0.5, 1.0), False, (32, 64)), CRF(3, gt_prob=0.9), tile=99, confidence=True)]
 
 
 def test_epochs_smoothing_and_validation_of_the_last_model(folder_root, folder, tmp_path, monkeypatch):
@@ -179,7 +179,7 @@ def test_what_is_kept_of_an_inference_follows_the_flags(folder_root, folder, mon
     flags += ["--save_masks", "--cam_format", "npy", "--threshold", "auto"]
     run("inference", *data_flags(folder_root), "--tag", "t", "--domain", "val", *flags)
     assert sample == [SPLITS["val"]]
-    views, crf = Views((0.5, 1.0), False, 64), CRF(iterations=3, gt_prob=0.9)
+    views, crf = Views((0.5, 1.0), False, (32, 64)), CRF(iterations=3, gt_prob=0.9)
     assert seen[0] == inference.Outputs(("cams", "masks", "pseudos"), "npy", views, "present", "cams", 0.25, True, crf)
 
 
@@ -284,6 +284,19 @@ def test_geometry_of_the_two_halves(gradients):
     assert steepness.min() < 0.85 and steepness.max() > 1.2
 
 
+def test_small_photographs_are_enlarged_to_the_smallest_size_first(gradients):
+    """From 16 to 32 pixels, --min_image_size. The labeled half is then scaled by 2/3 to 4/3; crops are padded."""
+    args = parse("train_csrm", "--tag", "t", *data_flags(gradients), *TRAINING, "--max_steps", 20)
+    for name in ("small", "large"):
+        picture = np.linspace(0, 255, 16).astype(np.uint8)[None, :, None].repeat(16, 0).repeat(3, 2)
+        Image.fromarray(picture).save(gradients / "images" / f"{name}.png")
+    halves = train_csrm.build_loaders(build_source("folder", gradients), args)
+    labeled, unlabeled = (torch.cat([batch["image"] for batch in half])[:, 0].float() for half in halves)
+    steps = [half.diff(dim=2).abs().mean(dim=1).median(dim=1).values * 32 / 255 for half in (labeled, unlabeled)]
+    assert 0.7 < steps[0].min() < 0.9 and 1.2 < steps[0].max() < 1.6
+    assert (steps[1] - 1).abs().max() < 0.1
+
+
 def test_geometry_of_the_last_model(gradients):
     """The long side becomes 32 to 64 pixels; a crop of 48 is mirrored."""
     for name, side in (("small", 48), ("large", 96)):
@@ -357,7 +370,7 @@ def test_options_of_csrm_and_its_teacher(csrm):
     assert (criterion.low_rank, criterion.high_rank, criterion.warmup_epochs, criterion.max_epoch) == (2, 6, 0, 3)
     assert csrm.decays == [0, 0, *(pytest.approx(1 - 1 / (1 + t)) for t in (3, 4, 5, 6))]
     model, _, domain, _, size = csrm.validated[0]
-    assert model is csrm.teacher and (domain, size) == ("val", 48)
+    assert model is csrm.teacher and (domain, size) == ("val", (32, 48))
 
 
 # -- the prior -----------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from train_segmentation import Segmentation, probabilities, refined, segment
 CLASSES = ["background", "cat", "dog"]
 PREDICTIONS = Path("experiments/predictions")
 PREDICT = ["train_segmentation", "--predict", "--device", "cpu", "--scales", "1", "--crf_t", "2", "--num_workers", "0"]
-VIEWS = options.Views(scales=(1.0,), hflip=True, long_side=64)
+VIEWS = options.Views(scales=(1.0,), hflip=True, long_side=(0, 64))
 SIZES = {"a": (40, 56), "b/c": (91, 33)}
 
 
@@ -45,7 +45,12 @@ def models(tmp_path_factory):
         if kind == "csrm":
             weights |= {"teacher": model.state_dict(), "model": {k: v * 0 for k, v in model.state_dict().items()}}
         save_checkpoint(
-            folder / f"{kind}.pth", config=model.config, **weights, classes=CLASSES, epoch=1, args={"image_size": 64}
+            folder / f"{kind}.pth",
+            config=model.config,
+            **weights,
+            classes=CLASSES,
+            epoch=1,
+            args={"image_size": 64, "min_image_size": 0},
         )
     return folder
 
@@ -299,7 +304,7 @@ def starts(length, side):
 
 def test_tiles_longer_than_the_working_size_are_reduced_and_brought_back(model, monkeypatch):
     monkeypatch.setattr("tools.cam.WORKING_SIDE", 48)
-    settings = how(views=options.Views(scales=(1.0,), hflip=False, long_side=40), tile=64, confidence=True)
+    settings = how(views=options.Views(scales=(1.0,), hflip=False, long_side=(0, 40)), tile=64, confidence=True)
     assert probabilities(model, photograph((64, 60)), settings.views).shape[-2:] == (48, 45)
     assert segment(model, photograph((70, 60)), settings)[0].shape == (70, 60)
 

@@ -26,7 +26,7 @@ from tools.options import CRF, Views
 from tools.pseudo_labels import reliable_cam_labels
 from tools.seeds import auto_threshold, cams_of_file, label_files, network_cams, write_labels
 
-VIEWS = Views(scales=(1.0,), hflip=False, long_side=64)
+VIEWS = Views(scales=(1.0,), hflip=False, long_side=(0, 64))
 
 
 def plain_otsu(values: np.ndarray) -> float:
@@ -53,7 +53,7 @@ def test_a_threshold_is_the_mean_of_otsus(folder_root, forward):
     expected = []
     for image_id in ids:
         image, label = normalize(source.photograph(image_id)), torch.from_numpy(source.image_label(image_id))
-        _, _, cams = multi_scale_cams(forward, image, label, scales=[1], hflip=False, long_side=64)
+        _, _, cams = multi_scale_cams(forward, image, label, scales=[1], hflip=False, long_side=(0, 64))
         if len(cams) and cams.any():
             expected.append(plain_otsu(cams.max(axis=0)))
     threshold = auto_threshold(network_cams(forward, source, VIEWS, torch.device("cpu")), ids)
@@ -103,7 +103,7 @@ def test_labels_of_a_large_photograph_are_made_of_a_reduced_one(folder_root, tmp
     write_cams(tmp_path / "cams")
     height, width = SIZES[image_id]
     monkeypatch.setattr("tools.cam.WORKING_SIDE", max(height, width) / 2)
-    views = Views(scales=(1.0,), hflip=False, long_side=1)
+    views = Views(scales=(1.0,), hflip=False, long_side=(0, 1))
     files = {image_id: tmp_path / "cams" / f"{image_id}.npz"}
     options = {"thresholds": (0.3, 0.6), "crf": CRF(iterations=2), "views": views}
     write_labels(source, files, tmp_path / "made", **options)
@@ -201,7 +201,7 @@ def test_auto_thresholds_are_those_of_the_cam_files(folder_root, tmp_path, monke
     assert float(found["bg"]) == pytest.approx(0.5 * middle, abs=0.01)
     assert float(found["fg"]) == pytest.approx(1.25 * middle, abs=0.015)
     thresholds = float(found["bg"]), float(found["fg"])
-    views = Views(scales=(1.0,), hflip=True, long_side=64)
+    views = Views(scales=(1.0,), hflip=True, long_side=(0, 64))
     files = label_files(tmp_path / "cams", ids)
     write_labels(source, files, tmp_path / "made", thresholds=thresholds, crf=CRF(), views=views)
     for image_id in ids:

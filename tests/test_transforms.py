@@ -76,16 +76,16 @@ def test_scale_is_relative_to_the_image_and_long_side_is_absolute():
     assert set(range(11, 30)) <= set(sides) <= set(range(10, 31))
 
 
-@pytest.mark.parametrize("shape", [(400, 100), (90, 360), (30, 20)])
-def test_images_longer_than_the_crop_are_reduced_to_it_first(shape: tuple[int, int]):
+@pytest.mark.parametrize("shape", [(400, 100), (90, 360), (30, 20), (12, 5)])
+def test_images_are_brought_to_the_size_of_training_first(shape: tuple[int, int]):
     """An unlabeled view shows all of a large photograph, a scaled one as much as it would of a small one."""
     flat = torch.zeros(3, *shape, dtype=torch.uint8)
     flat[:, : shape[0] // 2] = 200
-    view = T.crop_geometry(40)({"image": tv_tensors.Image(flat)})["image"]
+    view = T.crop_geometry(40, 20)({"image": tv_tensors.Image(flat)})["image"]
     assert view.shape == (3, 40, 40) and {0, 200} <= set(view.unique().tolist())
-    reduced = min(40, max(shape))
-    sides = [max(T.RandomScale(0.5, 1.5, limit=40)(sample(*shape))["image"].shape[1:]) for _ in range(100)]
-    assert reduced // 2 <= min(sides) < 0.7 * reduced and 1.3 * reduced < max(sides) <= 1.5 * reduced + 1
+    side = min(40, max(20, *shape))
+    sides = [max(T.RandomScale(0.5, 1.5, (20, 40))(sample(*shape))["image"].shape[1:]) for _ in range(100)]
+    assert side // 2 <= min(sides) < 0.7 * side and 1.3 * side < max(sides) <= 1.5 * side + 1
 
 
 def test_flip_happens_half_the_time():
@@ -97,7 +97,7 @@ def test_flip_happens_half_the_time():
 
 def test_unlabeled_geometry_only_crops():
     before = sample(8, 8)
-    assert torch.equal(T.crop_geometry(8)(before)["image"], before["image"])
+    assert torch.equal(T.crop_geometry(8, 8)(before)["image"], before["image"])
 
 
 def test_randaugment_changes_images_and_refuses_masks():

@@ -31,7 +31,7 @@ class Net(nn.Module):
 @pytest.mark.parametrize("segments", [False, True])
 def test_the_report(folder_root, capsys, segments):
     source, model = build_source("folder", folder_root), Net(segments)
-    report = validate(model, source, "train", torch.device("cpu"), 64)
+    report = validate(model, source, "train", torch.device("cpu"), (0, 64))
     ids, mious = source.ids("train"), {}
     for threshold in (0.4, report["valid/best_threshold"]):
         counts = 0
@@ -57,5 +57,5 @@ def test_the_report(folder_root, capsys, segments):
 def test_longer_images_are_reduced_to_the_size_of_training(folder_root):
     source, model, sides = build_source("folder", folder_root), Net(True), []
     model.register_forward_pre_hook(lambda module, inputs: sides.append(max(inputs[0].shape[-2:])))
-    validate(model, source, "train", torch.device("cpu"), 17)
+    validate(model, source, "train", torch.device("cpu"), (0, 17))
     assert sides == [17] * 3

@@ -21,13 +21,15 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 """Maps a normalised image batch f32[B,3,h,w] to logit maps f32[B,C,h',w'] at any stride."""
 
 
-def scaled_views(image: torch.Tensor, scales: Sequence[float], long_side: float = math.inf) -> list[torch.Tensor]:
+def scaled_views(
+    image: torch.Tensor, scales: Sequence[float], long_side: tuple[float, float] = (0, math.inf)
+) -> list[torch.Tensor]:
     """The normalised image f32[1,3,H,W] at each scale, its sides rounded to the nearest 16n + 1 pixels.
 
     At these sizes the n + 1 cells of a map at stride 16 sit on a grid from corner to corner, so corner-aligned
     upsampling puts them back where they came from. At other sizes the far edge is off by up to 15 pixels.
 
-    Scales are relative to the image as in training: reduced to the long side `long_side`, pixels, where it is longer.
+    Scales are relative to the image as in training: with its long side brought into the range `long_side`, pixels.
     """
     height, width = image.shape[-2:]
     factors = [scale * fit(height, width, long_side) for scale in scales]
@@ -55,7 +57,7 @@ def multi_scale_cams(
     *,
     scales: Sequence[float],
     hflip: bool,
-    long_side: float = math.inf,
+    long_side: tuple[float, float] = (0, math.inf),
     size: tuple[int, int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """CAMs of one image, summed over scales and flips (IRN, Ahn et al., CVPR 2019).
@@ -86,7 +88,12 @@ def multi_scale_cams(
 
 
 def multi_scale_logits(
-    forward: Forward, image: torch.Tensor, *, scales: Sequence[float], hflip: bool, long_side: float = math.inf
+    forward: Forward,
+    image: torch.Tensor,
+    *,
+    scales: Sequence[float],
+    hflip: bool,
+    long_side: tuple[float, float] = (0, math.inf),
 ) -> torch.Tensor:
     """Mean segmentation logits f32[1,C,H,W] of the normalised image f32[1,3,H,W] over scales and flips."""
     views = scaled_views(image, scales, long_side)
@@ -103,9 +110,9 @@ def working_photograph(photograph: torch.Tensor, views: Views) -> torch.Tensor:
     Networks see photographs at most as long as their largest view, and the dense CRF was set for pictures of that size:
     what lies in between costs memory only. `enlarged_argmax` brings the result back.
     """
-    limit = max(WORKING_SIDE, views.long_side * max(views.scales))
+    limit = max(WORKING_SIDE, views.long_side[1] * max(views.scales))
     height, width = photograph.shape[-2:]
-    factor = fit(height, width, limit)
+    factor = fit(height, width, (0, limit))
     if factor == 1:
         return photograph
     size = [max(1, round(height * factor)), max(1, round(width * factor))]

@@ -56,6 +56,8 @@ def unit_maximum(maps: Tensor, highest: Tensor | None = None) -> Tensor:
     return maps / (highest + 1e-5)
 
 
-def fit(height: int, width: int, limit: float) -> float:
-    """The factor, at most 1, that makes an image's long side no longer than `limit` pixels."""
-    return min(1.0, limit / max(height, width))
+def fit(height: int, width: int, long_side: tuple[float, float]) -> float:
+    """The factor that brings an image's long side into the range `long_side`, pixels; 1 if it is there."""
+    least, most = long_side
+    side = max(height, width)
+    return min(max(side, least), most) / side

@@ -13,9 +13,10 @@ Nothing here imports PyTorch, so that --help answers at once.
 import argparse
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tools import cli, parallel
 from tools.errors import UserError
@@ -63,9 +64,9 @@ class CRF:
 class Views:
     """The views of an image that are averaged at test time."""
 
-    scales: tuple[float, ...]  # relative to the image, reduced to `long_side` where it is longer
+    scales: tuple[float, ...]  # relative to the image with its long side in the range `long_side`
     hflip: bool  # each scale mirrored, too
-    long_side: float  # pixels; the --image_size of the training
+    long_side: tuple[float, float]  # pixels; --min_image_size and --image_size of the training
 
 
 @dataclass(frozen=True)
@@ -242,9 +243,14 @@ def crf(args: argparse.Namespace) -> CRF:
     return CRF(iterations=args.crf_t, gt_prob=args.crf_gt_prob, backend=args.crf_backend)
 
 
-def views(args: argparse.Namespace, long_side: float) -> Views:
-    """--scales and --hflip."""
-    return Views(scales=tuple(args.scales), hflip=args.hflip, long_side=long_side)
+def views(args: argparse.Namespace, training: Mapping[str, Any]) -> Views:
+    """--scales and --hflip, for a model with these flags of its training."""
+    return Views(scales=tuple(args.scales), hflip=args.hflip, long_side=long_side(training))
+
+
+def long_side(training: Mapping[str, Any]) -> tuple[int, int]:
+    """The range, pixels, into which training brings the long side of photographs, from its flags."""
+    return training["min_image_size"], training["image_size"]
 
 
 def training(args: argparse.Namespace, made_by: dict[str, object]) -> Training:

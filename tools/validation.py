@@ -1,7 +1,7 @@
 """Progress reports during training: single-scale quality of a model on a split with masks. They select nothing.
 
 check_domain(source, "val")              # at the start of a run
-validate(model, source, "val", device, 512)   # {"valid/miou_cam": 41.2, ..., "valid/miou_seg": 55.0}
+validate(model, source, "val", device, (320, 512))   # {"valid/miou_cam": 41.2, ..., "valid/miou_seg": 55.0}
 """
 
 from typing import Any
@@ -27,8 +27,10 @@ def check_domain(source: Any, domain: str) -> None:
 
 
 @torch.inference_mode()
-def validate(model: nn.Module, source: Any, domain: str, device: torch.device, long_side: int) -> dict[str, float]:
-    """Quality in per cent, at one scale, of what the model gives on `domain`; longer images are reduced to `long_side`.
+def validate(
+    model: nn.Module, source: Any, domain: str, device: torch.device, long_side: tuple[int, int]
+) -> dict[str, float]:
+    """Quality in per cent, at one scale, of what the model gives on `domain`; `long_side` as of `scaled_views`.
 
     CAMs are restricted to the image's labels, as pseudo masks are; their mean IoU is reported at the best background
     threshold (and which that is) and at the fixed one of pseudo masks. The segmentation branch is not told the labels,
