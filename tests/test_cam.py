@@ -93,14 +93,20 @@ def test_multi_scale_logits_are_the_plain_means(forward, size):
 
 @pytest.mark.parametrize(
     "size, expected",
-    [((640, 480), (640, 480)), ((64, 48), (64, 48)), ((2000, 1000), (1024, 512)), ((1, 5000), (1, 1024))],
+    [
+        ((640, 480), (640, 480)),
+        ((64, 48), (320, 240)),
+        ((320, 200), (320, 200)),
+        ((2000, 1000), (1024, 512)),
+        ((1, 5000), (1, 1024)),
+    ],
 )
-def test_photographs_are_reduced_to_the_working_size(size, expected):
+def test_photographs_are_brought_to_the_working_size(size, expected):
     photograph = torch.full((1, 3, *size), 7, dtype=torch.uint8)
     views = Views(scales=(0.5, 2), hflip=True, long_side=(320, 512))
     working = working_photograph(photograph, views)
     assert tuple(working.shape[-2:]) == expected and working.dtype == torch.uint8 and (working == 7).all()
-    assert working_photograph(photograph, dataclasses.replace(views, long_side=(320, 3000))) is photograph
+    assert working_photograph(photograph, dataclasses.replace(views, long_side=(0, 3000))) is photograph
 
 
 @settings(max_examples=30, deadline=None)

@@ -108,11 +108,12 @@ def working_photograph(photograph: torch.Tensor, views: Views) -> torch.Tensor:
     """The photograph, uint8 RGB [1,3,H,W], reduced to `WORKING_SIDE` pixels (or its largest view) where it is longer.
 
     Networks see photographs at most as long as their largest view, and the dense CRF was set for pictures of that size:
-    what lies in between costs memory only. `enlarged_argmax` brings the result back.
+    what lies in between costs memory only. Shorter ones than the smallest of the training are enlarged to that, for the
+    dense CRF too. `enlarged_argmax` brings the result back.
     """
     limit = max(WORKING_SIDE, views.long_side[1] * max(views.scales))
     height, width = photograph.shape[-2:]
-    factor = fit(height, width, (0, limit))
+    factor = fit(height, width, (views.long_side[0], limit))
     if factor == 1:
         return photograph
     size = [max(1, round(height * factor)), max(1, round(width * factor))]
