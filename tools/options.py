@@ -163,7 +163,8 @@ def add_images(parser: cli.Parser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("training images (pixels)")
     add = group.add_argument
     add("--image_size", type=cli.positive_int, default=512, help="side of the training crop")
-    add("--min_image_size", type=cli.positive_int, default=320, help="smallest size of the random scaling")
+    text = "smallest size of the random scaling; shorter photographs are enlarged to it"
+    add("--min_image_size", type=cli.positive_int, default=320, help=text)
     add("--max_image_size", type=cli.positive_int, default=640, help="largest size of the random scaling")
     return group
 

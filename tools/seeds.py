@@ -142,10 +142,10 @@ def labels_of_cams(
 ) -> torch.Tensor:
     """Reliable labels int64 [H,W] of one CAM file (UserError: see `cams_of_file`)."""
     photograph, label = source.photograph(image_id), source.image_label(image_id)
-    size, small = tuple(photograph.shape[-2:]), working_photograph(photograph, views)
+    size, working = tuple(photograph.shape[-2:]), working_photograph(photograph, views)
     classes, maps = cams_of_file(path, label, size)
-    cams = torch.zeros(1, len(label), *small.shape[-2:])
-    cams[0, classes] = resize_maps(torch.from_numpy(maps)[None], small.shape[-2:])[0]
+    cams = torch.zeros(1, len(label), *working.shape[-2:])
+    cams[0, classes] = resize_maps(torch.from_numpy(maps)[None], working.shape[-2:])[0]
     options = {"crf_iterations": crf.iterations, "gt_prob": crf.gt_prob, "backend": crf.backend}
-    labels = reliable_cam_labels(small, cams, torch.from_numpy(label)[None], *thresholds, **options)
+    labels = reliable_cam_labels(working, cams, torch.from_numpy(label)[None], *thresholds, **options)
     return resize_labels(labels, size)[0]
