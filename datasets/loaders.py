@@ -12,8 +12,10 @@ every draw carries its own seed, made from (seed, epoch, position in the epoch).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,6 +81,7 @@ def build_loader(
         num_workers=num_workers,
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_quietly,
         persistent_workers=num_workers > 0,
         generator=torch.Generator(),  # its own, so that iterating leaves the global one alone
     )
@@ -182,6 +185,16 @@ class _SeededItems(Dataset):
                 return self.dataset[draw.index]
             except UserError as error:
                 return error
+
+
+def _leave_quietly(worker: int) -> None:
+    """In a worker: no traceback from the thread that hands tensors over, where the main process ends meanwhile."""
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not issubclass(kind, (ConnectionError, EOFError)):
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def _collate(items: list[Any]) -> Any:

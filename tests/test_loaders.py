@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import socket
+import time
 from collections import Counter
 from collections.abc import Callable
+from multiprocessing import current_process
+from multiprocessing.connection import Client
+from multiprocessing.resource_sharer import DupFd
 from pathlib import Path
 
 import pytest
@@ -139,3 +144,36 @@ def test_batches_of_images(folder_root: Path):
 def test_no_batch_at_all_is_the_users_mistake(length: int, drop_last: bool):
     with pytest.raises(UserError, match=f"--batch_size 4: {length} images"):
         load(Noise(length), drop_last=drop_last)
+
+
+class Handed(Dataset):
+    """Asked for its one item, it starts the thread that hands a worker's tensors over, and disturbs it."""
+
+    def __init__(self, disturb: Callable[[str], None]) -> None:
+        self.disturb = disturb
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> dict:
+        address, _ = DupFd(0)._id  # as PyTorch hands over the file of a tensor's memory
+        self.disturb(address)
+        time.sleep(0.5)
+        return {"index": index, "noise": torch.zeros(())}
+
+
+def go_away(address: str) -> None:
+    """As a process does that ends before it has shown who it is."""
+    with socket.socket(socket.AF_UNIX) as caller:
+        caller.connect(address)
+
+
+def ask_for_nonsense(address: str) -> None:
+    with Client(address, authkey=current_process().authkey) as caller:
+        caller.send(0)
+
+
+@pytest.mark.parametrize("disturb, printed", [(go_away, False), (ask_for_nonsense, True)])
+def test_a_main_process_that_ends_leaves_no_traceback_of_its_workers(capfd, disturb, printed: bool):
+    load(Handed(disturb), batch_size=1, num_workers=1)
+    assert ("Traceback" in capfd.readouterr().err) == printed
