@@ -12,6 +12,7 @@ every draw carries its own seed, made from (seed, epoch, position in the epoch).
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ def build_loader(
         num_workers=num_workers,
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_leave_quietly,
+        worker_init_fn=_leave_ending_to_main,
         persistent_workers=num_workers > 0,
         generator=torch.Generator(),  # its own, so that iterating leaves the global one alone
     )
@@ -187,8 +188,13 @@ class _SeededItems(Dataset):
                 return error
 
 
-def _leave_quietly(worker: int) -> None:
-    """In a worker: no traceback from the thread that hands tensors over, where the main process ends meanwhile."""
+def _leave_ending_to_main(worker: int) -> None:
+    """In a worker: signals, which often go to all processes at once, are the main process's to answer.
+
+    A worker ends with the main process. Nor does its thread that hands tensors over complain then.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if not issubclass(kind, (ConnectionError, EOFError)):

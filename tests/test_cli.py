@@ -332,17 +332,6 @@ def test_starting_from_weights_that_are_none(capsys, folder_root):
 # -- running -------------------------------------------------------------------------------------------------------
 
 
-def test_an_interrupted_run_says_how_to_continue(capsys, monkeypatch):
-    def main(args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    with pytest.raises(SystemExit) as stop:
-        cli.run(main, cli.Parser("A test.").parse_args([]))
-    assert stop.value.code == 130
-    assert capsys.readouterr().err == "train.py: interrupted. Run the same command again to continue.\n"
-
-
 def test_our_own_faults_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     with pytest.raises(ZeroDivisionError):

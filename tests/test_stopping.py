@@ -25,19 +25,22 @@ def start(folder: Path, *flags: object) -> subprocess.Popen:
     """The classifier's training in a process of its own."""
     command = [sys.executable, str(ROOT / "train_classifier.py"), *map(str, flags)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_ends_a_run_in_one_line_that_continues_it(folder_root, tmp_path, number):
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_run_in_one_line_that_continues_it(folder_root, tmp_path, number, code):
+    """To all of its processes, as a terminal, Slurm and systemd send it."""
     flags = [*data_flags(folder_root), "--tag", "a b", *TRAINING, "--max_epoch", 10**6, "--num_workers", 1]
     process, model = start(tmp_path, *flags), tmp_path / "experiments" / "models" / "a b.pth"
     deadline = time.monotonic() + 60
     while not model.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == 143 and "Traceback" not in errors
+    assert process.returncode == code and "Traceback" not in errors, errors
     line = errors.rstrip("\n").split("\n")[-1]
     name = signal.Signals(number).name
     assert line.startswith(
@@ -92,20 +95,40 @@ def test_a_signal_counts_though_what_it_interrupts_raises_another_error(monkeypa
     assert code == 143 and text.startswith("x.py: stopped by SIGTERM.") and text.count("\n") == 1
 
 
+def test_a_second_ctrl_c_ends_cleaning_up(monkeypatch, capsys):
+    def main(args):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+
+    began = time.monotonic()
+    code, text = stopped(monkeypatch, capsys, main)
+    assert time.monotonic() - began < 1
+    assert code == 130 and text.startswith("x.py: stopped by SIGINT.") and text.count("\n") == 1
+
+
 class InDestructor:
+    def __init__(self, number: int) -> None:
+        self.number = number
+
     def __del__(self):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), self.number)
         os.getpid()  # the handler runs between two instructions at the latest
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_signal_that_python_drops_is_raised_anew_and_cleaning_up_is_left_in_peace(monkeypatch, capsys):
+@pytest.mark.parametrize("number, expected", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_that_python_drops_is_raised_anew_and_cleaning_up_is_left_in_peace(
+    monkeypatch, capsys, number, expected
+):
     start, cleaned = signal.setitimer, []
     monkeypatch.setattr(signal, "setitimer", lambda clock, seconds: start(clock, seconds / 50))
 
     def main(args):
         try:
-            InDestructor()
+            InDestructor(number)
             dropped.append(True)
             time.sleep(5)
         finally:
@@ -117,7 +140,7 @@ def test_a_signal_that_python_drops_is_raised_anew_and_cleaning_up_is_left_in_pe
     began = time.monotonic()
     code, text = stopped(monkeypatch, capsys, main)
     assert dropped and len(cleaned) == 5 and time.monotonic() - began < 2
-    assert code == 143 and text.splitlines()[-1].startswith("x.py: stopped by SIGTERM.")
+    assert code == expected and text.splitlines()[-1].startswith(f"x.py: stopped by {signal.Signals(number).name}.")
     assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 

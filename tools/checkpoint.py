@@ -16,6 +16,7 @@ Random states are not stored: every epoch seeds all generators from (seed, epoch
 uninterrupted one would have drawn.
 """
 
+import io
 import json
 import os
 import pickle
@@ -42,14 +43,10 @@ DAMAGE = (
 
 def save_checkpoint(path: Path, **content: Any) -> None:
     """Write a checkpoint atomically; the one before it stays as TAG.previous.pth. Equal content gives equal bytes."""
+    buffer = io.BytesIO()  # PyTorch's writer, interrupted while it writes to a file, can end the process
+    torch.save({"version": VERSION, **content}, buffer)
     with atomic_write(path) as temporary:
-        with open(temporary, "wb") as file:
-            try:
-                torch.save({"version": VERSION, **content}, file)
-            except RuntimeError as error:
-                if isinstance(error.__context__, OSError):  # a full disk; then PyTorch's writer misses what it wrote
-                    raise error.__context__ from error
-                raise
+        temporary.write_bytes(buffer.getbuffer())
         if path.exists():
             _keep(path, previous_path(path))
 

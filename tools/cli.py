@@ -39,11 +39,11 @@ MEMORY_FLAGS = ("batch_size", "image_size", "scales", "images_per_batch", "point
 """A script needs less memory with lower values of these flags."""
 
 
-STOPPING = (signal.SIGTERM, signal.SIGUSR1)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(BaseException):
-    """The system asks this process to end: SIGTERM, or SIGUSR1, which Slurm can send some time before."""
+    """This process is asked to end: by Ctrl-C, by the system's SIGTERM, or by SIGUSR1, which Slurm can send before."""
 
 
 class _ManualFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -82,8 +82,8 @@ def _underscored(token: str) -> str:
 def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """Call `main(args)`; a `UserError` becomes one line on stderr and exit code 2, and so does full memory.
 
-    Where images were left out, the line says so, and the exit code is 3. Asked to stop by SIGTERM or SIGUSR1, it ends
-    with exit code 143 and the command that continues.
+    Where images were left out, the line says so, and the exit code is 3. Stopped by Ctrl-C (exit code 130), SIGTERM or
+    SIGUSR1 (143), it ends with the command that continues.
 
     Of several processes (`tools.parallel`) only the first prints to stdout. Characters that the terminal's encoding
     lacks, in names of files and classes, are printed as \\ and their numbers.
@@ -120,9 +120,8 @@ def _ending(error: BaseException, args: argparse.Namespace) -> tuple[int, str] |
         return 2, f"error: {error}"
     if isinstance(error, Stopped):
         command = shlex.join(["python", *sys.argv])
-        return 143, f"stopped by {error}. To continue where it was, run the same command again: {command}"
-    if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted. Run the same command again to continue."
+        line = f"stopped by {error}. To continue where it was, run the same command again: {command}"
+        return 130 if str(error) == "SIGINT" else 143, line
     if not isinstance(error, (RuntimeError, OSError, MemoryError)):
         return None
     if parallel.world_size() > 1:
@@ -155,18 +154,18 @@ def _stopping_on_signals() -> Iterator[None]:
     """Raise `Stopped` where the signal finds this process; not for signals that it was started to ignore.
 
     Python drops an exception that arises in a destructor or a callback of its own. So `Stopped` is raised anew every
-    second for as long as none is on its way. Helper processes, forked from this one, just end.
+    second for as long as none is on its way, and by every Ctrl-C. Helper processes, forked from this one, just end.
     """
     owner, received = os.getpid(), []
 
     def stop(number: int, frame: types.FrameType | None) -> None:
         if os.getpid() != owner:
             os._exit(128 + number)
-        for each in STOPPING:  # one is enough
+        for each in STOPPING[1:]:  # one is enough; but a user who waits may press Ctrl-C again
             signal.signal(each, signal.SIG_IGN)
         received.append(signal.Signals(number).name)
         signal.setitimer(signal.ITIMER_REAL, 1)
-        if len(received) == 1 or sys.exc_info()[0] is None:
+        if len(received) == 1 or number == signal.SIGINT or sys.exc_info()[0] is None:
             raise Stopped(received[0])
 
     heeded = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]

@@ -175,10 +175,10 @@ def _opencv_on_one_thread() -> Iterator[None]:
 
 
 def _start(work: Callable[[Any], Any]) -> None:
-    """Make a helper process ready. It ends with its parent, and on Ctrl-C without a word: the parent speaks."""
+    """Make a helper process ready. It ends with its parent, which also answers Ctrl-C."""
     global _work
     _work = work
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
