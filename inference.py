@@ -21,7 +21,7 @@ share the images under torchrun (SETUP.md).
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -152,10 +152,16 @@ class Predictor:
         return segmentation_maps(logits, label, size, self.outputs.reading)
 
     def _pseudo_mask(self, photograph: torch.Tensor, image_id: str) -> np.ndarray:
-        """Class indices uint8 [H,W], from the maps in the image's file or, if there is no file, from new maps."""
+        """Class indices uint8 [H,W], from the maps in the image's file or, if none is wanted, from new maps.
+
+        A file that this run does not want may be of another model.
+        """
         kind, crf, size = self.outputs.pseudos_from, self.outputs.crf, photograph.shape[-2:]
-        stored = self.path(kind, image_id)
-        keys, _, maps = load_cams(stored) if stored.exists() else self._maps(kind, photograph, image_id)
+        if kind in self.outputs.wanted:
+            keys, _, maps = load_cams(self.path(kind, image_id))
+        else:
+            keys, _, maps = self._maps(kind, photograph, image_id)
+            maps = maps.astype(np.float16)  # as in a file: so writing one changes no mask
         if not crf.iterations or len(keys) == 1:
             return keys[self._labels(maps)].astype(np.uint8)
         working = working_photograph(photograph, self.outputs.views)
@@ -232,7 +238,8 @@ def background_threshold(args: argparse.Namespace, model: nn.Module, source: Dat
     if args.threshold != "auto" or args.pseudos_from == "masks":
         return args.threshold
     device = next(model.parameters()).device
-    threshold = auto_threshold(network_cams(cam_forward(model), source, views, device), source.ids(args.domain))
+    cams_of = network_cams(cam_forward(model), source, views, device)
+    threshold = auto_threshold(cams_of, source.ids(args.domain), skip=args.on_error == "skip")
     print(f"--threshold auto: {threshold:g}")
     return threshold
 
@@ -243,6 +250,18 @@ def reading(checkpoint: dict) -> str:
     return checkpoint["args"].get("teacher_labels", default)
 
 
+def identities(args: argparse.Namespace, source: DataSource, ids: Sequence[str], weights: Path) -> tuple[dict, dict]:
+    """The identities of the maps and of the pseudo masks (`tools.identity`)."""
+    flags = {**vars(args), "weights": weights, "classes": source.info.classes[1:]}
+    inputs = source.fingerprints(ids, labels=True)
+    unused = ("threshold",) if args.pseudos_from == "masks" else ()
+    maps, pseudos = (
+        identity.describe("inference.py", flags, inputs=inputs, harmless=harmless)
+        for harmless in ((*HARMLESS, *PSEUDO_MASKS), (*HARMLESS, *unused))
+    )
+    return maps, pseudos
+
+
 def main(args: argparse.Namespace) -> None:
     """Write the missing files of every image of the split."""
     device = select_device(args.device)
@@ -250,6 +269,8 @@ def main(args: argparse.Namespace) -> None:
     source = build_source(args.dataset, options.data_dir(args))
     ids = source.ids(args.domain)
     weights = args.weights or options.model_path(args.tag)
+    # First: if a training replaces the weights meanwhile, the next run finds others in the record.
+    maps, pseudos = identities(args, source, ids, weights)
     model, checkpoint = load_model(weights, device, kinds=["classifier", "csrm", "segmentation"])
     check_classes(checkpoint, source.info.classes, weights)
     check_flags(args, model)
@@ -266,15 +287,11 @@ def main(args: argparse.Namespace) -> None:
         crf=options.crf(args),
     )
     predict = Predictor(model, source, folder, outputs)
-    flags = {**vars(args), "weights": weights}
-    inputs = source.fingerprints(ids, labels=True)
-    maps, pseudos = (
-        identity.describe("inference.py", flags, inputs=inputs, harmless=harmless)
-        for harmless in ((*HARMLESS, *PSEUDO_MASKS), HARMLESS)
-    )
+    if args.pseudos_from == "cams":
+        pseudos["settings"]["threshold"] = outputs.threshold  # of `auto`: its value, or two could mix
     for kind in outputs.wanted:
         made_by = pseudos if kind == "pseudos" else maps
-        identity.claim_folder(predict.folders[kind], made_by, predict.suffixes[kind], overwrite=args.overwrite)
+        identity.claim_folder(predict.folders[kind], made_by, overwrite=args.overwrite)
     pending = parallel.pending(ids, predict.is_done, f"{len(ids)} images of '{args.domain}'", folder)
     mine = parallel.share(ids, pending)
     left_out = LeftOut(folder, "inference", skip=args.on_error == "skip")

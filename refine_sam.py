@@ -108,7 +108,7 @@ from tools.files import check_present, load_image, save_mask
 from tools.left_out import LeftOut
 from tools.merging import merge_masks
 from tools.proposals import Propose, load_proposals, load_sam, save_proposals
-from tools.proposals.files import mask_file, read_masks
+from tools.proposals.files import fingerprints, read_masks
 from tools.proposals.generator import MaskGenerator, MaskOptions
 from tools.proposals.later_sams import LaterMaskGenerator, load_later_sam, weights_file
 from tools.proposals.regions import RegionGenerator
@@ -158,12 +158,13 @@ def main(args: argparse.Namespace) -> None:
     left_out = LeftOut(folders.refined.parent, "refine_sam", skip=args.on_error == "skip")
     if args.stage != "propose":
         remedy = "Pass the pseudo masks of inference.py with --pseudo_dir."
+        identity.check_classes(args.pseudo_dir, source.info.classes[1:])
         check_present(args.pseudo_dir, ids, ".png", remedy, some=left_out.skip)
         check_shown(filter(Path.is_file, (args.pseudo_dir / f"{image_id}.png" for image_id in listed)), source.info)
     if args.stage != "merge":
         backend = select_backend(args)
         made_by = proposals_identity(backend, source, listed)
-        identity.claim_folder(folders.proposals, made_by, ".json", overwrite=args.overwrite)
+        identity.claim_folder(folders.proposals, made_by, overwrite=args.overwrite)
         propose(backend, source, ids, folders.proposals, workers, left_out)
         distributed.wait_for_shares()
     if args.stage == "propose":
@@ -172,7 +173,8 @@ def main(args: argparse.Namespace) -> None:
         return
     rule = options.from_flags(Rule, args)
     check_present(folders.proposals, ids, ".json", "Run the same flags with --stage propose first.", some=left_out.skip)
-    identity.claim_folder(folders.refined, merged_identity(rule, folders, listed), ".png", overwrite=args.overwrite)
+    made_by = merged_identity(rule, folders, listed, source.info)
+    identity.claim_folder(folders.refined, made_by, overwrite=args.overwrite)
     merge(rule, source.info, ids, folders, workers, left_out)
     left_out.finish(listed, args.shard)
 
@@ -205,7 +207,8 @@ def select_backend(args: argparse.Namespace) -> Backend:
     name = {"proposals": args.proposals}
     if args.proposals == "regions":
         regions = RegionGenerator(max_size=args.region_max_size, min_contrast=args.region_min_contrast)
-        return Backend(name | dataclasses.asdict(regions), lambda: regions)
+        settings = {f"region_{key}": value for key, value in dataclasses.asdict(regions).items()}  # as the flags
+        return Backend(name | settings, lambda: regions)
     if args.proposals == "files":
         return Backend(name, lambda: functools.partial(read_masks, args.mask_files), mask_files=args.mask_files)
     sought = options.from_flags(MaskOptions, args)
@@ -258,21 +261,30 @@ def propose_batch(make: Propose, source: DataSource, folder: Path, ids: Sequence
 
 
 def proposals_identity(backend: Backend, source: DataSource, ids: Sequence[str]) -> dict:
-    """The identity of the proposals of these images (`tools.identity`)."""
+    """The identity of the proposals of these images (`tools.identity`).
+
+    Raises:
+        UserError: the file of an image would be that of the identity.
+    """
+    if "settings" in ids:
+        raise UserError(
+            f"{source.image_path('settings')}: settings.json is taken in each folder. Rename the photograph."
+        )
     inputs = source.fingerprints(ids)
     if backend.mask_files:
-        inputs["mask files"] = identity.contents({i: mask_file(backend.mask_files, i) for i in ids})
+        inputs["mask files"] = fingerprints(backend.mask_files, ids)
     flags = {**backend.settings, "mask_files": backend.mask_files}
     return identity.describe("refine_sam.py", flags, inputs=inputs)
 
 
-def merged_identity(rule: Rule, folders: Folders, ids: Sequence[str]) -> dict:
+def merged_identity(rule: Rule, folders: Folders, ids: Sequence[str], info: DatasetInfo) -> dict:
     """The identity of the refined masks of these images. Proposals are compared by the size of their files."""
     inputs = {
         "pseudo masks": identity.contents({i: folders.pseudo_masks / f"{i}.png" for i in ids}),
         "proposals": identity.sizes({i: folders.proposals / f"{i}.json" for i in ids}),
     }
     flags = {**dataclasses.asdict(rule), "pseudo_dir": folders.pseudo_masks, "proposals_dir": folders.proposals}
+    flags["classes"] = info.classes[1:]
     return identity.describe("refine_sam.py", flags, inputs=inputs)
 
 

@@ -374,11 +374,12 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
     how = Segmentation(views, crf, args.reading, args.tile, args.save_confidence)
     predictor = Predictor(model, source, options.predictions_dir(args.tag, name), how, overlays=args.save_overlays)
     flags = {name: getattr(args, name) for name in PREDICTION_RESULT}
+    flags |= {"weights": weights, "classes": checkpoint["classes"][1:]}
     flags["images"] = args.images and str(args.images.resolve())  # two folders of one name never mix
     inputs = source.fingerprints(ids)
-    made_by = identity.describe("train_segmentation.py", {**flags, "weights": weights}, inputs=inputs)
-    for kind, suffix in predictor.suffixes.items():
-        identity.claim_folder(predictor.folder / kind, made_by, suffix, overwrite=args.overwrite)
+    made_by = identity.describe("train_segmentation.py", flags, inputs=inputs)
+    for kind in predictor.suffixes:
+        identity.claim_folder(predictor.folder / kind, made_by, overwrite=args.overwrite)
     what, threads = f"{len(ids)} images of '{name}'", parallel.own_workers(args.num_workers)
     pending = parallel.pending(ids, lambda i: not predictor.missing(i), what, predictor.folder)
     left_out = LeftOut(predictor.folder, "train_segmentation", skip=args.on_error == "skip")

@@ -19,6 +19,7 @@ from datasets.base import DatasetInfo, DataSource
 from datasets.folder import COCO14_PARTS, FolderSource, Photographs
 from datasets.voc12 import SHAPES_CLASSES, VOC12Source
 from tools.errors import UserError
+from tools.identity import check_classes
 from tools.options import DATASETS
 
 __all__ = ["DataSource", "DatasetInfo", "Photographs", "build_source"]
@@ -33,16 +34,20 @@ def build_source(dataset: str, data_dir: str | Path, masks_dir: str | Path | Non
         masks_dir: folder of ID.png masks to read instead of the dataset's own, such as pseudo masks.
 
     Raises:
-        UserError: unknown dataset, or the folder does not hold it.
+        UserError: unknown dataset, or the folder does not hold it; or the masks in `masks_dir` are of other classes.
     """
     data_dir = Path(data_dir)
     masks_dir = None if masks_dir is None else Path(masks_dir)
     if dataset == "voc12":
-        return VOC12Source(data_dir, masks_dir)
-    if dataset == "shapes":
-        return VOC12Source(data_dir, masks_dir, SHAPES_CLASSES)
-    if dataset == "coco14":
-        return FolderSource(data_dir, masks_dir, COCO14_PARTS)
-    if dataset in ("folder", "deepglobe"):
-        return FolderSource(data_dir, masks_dir)
-    raise UserError(f"--dataset {dataset}: unknown. Choose one of: {', '.join(DATASETS)}.")
+        source = VOC12Source(data_dir, masks_dir)
+    elif dataset == "shapes":
+        source = VOC12Source(data_dir, masks_dir, SHAPES_CLASSES)
+    elif dataset == "coco14":
+        source = FolderSource(data_dir, masks_dir, COCO14_PARTS)
+    elif dataset in ("folder", "deepglobe"):
+        source = FolderSource(data_dir, masks_dir)
+    else:
+        raise UserError(f"--dataset {dataset}: unknown. Choose one of: {', '.join(DATASETS)}.")
+    if masks_dir is not None:
+        check_classes(masks_dir, source.info.classes[1:])
+    return source

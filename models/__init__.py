@@ -79,6 +79,8 @@ def load_model(path: str | Path, device: torch.device, kinds: Sequence[str]) -> 
         raise UserError(
             f"{path}: its weights do not fit its architecture. The file is damaged; train again."
         ) from error
+    if (epoch := checkpoint["epoch"]) < (last := checkpoint.get("max_epoch", epoch)):
+        print(f"Warning: {path}: after epoch {epoch} of {last}. Its training has stopped, or is going on.")
     return model.to(device).eval(), checkpoint
 
 

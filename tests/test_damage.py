@@ -85,14 +85,14 @@ def test_damage_is_noticed_or_does_no_harm(tmp_path, name):
 
 def test_damaged_settings_lose_no_product(tmp_path):
     """They are refused, or still say the same."""
-    identity.claim_folder(tmp_path, MADE_BY, ".png")
+    identity.claim_folder(tmp_path, MADE_BY)
     record, product = tmp_path / "settings.json", tmp_path / "a.png"
     product.write_bytes(b"x")
     whole, noticed = record.read_bytes(), 0
     for data in damaged(whole, random.Random(0)):
         record.write_bytes(data)
         try:
-            identity.claim_folder(tmp_path, MADE_BY, ".png")
+            identity.claim_folder(tmp_path, MADE_BY)
         except UserError as error:
             noticed += 1
             assert "\n" not in str(error) and "--overwrite" in str(error)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from command import DECODER, TRAINING, data_flags, parse, refusal, run
 from conftest import SPLITS
 
@@ -212,7 +213,10 @@ def test_a_list_that_grows_is_continued_and_what_is_not_made_may_be_mended(data,
     }
 
 
-@pytest.mark.parametrize("damage", [b"", b'{"settings": ', b"[]", b"\xff\xfe"])
+WRONG_TYPES = [b'{"files": []}', b'{"files": {"weights": 3}}', b'{"settings": null}', b'{"inputs": {"labels": 3}}']
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"settings": ', b"[]", b"\xff\xfe", *WRONG_TYPES])
 def test_a_damaged_record_is_one_line(data, capsys, damage):
     run("train_classifier", *data_flags(data), "--tag", "t", *TRAINING)
     infer(data)
@@ -226,6 +230,133 @@ def test_a_damaged_record_is_one_line(data, capsys, damage):
     assert "holds files, but no settings.json" in refusal(capsys, "inference", *data_flags(data), *INFERENCE)
     (CAMS / "settings.json").write_text('{"scales": [1.0]}')
     assert "made with a version of the code that" in refusal(capsys, "inference", *data_flags(data), *INFERENCE)
+
+
+def test_pseudo_masks_are_not_made_of_another_models_maps(data):
+    """Its files lie in cams/ and masks/, but this run does not ask for these folders."""
+    flags = [*data_flags(data), "--tag", "t", *TRAIN["train_csrm"]]
+    run("train_csrm", *flags)
+    infer(data, "--save_masks")
+    run("train_csrm", *flags, "--seed", 7, "--lr", 3, "--overwrite")
+    ways = [["--save_cams", "false", "--threshold", 0.31], ["--save_cams", "false", "--pseudos_from", "masks"]]
+    for way in ways:
+        infer(data, *way)
+    folder, other = CAMS.parent, CAMS.parents[1] / "other@train"
+    for way in ways:
+        run("inference", *data_flags(data), *INFERENCE, "--tag", "other", "--weights", MODEL, *way)
+    for name in ("pseudos-t0.31-c0", "pseudos-masks-c0"):
+        masks = [[load_mask(place / name / f"{i}.png") for i in SPLITS["train"]] for place in (folder, other)]
+        assert all(map(np.array_equal, *masks)), name
+
+
+def test_pseudo_masks_are_the_same_whether_their_maps_are_written(data):
+    run("train_csrm", *data_flags(data), "--tag", "t", *TRAIN["train_csrm"])
+    ways = [["--pseudos_from", "masks", "--crf_t", 2], ["--crf_t", 2]]
+    for way in ways:
+        infer(data, *way, "--save_masks")
+        run("inference", *data_flags(data), *INFERENCE, *way, "--tag", "o", "--weights", MODEL, "--save_cams", "false")
+    for name in ("pseudos-masks-c2", "pseudos-t0.4-c2"):
+        for image_id in SPLITS["train"]:
+            one, two = (CAMS.parents[1] / f"{tag}@train" / name / f"{image_id}.png" for tag in "to")
+            assert one.read_bytes() == two.read_bytes()
+
+
+def test_files_of_another_suffix_are_of_the_same_record(data, capsys):
+    run("train_classifier", *data_flags(data), "--tag", "t", *TRAINING)
+    infer(data)
+    change_a_label(data)
+    line = refusal(capsys, "inference", *data_flags(data), *INFERENCE, "--cam_format", "npy")
+    assert f"{CAMS}: made with other labels of 1 images, the first is c ('dog', not 'cat')." in line
+    infer(data, "--cam_format", "npy", "--overwrite")
+    assert not list(CAMS.glob("*.npz")) and load_cams(CAMS / "c.npy")[0].tolist() == [0, 1]
+
+
+def test_a_file_that_the_record_does_not_list_is_not_taken(data, capsys):
+    run("train_classifier", *data_flags(data), "--tag", "t", *TRAINING)
+    infer(data)
+    shutil.copy(CAMS / "c.npz", CAMS / "d.npz")
+    add_an_image(data)
+    line = refusal(capsys, "inference", *data_flags(data), *INFERENCE)
+    assert f"{CAMS}: holds files that its settings.json does not list, the first is d. Choose another --tag" in line
+    infer(data, "--overwrite")
+    assert keys("d") == [0]
+
+
+def test_two_computed_thresholds_do_not_mix(data, capsys, monkeypatch):
+    run("train_classifier", *data_flags(data), "--tag", "t", *TRAINING)
+    monkeypatch.setattr("inference.auto_threshold", lambda cams_of, ids, skip: 0.1 * len(ids))
+    infer(data, "--threshold", "auto")
+    add_an_image(data)
+    line = refusal(capsys, "inference", *data_flags(data), *INFERENCE, "--threshold", "auto")
+    assert "pseudos-tauto-c0: made with --threshold 0.30000000000000004, not 0.4." in line
+
+
+def test_a_threshold_that_nothing_uses_is_not_compared(data):
+    run("train_csrm", *data_flags(data), "--tag", "t", *TRAIN["train_csrm"])
+    for threshold in (0.3, 0.5):
+        infer(data, "--pseudos_from", "masks", "--threshold", threshold)
+
+
+def test_labels_of_cam_files_depend_on_the_sizes_of_the_training(data, capsys):
+    """Smaller photographs are enlarged to --min_image_size for the dense CRF."""
+    run("train_classifier", *data_flags(data), "--tag", "t", *TRAINING)
+    infer(data)
+    flags = [*data_flags(data), "--tag", "c", *TRAIN["train_csrm"], "--c2s_labels", CAMS]
+    flags += ["--c2s_bg", 0.2, "--c2s_fg", 0.4]
+    run("train_csrm", *flags)
+    sizes = ["--min_image_size", 200, "--image_size", 320, "--max_image_size", 400]
+    line = refusal(capsys, "train_csrm", *flags, *sizes)
+    assert "experiments/labels/c: made with --long_side [32, 48], not [200, 320]." in line
+
+
+def test_masks_and_maps_of_classes_in_another_order(data, capsys):
+    """Whatever reads them, as indices of the classes."""
+    run("train_classifier", *data_flags(data), "--tag", "t", *TRAINING)
+    infer(data)
+    regions = ["--domain", "train", "--proposals", "regions", "--num_workers", 0]
+    masks, refined = CAMS.parent / "pseudos-t0.4-c0", CAMS.parent / "sam-regions-max_iou_imp2"
+    run("refine_sam", *data_flags(data), "--tag", "t", *regions, "--pseudo_dir", masks)
+    (data / "classes.txt").write_text("background\ndog\ncat\n")
+    for folder, script, *flags in (
+        (masks, "refine_sam", "--tag", "o", *regions, "--pseudo_dir", masks),
+        (refined, "train_segmentation", *SEGMENTATION, "--masks_dir", refined),
+        (CAMS, "train_csrm", "--tag", "c", *TRAIN["train_csrm"], "--c2s_labels", CAMS),
+        (masks, "train_csrm", "--tag", "c", *TRAIN["train_csrm"], "--c2s_labels", masks),
+        (CAMS, "evaluate", "--mode", "cams", "--domain", "train", "--pred_dir", CAMS, "--num_workers", 0),
+        (refined, "evaluate", "--domain", "train", "--pred_dir", refined, "--num_workers", 0),
+    ):
+        line = refusal(capsys, script, *data_flags(data), *flags)
+        assert f"{folder}: made of the classes [cat, dog], but the dataset has [dog, cat]." in line
+
+
+def test_segmentations_of_classes_in_another_order(data, capsys):
+    run("train_segmentation", *data_flags(data), *SEGMENTATION)
+    run("train_segmentation", *data_flags(data), *SEGMENTATION, "--predict", "--domain", "val", "--scales", 1)
+    (data / "classes.txt").write_text("background\ndog\ncat\n")
+    flags = ["--domain", "val", "--pred_dir", "experiments/predictions/t@val/masks", "--num_workers", 0]
+    assert "made of the classes [cat, dog], but" in refusal(capsys, "evaluate", *data_flags(data), *flags)
+
+
+def test_an_unfinished_model_is_named(data, capsys):
+    run("train_classifier", *data_flags(data), "--tag", "t", *TRAINING)
+    infer(data)
+    assert "Warning" not in capsys.readouterr().out
+    checkpoint = torch.load(MODEL, weights_only=True)
+    torch.save({**checkpoint, "max_epoch": 3}, "unfinished.pth")
+    infer(data, "--tag", "o", "--weights", "unfinished.pth")
+    text = "Warning: unfinished.pth: after epoch 1 of 3. Its training has stopped, or is going on."
+    assert text in capsys.readouterr().out.splitlines()
+
+
+def test_a_photograph_called_settings(data, capsys):
+    """Its proposals would be the file of the identity."""
+    (data / "images" / "a.jpg").rename(data / "images" / "settings.jpg")
+    (data / "masks" / "a.png").rename(data / "masks" / "settings.png")
+    for name in ("labels.csv", "splits/train.txt"):
+        (data / name).write_text((data / name).read_text().replace("\na", "\nsettings").replace("a\n", "settings\n", 1))
+    flags = ["--tag", "t", "--domain", "train", "--proposals", "regions", "--num_workers", 0]
+    line = refusal(capsys, "refine_sam", *data_flags(data), *flags, "--pseudo_dir", data / "masks")
+    assert f"{data}/images/settings.jpg: settings.json is taken in each folder. Rename the photograph." in line
 
 
 def test_refined_masks_of_other_pseudo_masks(data, capsys):

@@ -139,7 +139,8 @@ def pseudo_mask(tmp_path, iterations: int) -> np.ndarray:
     keys = np.arange(len(SOFTMAX))
     cams = np.where(keys[1:, None, None] == LABELS, 0.9, 0.5)
     save_cams(tmp_path / "cams" / "a.npz", keys, cams[:, ::4, ::4], cams)
-    outputs = inference.Outputs(("pseudos",), "npz", WHOLE, "present", "cams", 0.6, False, CRF(iterations=iterations))
+    wanted = ("cams", "pseudos")
+    outputs = inference.Outputs(wanted, "npz", WHOLE, "present", "cams", 0.6, False, CRF(iterations=iterations))
     predict = inference.Predictor(nn.Linear(1, 1), OnePhotograph(), tmp_path, outputs)
     predict("a")
     return load_mask(predict.path("pseudos", "a"))
@@ -174,7 +175,7 @@ def test_what_is_kept_of_an_inference_follows_the_flags(folder_root, folder, mon
     write_checkpoint("t", "csrm")
     seen, sample = [], []
     monkeypatch.setattr(inference.Predictor, "__call__", lambda self, image_id: seen.append(self.outputs) or False)
-    monkeypatch.setattr(inference, "auto_threshold", lambda cams_of, ids: sample.append(ids) or 0.25)
+    monkeypatch.setattr(inference, "auto_threshold", lambda cams_of, ids, skip: sample.append(ids) or 0.25)
     flags = ["--scales", "0.5,1", "--hflip", "false", "--crf_t", 3, "--crf_gt_prob", 0.9, "--num_workers", 0]
     flags += ["--save_masks", "--cam_format", "npy", "--threshold", "auto"]
     run("inference", *data_flags(folder_root), "--tag", "t", "--domain", "val", *flags)

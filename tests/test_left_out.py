@@ -89,6 +89,21 @@ def test_the_others_are_as_ever_and_the_mended_one_is_added(project, capsys, nam
     assert not report.exists() and products() == whole
 
 
+def test_a_threshold_is_computed_from_the_others(project, capsys):
+    """With the mended photograph it is another, and the two may not mix."""
+    flags = ["--tag", "t", *data_flags(project), "--domain", "train", "--device", "cpu", *COMMANDS["inference"]]
+    b = project / "images" / "b.png"
+    content = b.read_bytes()
+    b.write_bytes(content[:900])
+    command = ["inference", *flags, "--threshold", "auto", "--on_error", "skip"]
+    assert "1 of 3 images are left out" in incomplete(capsys, *command)
+    assert len(list(OUTPUT.glob("pseudos-tauto-c1/[abc].png"))) == 2
+    b.write_bytes(content)
+    assert "pseudos-tauto-c1: made with --threshold 0." in refusal(capsys, *command)
+    run(*command, "--overwrite")
+    assert len(list(OUTPUT.glob("pseudos-tauto-c1/[abc].png"))) == 3
+
+
 def test_merging_leaves_out_what_has_no_pseudo_mask_but_not_everything(project, capsys):
     command = ["refine_sam", "--tag", "t", *data_flags(project), "--domain", "train", *COMMANDS["refine_sam"]]
     Path("pseudos/b.png").unlink()

@@ -12,7 +12,7 @@ from pycocotools import mask as coco_rle
 from segment_anything.utils.amg import mask_to_rle_pytorch
 
 from tools.errors import UserError
-from tools.proposals.files import read_masks
+from tools.proposals.files import fingerprints, read_masks
 from tools.rle import encode
 
 SIZE = (9, 14)
@@ -46,6 +46,17 @@ def test_folders_of_pictures(tmp_path, count):
     masks = read(tmp_path)
     assert masks.dtype == bool
     np.testing.assert_array_equal(masks, MASKS[:count])
+
+
+def test_fingerprints_are_of_the_list_and_the_pictures(tmp_path):
+    write_folder(tmp_path / "a", MASKS)
+    (tmp_path / "b.json").write_text("[]")
+    before = fingerprints(tmp_path, "abc")
+    assert before == fingerprints(tmp_path, "abc") and before["c"] == "" != before["b"]
+    cv2.imwrite(str(tmp_path / "a" / "3.png"), np.zeros(SIZE))
+    (tmp_path / "b.json").write_text("[ ]")
+    after = fingerprints(tmp_path, "abc")
+    assert before["a"] != after["a"] and before["b"] != after["b"] and after["c"] == ""
 
 
 @pytest.mark.parametrize("layout", ["amg", "sa1b", "uncompressed"])

@@ -6,21 +6,24 @@
 An identity is a dict of plain values:
 
     script      the entry script                        version   of the code; shown, never compared
-    settings    flags by name, without the harmless ones
+    settings    flags by name, without the harmless ones; classes: names, if the product depends on their order
     files       flag -> {"file", "sha256"}: files of weights; the content is compared, not the name
     inputs      kind -> {id: fingerprint}: photographs (bytes), labels (class names), masks (content)
     folders     flag -> where the inputs were; shown, never compared
 
 A checkpoint depends on all its images: it keeps a `digest` of its inputs, and all must agree. In a folder, each file
 depends on one image: only the inputs of existing files must agree (`claim_folder`). So a list of images may grow, and
-an image that stopped a stage may be replaced.
+an image that stopped a stage may be replaced. Masks and maps hold indices of classes: who reads a folder of them asks
+`check_classes` whether they are indices of the same classes.
 """
 
 import functools
 import hashlib
 import json
+import os
 import subprocess
-from collections.abc import Collection, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +53,8 @@ def describe(
     """The identity of what `script` makes with these flags.
 
     Args:
-        flags: by name. A folder (a `Path` that is no file of weights) counts by its content, which must be in `inputs`.
+        flags: by name, and `classes`. A folder (a `Path` that is no file of weights) counts by its content, which must
+            be in `inputs`.
         inputs: what is read of each image, by kind and id.
         harmless: more flags that change nothing here.
     """
@@ -95,7 +99,7 @@ def difference(stored: Mapping[str, Any], made_by: Mapping[str, Any]) -> str:
     before, now = _named(stored), _named(made_by)
     for flag in now:
         if flag in before and before[flag][0] != now[flag][0]:
-            return f"--{flag} {before[flag][1]}, not {now[flag][1]}"
+            return f"{_shown(flag)} {before[flag][1]}, not {now[flag][1]}"
     for kind in stored["inputs"].keys() ^ made_by["inputs"].keys():
         return f"{kind}, not without" if kind in stored["inputs"] else f"no {kind}"
     for kind, each in made_by["inputs"].items():
@@ -117,6 +121,10 @@ def _named(made_by: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     return {**settings, **files}
 
 
+def _shown(name: str) -> str:
+    return name if name == "classes" else f"--{name}"
+
+
 def _digest_in_words(made_by: Mapping[str, Any], kind: str) -> str:
     flag, inputs = FOLDERS.get(kind, ""), made_by["inputs"][kind]
     where = f"--{flag} {made_by['folders'][flag]} " if flag in made_by["folders"] else ""
@@ -131,11 +139,11 @@ def _first_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return f"of {len(changed)} images, the first is {first} ({before[first]!r}, not {now[first]!r})"
 
 
-def claim_folder(folder: Path, made_by: dict[str, Any], suffix: str, *, overwrite: bool = False) -> None:
-    """Make or reuse a folder with a file per image, ID + `suffix`. Other processes may do so at the same time.
+def claim_folder(folder: Path, made_by: dict[str, Any], *, overwrite: bool = False) -> None:
+    """Make or reuse a folder with a file per image, ID.SUFFIX. Other processes may do so at the same time.
 
     Its settings.json holds the identity of its files. So a stage that is started again with other settings or inputs
-    does not mistake the old files for its own.
+    does not mistake the old files for its own. Files of an image count whatever their suffix.
 
     Args:
         made_by: the identity of the files to make (`describe`); its inputs name the images.
@@ -146,14 +154,16 @@ def claim_folder(folder: Path, made_by: dict[str, Any], suffix: str, *, overwrit
     """
     record = check_writable(folder) / "settings.json"
     with locked(folder):
-        products = _products(folder, made_by, suffix)
-        made = {image_id for image_id, path in products.items() if _is_made(path)}
+        products = _products(folder)
+        ids = _ids(made_by)
+        made = {image_id for image_id in ids & products.keys() if any(map(_is_made, products[image_id]))}
         stored, fault = _examine(record, made_by, made)
         if fault and not overwrite:
             raise UserError(f"{folder}: {fault}. Choose another --tag, or pass --overwrite to make it anew.")
         if fault:
-            for path in {**products, **(_products(folder, stored, suffix) if "inputs" in stored else {})}.values():
-                path.unlink(missing_ok=True)
+            for image_id in (ids | _ids(stored)) & products.keys():
+                for path in products[image_id]:
+                    path.unlink(missing_ok=True)
             stored = {}
         old = stored.get("inputs", {})
         inputs = {kind: dict(sorted({**old.get(kind, {}), **each}.items())) for kind, each in made_by["inputs"].items()}
@@ -162,8 +172,18 @@ def claim_folder(folder: Path, made_by: dict[str, Any], suffix: str, *, overwrit
             save_json(record, {**made_by, **stored, "inputs": inputs})
 
 
-def _products(folder: Path, made_by: dict[str, Any], suffix: str) -> dict[str, Path]:
-    return {image_id: folder / f"{image_id}{suffix}" for kind in made_by["inputs"].values() for image_id in kind}
+def _products(folder: Path) -> dict[str, list[Path]]:
+    """The files in a folder by the id of their image, without the record."""
+    products = defaultdict(list)
+    for place, _, names in os.walk(folder):
+        for path in (Path(place, name) for name in names):
+            products[path.relative_to(folder).with_suffix("").as_posix()].append(path)
+    products.pop("settings", None)
+    return products
+
+
+def _ids(made_by: Mapping[str, Any]) -> set[str]:
+    return set().union(*made_by.get("inputs", {}).values())
 
 
 def _is_made(path: Path) -> bool:
@@ -183,8 +203,10 @@ def _examine(record: Path, made_by: dict[str, Any], made: set[str]) -> tuple[dic
     if not stored:
         return {}, f"holds files, but no {record.name} that says what made them" if made else ""
     inputs = {kind: {i: each[i] for i in each if i in made} for kind, each in made_by["inputs"].items()}
-    other = difference(stored, {**made_by, "inputs": inputs})
-    return stored, f"made with {other}" if other else ""
+    if other := difference(stored, {**made_by, "inputs": inputs}):
+        return stored, f"made with {other}"
+    unlisted = made - _ids(stored)
+    return stored, f"holds files that its {record.name} does not list, the first is {min(unlisted)}" if unlisted else ""
 
 
 def read_record(record: Path) -> dict[str, Any]:
@@ -193,17 +215,50 @@ def read_record(record: Path) -> dict[str, Any]:
         return {}
     remedy = f"Delete {record.parent} and make it again."
     content = read_json(record, remedy)
-    files = content.get("files", {}).values() if isinstance(content, dict) else [{}]
-    if not all({"file", "sha256"} <= each.keys() for each in files):
+    if not _is_identity(content):
         raise UserError(f"{record}: holds no settings. {remedy}")
     return content
+
+
+def _is_identity(content: Any) -> bool:
+    """Whether JSON has the shape of an identity, or of one that an older version of the code has written."""
+    if not isinstance(content, dict):
+        return False
+    settings, files, inputs = (content.get(key, {}) for key in ("settings", "files", "inputs"))
+    if not all(isinstance(table, dict) for table in (settings, files, inputs)):
+        return False
+    tables = [*files.values(), *inputs.values()]
+    return all(isinstance(table, dict) for table in tables) and all(
+        {"file", "sha256"} <= f.keys() for f in files.values()
+    )
+
+
+def check_classes(folder: Path, classes: Sequence[str]) -> None:
+    """Refuse masks or maps of other classes, or of the same in another order, if the folder's record says so.
+
+    Args:
+        classes: of the dataset, without the background.
+
+    Raises:
+        UserError: the record names others.
+    """
+    try:
+        made_of = read_record(folder / "settings.json").get("settings", {}).get("classes", list(classes))
+    except UserError:  # of another program, perhaps
+        return
+    if made_of != list(classes):
+        theirs, ours = ", ".join(made_of), ", ".join(classes)
+        raise UserError(
+            f"{folder}: made of the classes [{theirs}], but the dataset has [{ours}]. Make it again; check --data_dir."
+        )
 
 
 def sentence(made_by: Mapping[str, Any]) -> str:
     """The identity in one line, for people."""
     if not {"script", "version", "settings", "files", "inputs"} <= made_by.keys():
         return "of a version of the code that did not note what it read"
-    shown = " ".join(f"--{name} {value}" for name, (_, value) in _named(made_by).items() if value not in ("None", ""))
+    named = {name: value for name, (_, value) in _named(made_by).items() if name != "classes"}
+    shown = " ".join(f"--{name} {value}" for name, value in named.items() if value not in ("None", ""))
     data = ", ".join(f"{_count(each)} {kind}" for kind, each in made_by["inputs"].items())
     return f"{made_by['script']} (version {made_by['version']}) of {data}: {shown}"
 

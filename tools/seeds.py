@@ -8,6 +8,7 @@ Labels from elsewhere are masks ID.png (255: ignored), taken as they are, or CAM
 makes reliable labels of the network's own CAMs. docs/seeds.md has recipes.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,7 @@ from skimage.filters import threshold_otsu
 from tools import distributed, identity, parallel
 from tools.cam import Forward, multi_scale_cams, working_photograph
 from tools.cam_files import read_cams
+from tools.errors import FileError
 from tools.files import check_present, save_mask
 from tools.maps import normalize, resize_labels, resize_maps
 from tools.options import CRF, PSEUDO_MASK_THRESHOLD, Views
@@ -33,19 +35,24 @@ CamsOf = Callable[[str], np.ndarray]
 """CAMs f32[n,H,W] in [0, 1] of the classes of an image, from its ID."""
 
 
-def auto_threshold(cams_of: CamsOf, ids: Sequence[str]) -> float:
+def auto_threshold(cams_of: CamsOf, ids: Sequence[str], *, skip: bool = False) -> float:
     """A background threshold on CAMs: Otsu's (1979) for each image of a sample, and the mean of these.
 
     Otsu's threshold parts the values of an image's strongest CAM into two groups that vary least within themselves.
 
     Args:
         ids: of the images; `SAMPLE` of them are taken, evenly spread.
+        skip: pass over images whose files cannot be used.
 
     Returns:
         In (0, 1), two decimals; the usual threshold if no image of the sample has a class with a CAM above 0.
     """
-    sample = ids[:: max(1, len(ids) // SAMPLE)][:SAMPLE]
-    thresholds = [threshold_otsu(cams.max(axis=0)) for cams in map(cams_of, sample) if cams.any()]
+    sample, thresholds = ids[:: max(1, len(ids) // SAMPLE)][:SAMPLE], []
+    for image_id in sample:
+        with contextlib.suppress(*(FileError,) if skip else ()):
+            cams = cams_of(image_id)
+            if cams.any():
+                thresholds.append(threshold_otsu(cams.max(axis=0)))
     return round(float(np.mean(thresholds)), 2) if thresholds else PSEUDO_MASK_THRESHOLD
 
 
@@ -108,8 +115,9 @@ def write_labels(
     """
     flags = {"c2s_bg": thresholds[0], "c2s_fg": thresholds[1], "c2s_labels": next(iter(files.values())).parent}
     flags |= {"crf_t": crf.iterations, "crf_gt_prob": crf.gt_prob, "crf_backend": crf.backend}
+    flags |= {"long_side": views.long_side, "classes": source.info.classes[1:]}
     inputs = {**source.fingerprints(list(files), labels=True), "CAM files": identity.contents(files)}
-    identity.claim_folder(made, identity.describe("train_csrm.py", flags, inputs=inputs), ".png", overwrite=overwrite)
+    identity.claim_folder(made, identity.describe("train_csrm.py", flags, inputs=inputs), overwrite=overwrite)
 
     def make(image_id: str) -> None:
         labels = labels_of_cams(source, image_id, files[image_id], thresholds, crf, views)

@@ -10,13 +10,15 @@ Either of these is read for the image ID:
 """
 
 import csv
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from tools.errors import FileError, UserError
 from tools.files import check_size, load_mask, reading
+from tools.identity import contents
 from tools.proposals import load_proposals
 
 
@@ -24,6 +26,17 @@ def mask_file(root: Path, image_id: str) -> Path:
     """The file that lists an image's masks, or holds them."""
     pictures = root / image_id / "metadata.csv"
     return pictures if pictures.is_file() else root / f"{image_id}.json"
+
+
+def fingerprints(root: Path, image_ids: Sequence[str]) -> dict[str, str]:
+    """What tells the masks of each image apart from others: the content of its list, and how large its pictures are."""
+    files = {image_id: mask_file(root, image_id) for image_id in image_ids}
+    sizes = {i: f" {sum(_sizes(file.parent))}" if file.suffix == ".csv" else "" for i, file in files.items()}
+    return {image_id: content + sizes[image_id] for image_id, content in contents(files).items()}
+
+
+def _sizes(folder: Path) -> Iterator[int]:
+    return (entry.stat().st_size for entry in os.scandir(folder) if entry.name.endswith(".png"))
 
 
 def read_masks(root: Path, image_ids: Sequence[str], images: Sequence[np.ndarray]) -> list[np.ndarray | list[dict]]:
