@@ -43,8 +43,8 @@ def main(args: argparse.Namespace) -> None:
 
 def images_per_second(dataset: ImageDataset, args: argparse.Namespace, num_workers: int) -> float:
     """Speed of the second epoch: in the first, workers start and files come into the system's memory."""
-    steps = {"steps_per_epoch": -(-args.num_images // args.batch_size), "drop_last": True}
-    loader = build_loader(dataset, args.batch_size, shuffle=True, num_workers=num_workers, seed=0, **steps)
+    steps = -(-args.num_images // args.batch_size)
+    loader = build_loader(dataset, args.batch_size, num_workers=num_workers, seed=0, steps_per_epoch=steps)
     for epoch in range(2):
         loader.set_epoch(epoch)
         start = time.perf_counter()

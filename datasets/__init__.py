@@ -6,7 +6,7 @@
 
     source = build_source("folder", "data/animals")
     dataset = ImageDataset(source, source.ids("train"), train_geometry(512, 320, 640))
-    loader = build_loader(dataset, 32, shuffle=True, drop_last=True, num_workers=8, seed=0)
+    loader = build_loader(dataset, 32, num_workers=8, seed=0)
 
 `listing` finds files, `base`, `folder` and `voc12` read them, `prepare` makes public datasets from their official
 files, `verify` looks a dataset over, `transforms` and `mixing` augment, `dataset` and `loaders` make batches. Only the

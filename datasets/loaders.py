@@ -1,6 +1,6 @@
 """Batches in an order, and with augmentations, that depend on the seed and the epoch only.
 
-    loader = build_loader(dataset, 32, shuffle=True, drop_last=True, num_workers=8, seed=0, steps_per_epoch=46)
+    loader = build_loader(dataset, 32, num_workers=8, seed=0, steps_per_epoch=46)
     for epoch in range(start, epochs):
         loader.set_epoch(epoch)
         for batch in loader:
@@ -39,8 +39,6 @@ def build_loader(
     dataset: Dataset,
     batch_size: int,
     *,
-    shuffle: bool,
-    drop_last: bool,
     num_workers: int,
     seed: int,
     steps_per_epoch: int | None = None,
@@ -48,16 +46,14 @@ def build_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> Loader:
-    """Make a deterministic loader.
+    """Make a deterministic loader: full batches, in an order that is independent of those of other seeds.
 
     Args:
         batch_size: images per batch, over all processes; a multiple of `world_size`.
-        shuffle: draw in random order. Loaders with different seeds give independent orders.
-        drop_last: no smaller last batch. Without effect where `steps_per_epoch` is given: all batches are full then.
         num_workers: processes that load; 0 loads in this one.
-        steps_per_epoch: batches per epoch; None: one pass over the dataset.
+        steps_per_epoch: batches per epoch; None: one pass over the dataset, without a smaller last batch.
         weights: chance of each image to be drawn, float [N] that adds up to 1 (`class_balance`); None: each image
-            equally often. Only with `shuffle`.
+            equally often.
         rank, world_size: this process loads every `world_size`-th draw, from draw `rank` on.
 
     Raises:
@@ -67,14 +63,10 @@ def build_loader(
         raise UserError(
             f"--batch_size {batch_size}: cannot be shared by {world_size} processes. Use a multiple of that."
         )
-    draws = len(dataset) if steps_per_epoch is None else steps_per_epoch * batch_size
-    if drop_last:
-        draws -= draws % batch_size
-    if len(dataset) == 0 or draws == 0:
+    steps = len(dataset) // batch_size if steps_per_epoch is None else steps_per_epoch
+    if len(dataset) == 0 or steps == 0:
         raise UserError(f"--batch_size {batch_size}: {len(dataset)} images do not fill one batch. Lower it.")
-    sampler = EpochSampler(
-        len(dataset), draws, shuffle=shuffle, seed=seed, weights=weights, rank=rank, world_size=world_size
-    )
+    sampler = EpochSampler(len(dataset), steps * batch_size, seed, weights, rank, world_size)
     return Loader(
         _SeededItems(dataset),
         batch_size // world_size,
@@ -93,13 +85,12 @@ class EpochSampler(Sampler[Draw]):
     """An endless row of passes over the dataset, each in its own order; of n draws (over all processes) in an epoch.
 
     Epoch e takes the draws e*n .. (e+1)*n - 1 of that row. So every image is seen equally often in the long run, also
-    where an epoch is shorter or longer than a pass. A pass is a permutation if `shuffle` is on, else in order; with
-    `weights`, it is as many independent draws. Further arguments: `build_loader`.
+    where an epoch is shorter or longer than a pass. A pass is a permutation; with `weights`, it is as many independent
+    draws. Further arguments: `build_loader`.
     """
 
     num_items: int
     num_draws: int
-    shuffle: bool
     seed: int
     weights: np.ndarray | None = None
     rank: int = 0
@@ -108,9 +99,7 @@ class EpochSampler(Sampler[Draw]):
     skipped: int = 0  # draws of the epoch that are done
 
     def __post_init__(self) -> None:
-        assert self.num_items > 0, f"expected a non-empty dataset, got {self.num_items} items"
-        fits = self.weights is None or (self.shuffle and self.weights.shape == (self.num_items,))
-        assert fits, "weights go with shuffle, one per item"
+        assert self.weights is None or self.weights.shape == (self.num_items,), "expected a weight per item"
         assert 0 <= self.rank < self.world_size, f"expected 0 <= rank < world_size, got {self.rank}, {self.world_size}"
 
     def __len__(self) -> int:
@@ -130,8 +119,6 @@ class EpochSampler(Sampler[Draw]):
         return row[skipped : skipped + self.num_draws]
 
     def _pass(self, number: int) -> np.ndarray:
-        if not self.shuffle:
-            return np.arange(self.num_items)
         generator = np.random.default_rng((self.seed, ORDER_STREAM, number))
         if self.weights is not None:
             return generator.choice(self.num_items, self.num_items, p=self.weights)

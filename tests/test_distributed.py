@@ -459,13 +459,13 @@ def test_a_gpu_for_each_process(monkeypatch, device, message):
 
 def test_a_batch_that_cannot_be_shared():
     with pytest.raises(UserError, match="--batch_size 5: cannot be shared by 2 processes"):
-        build_loader([0] * 9, 5, shuffle=True, drop_last=True, num_workers=0, seed=0, world_size=2)
+        build_loader([0] * 9, 5, num_workers=0, seed=0, world_size=2)
 
 
 @pytest.mark.parametrize("length", [8, 9, 10, 11])
 def test_an_epoch_has_as_many_batches_in_every_process(length):
     """Else those with more would wait for ever for the others."""
-    options = {"shuffle": True, "drop_last": True, "num_workers": 0, "seed": 0, "world_size": 2}
+    options = {"num_workers": 0, "seed": 0, "world_size": 2}
     loaders = [build_loader(list(range(length)), 4, rank=rank, **options) for rank in range(2)]
     batches = [list(loader) for loader in loaders]
     assert [len(batch) for each in batches for batch in each] == [2] * 4

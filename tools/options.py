@@ -229,8 +229,6 @@ def network_arguments(args: argparse.Namespace) -> dict[str, object]:
 def loader_arguments(args: argparse.Namespace) -> dict[str, object]:
     """The training loaders' flags as arguments of `datasets.build_loader`."""
     return {
-        "shuffle": True,
-        "drop_last": True,
         "num_workers": parallel.own_workers(args.num_workers),
         "seed": args.seed,
         "steps_per_epoch": args.max_steps,
