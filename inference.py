@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from tools import cli, options, parallel
@@ -144,11 +144,11 @@ class Predictor:
     def _maps(self, kind: str, photograph: torch.Tensor, image_id: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The arrays of a CAM file (`tools.cam_files`); `kind` is cams or masks."""
         label, size = torch.from_numpy(self.source.image_label(image_id)), tuple(photograph.shape[-2:])
-        image = normalize(working_photograph(photograph, self.outputs.views).to(self.device))
-        views = asdict(self.outputs.views)
+        views = self.outputs.views
+        image = normalize(working_photograph(photograph, views).to(self.device))
         if kind == "cams":
-            return multi_scale_cams(cam_forward(self.model), image, label, **views, size=size)
-        logits = multi_scale_logits(segmentation_forward(self.model), image, **views)
+            return multi_scale_cams(cam_forward(self.model), image, label, views, size=size)
+        logits = multi_scale_logits(segmentation_forward(self.model), image, views)
         return segmentation_maps(logits, label, size, self.outputs.reading)
 
     def _pseudo_mask(self, photograph: torch.Tensor, image_id: str) -> np.ndarray:

@@ -230,7 +230,7 @@ def class_indices(
 def probabilities(model: nn.Module, photograph: torch.Tensor, views: options.Views) -> torch.Tensor:
     """Class probabilities f32[1,C,h,w] of a photograph, uint8 RGB [1,3,H,W], at its working size (`tools.cam`)."""
     image = normalize(working_photograph(photograph, views).to(next(model.parameters()).device))
-    return multi_scale_logits(segmentation_forward(model), image, **dataclasses.asdict(views)).softmax(dim=1)
+    return multi_scale_logits(segmentation_forward(model), image, views).softmax(dim=1)
 
 
 def refined(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pickle
 
 import numpy as np
@@ -31,6 +32,10 @@ def image_of(size):
     return torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1))
 
 
+def views_of(scales, hflip=False, long_side=(0, math.inf)):
+    return Views(tuple(scales), hflip, long_side)
+
+
 def resized(maps, size):
     return F.interpolate(maps, size, mode="bilinear", align_corners=True)
 
@@ -40,7 +45,7 @@ def slow_cams(forward, image, label, scales, hflip, size):
     maps = []
     for index in np.flatnonzero(label):
         total = torch.zeros(size)
-        for view in scaled_views(image, scales):
+        for view in scaled_views(image, views_of(scales)):
             activation = forward(view)[:, index : index + 1].relu()
             if hflip:
                 activation = activation + forward(view.flip(-1))[:, index : index + 1].relu().flip(-1)
@@ -54,7 +59,7 @@ def slow_cams(forward, image, label, scales, hflip, size):
 @pytest.mark.parametrize("label", [[0, 1, 0, 0], [1, 0, 1, 1]])
 def test_multi_scale_cams_are_the_plain_sums(forward, size, scales, hflip, label):
     image, label = image_of(size), torch.tensor(label, dtype=torch.float32)
-    keys, cam, hr_cam = multi_scale_cams(forward, image, label, scales=scales, hflip=hflip)
+    keys, cam, hr_cam = multi_scale_cams(forward, image, label, views_of(scales, hflip))
     assert keys.tolist() == [0, *(1 + np.flatnonzero(label))] and keys.dtype == np.int64
     for maps, shape in ((cam, tuple(-(-side // 4) for side in size)), (hr_cam, size)):
         expected = slow_cams(forward, image, label, scales, hflip, shape)
@@ -64,30 +69,30 @@ def test_multi_scale_cams_are_the_plain_sums(forward, size, scales, hflip, label
 
 def test_scales_are_relative_to_the_size_of_training():
     """Longer photographs are reduced to its crop, shorter ones enlarged to its smallest size; others stay."""
-    sizes = lambda image, *flags: [view.shape[-2:] for view in scaled_views(image, *flags)]  # noqa: E731
+    sizes = lambda image, *flags: [view.shape[-2:] for view in scaled_views(image, views_of(*flags))]  # noqa: E731
     large, medium, small = (torch.zeros(1, 3, 4 * side, 3 * side) for side in (160, 24, 10))
-    assert sizes(large, [0.5, 1, 2], (80, 128)) == sizes(large, [0.1, 0.2, 0.4])
-    assert sizes(medium, [0.5, 1, 2], (80, 128)) == sizes(medium, [0.5, 1, 2])
-    assert sizes(small, [0.5, 1, 2], (80, 128)) == sizes(small, [1, 2, 4])
+    assert sizes(large, [0.5, 1, 2], False, (80, 128)) == sizes(large, [0.1, 0.2, 0.4])
+    assert sizes(medium, [0.5, 1, 2], False, (80, 128)) == sizes(medium, [0.5, 1, 2])
+    assert sizes(small, [0.5, 1, 2], False, (80, 128)) == sizes(small, [1, 2, 4])
 
 
 def test_an_image_without_classes_has_empty_maps(forward):
-    keys, cam, hr_cam = multi_scale_cams(forward, image_of((33, 48)), torch.zeros(4), scales=[1], hflip=True)
+    keys, cam, hr_cam = multi_scale_cams(forward, image_of((33, 48)), torch.zeros(4), views_of([1], True))
     assert keys.tolist() == [0] and cam.shape == (0, 9, 12) and hr_cam.shape == (0, 33, 48)
 
 
 def test_a_class_that_nothing_activates_has_a_map_of_zeros():
     dead = lambda views: -torch.ones(len(views), 2, 3, 3)  # noqa: E731
-    _, cam, hr_cam = multi_scale_cams(dead, image_of((33, 48)), torch.ones(2), scales=[1, 2], hflip=True)
+    _, cam, hr_cam = multi_scale_cams(dead, image_of((33, 48)), torch.ones(2), views_of([1, 2], True))
     assert not cam.any() and not hr_cam.any()
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_multi_scale_logits_are_the_plain_means(forward, size):
     image, total = image_of(size), torch.zeros(1, 4, *size)
-    for view in scaled_views(image, [0.5, 1]):
+    for view in scaled_views(image, views_of([0.5, 1])):
         total += resized(forward(view), size) + resized(forward(view.flip(-1)).flip(-1), size)
-    logits = multi_scale_logits(forward, image, scales=[0.5, 1], hflip=True)
+    logits = multi_scale_logits(forward, image, views_of([0.5, 1], True))
     torch.testing.assert_close(logits, total / 4)
 
 
@@ -120,7 +125,7 @@ def test_enlarged_argmax_is_that_of_the_enlarged_maps(classes, small, large):
 
 def test_cams_of_a_reduced_photograph_have_the_size_of_the_photograph(forward):
     image, label = image_of((33, 48)), torch.tensor([1.0, 0, 1, 0])
-    _, cam, hr_cam = multi_scale_cams(forward, image, label, scales=[1], hflip=False, size=(66, 95))
+    _, cam, hr_cam = multi_scale_cams(forward, image, label, views_of([1]), size=(66, 95))
     expected = slow_cams(forward, image, label, [1], False, (66, 95))
     np.testing.assert_allclose(hr_cam, expected, atol=1e-5)
     assert cam.shape == (2, 17, 24)
@@ -128,15 +133,15 @@ def test_cams_of_a_reduced_photograph_have_the_size_of_the_photograph(forward):
 
 def test_a_mirrored_image_has_mirrored_maps(forward):
     image = image_of((33, 48))
-    maps = multi_scale_logits(forward, image, scales=[1, 1.5], hflip=True)
+    maps = multi_scale_logits(forward, image, views_of([1, 1.5], True))
     torch.testing.assert_close(
-        multi_scale_logits(forward, image.flip(-1), scales=[1, 1.5], hflip=True), maps.flip(-1), atol=1e-5, rtol=0
+        multi_scale_logits(forward, image.flip(-1), views_of([1, 1.5], True)), maps.flip(-1), atol=1e-5, rtol=0
     )
 
 
 @pytest.mark.parametrize("size", [*SIZES, (500, 334), (281, 500)])
 def test_views_have_sides_of_16n_plus_1_next_to_the_scaled_ones(size):
-    for scale, view in zip((0.5, 1, 1.5), scaled_views(torch.zeros(1, 3, *size), (0.5, 1, 1.5)), strict=True):
+    for scale, view in zip((0.5, 1, 1.5), scaled_views(torch.zeros(1, 3, *size), views_of((0.5, 1, 1.5))), strict=True):
         for side, original in zip(view.shape[-2:], size, strict=True):
             assert side % 16 == 1 and side >= 17
             assert abs(side - original * scale) <= 8 or side == 17

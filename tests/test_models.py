@@ -18,7 +18,7 @@ from models.layers import ASPP
 from tools.cam import multi_scale_cams
 from tools.errors import UserError
 from tools.optim import parameter_groups
-from tools.options import Optimization
+from tools.options import Optimization, Views
 
 KINDS = ("classifier", "csrm", "segmentation")
 FAMILIES = ("test_resnet", "mobilenetv2_035", "test_convnext", "test_byobnet")  # four ways in which timm takes features
@@ -326,7 +326,7 @@ def test_multi_scale_cams_of_a_plain_transformer():
     label = torch.tensor([1.0, 0.0, 1.0])
     with torch.inference_mode():
         keys, cam, hr_cam = multi_scale_cams(
-            lambda views: model(views)["cams"], x, label, scales=[0.5, 1, 2], hflip=True
+            lambda views: model(views)["cams"], x, label, Views((0.5, 1, 2), hflip=True, long_side=(0, 71))
         )
     assert keys.tolist() == [0, 1, 3] and cam.shape == (2, 13, 18) and hr_cam.shape == (2, 50, 71)
 

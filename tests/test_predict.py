@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -212,7 +211,7 @@ def test_sure_classes_are_read_like_the_classes_of_a_label(sure_model, iteration
     """The other side is inference.py's way to pseudo masks, told which classes the photograph holds."""
     picture, settings = photograph(size), how(crf=options.CRF(iterations=iterations), reading="relative")
     with torch.inference_mode():
-        logits = multi_scale_logits(segmentation_forward(sure_model), normalize(picture), **asdict(VIEWS))
+        logits = multi_scale_logits(segmentation_forward(sure_model), normalize(picture), VIEWS)
     label = (logits.softmax(dim=1).amax(dim=(2, 3))[0, 1:] > 0.5).float()
     keys, _, maps = inference.segmentation_maps(logits, label, size, "relative")
     unary = unary_from_labels(torch.from_numpy(inference.segmentation_labels(maps, "relative"))[None], len(keys))

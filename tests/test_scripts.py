@@ -111,7 +111,7 @@ def test_the_last_model_labels_its_training_images_anew(chain):
         image = normalize(photograph)
         with torch.inference_mode():
             forward = lambda views: model(views)["seg_logits"]  # noqa: E731
-            logits = multi_scale_logits(forward, image, scales=[1, 2], hflip=True, long_side=(32, 48))
+            logits = multi_scale_logits(forward, image, options.Views((1, 2), hflip=True, long_side=(32, 48)))
         p = logits.softmax(dim=1)
         expected = (1 - p[:, :1]) * p[:, keys[1:]] / p[:, keys[1:]].sum(dim=1, keepdim=True)
         expected = F.interpolate(expected, size, mode="bilinear", align_corners=True)[0]

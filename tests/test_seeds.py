@@ -53,7 +53,7 @@ def test_a_threshold_is_the_mean_of_otsus(folder_root, forward):
     expected = []
     for image_id in ids:
         image, label = normalize(source.photograph(image_id)), torch.from_numpy(source.image_label(image_id))
-        _, _, cams = multi_scale_cams(forward, image, label, scales=[1], hflip=False, long_side=(0, 64))
+        _, _, cams = multi_scale_cams(forward, image, label, Views((1,), hflip=False, long_side=(0, 64)))
         if len(cams) and cams.any():
             expected.append(plain_otsu(cams.max(axis=0)))
     threshold = auto_threshold(network_cams(forward, source, VIEWS, torch.device("cpu")), ids)

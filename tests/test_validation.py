@@ -12,7 +12,10 @@ from tools.cam import multi_scale_cams, scaled_views
 from tools.cam_files import cam_labels
 from tools.maps import normalize
 from tools.metrics import classification_scores, confusion_counts, scores
+from tools.options import Views
 from tools.validation import validate
+
+VIEWS = Views(scales=(1,), hflip=False, long_side=(0, 64))
 
 
 class Net(nn.Module):
@@ -37,14 +40,14 @@ def test_the_report(folder_root, capsys, segments):
         counts = 0
         for image_id in ids:
             image, label = normalize(source.photograph(image_id)), torch.tensor(source.image_label(image_id))
-            keys, _, hr_cam = multi_scale_cams(lambda v: model(v)["cams"], image, label, scales=[1], hflip=False)
+            keys, _, hr_cam = multi_scale_cams(lambda v: model(v)["cams"], image, label, VIEWS)
             prediction = keys[cam_labels(hr_cam, threshold)]
             counts = counts + confusion_counts(source.mask(image_id), prediction, 3)
         mious[threshold] = scores(counts).miou
     assert report["valid/miou_cam_at_0.4"] == pytest.approx(mious[0.4])
     assert report["valid/miou_cam"] == pytest.approx(mious[report["valid/best_threshold"]])
     assert report["valid/miou_cam"] >= report["valid/miou_cam_at_0.4"]
-    views = [scaled_views(normalize(source.photograph(i)), [1])[0] for i in ids]
+    views = [scaled_views(normalize(source.photograph(i)), VIEWS)[0] for i in ids]
     logits = np.concatenate([model(view)["class_logits"].numpy() for view in views])
     recognised = classification_scores(logits, source.image_labels(ids))
     for name in ("average_precision", "precision", "recall"):

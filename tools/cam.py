@@ -1,11 +1,10 @@
 """Class activation maps: from logits to normalised maps, over scales and flips.
 
-keys, cam, hr_cam = multi_scale_cams(cam_logits, image, label, scales=(0.5, 1, 1.5, 2), hflip=True)
+keys, cam, hr_cam = multi_scale_cams(cam_logits, image, label, views)
 save_cams("cams/2007_000032.npz", keys, cam, hr_cam)  # of tools.cam_files
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -21,18 +20,16 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 """Maps a normalised image batch f32[B,3,h,w] to logit maps f32[B,C,h',w'] at any stride."""
 
 
-def scaled_views(
-    image: torch.Tensor, scales: Sequence[float], long_side: tuple[float, float] = (0, math.inf)
-) -> list[torch.Tensor]:
+def scaled_views(image: torch.Tensor, views: Views) -> list[torch.Tensor]:
     """The normalised image f32[1,3,H,W] at each scale, its sides rounded to the nearest 16n + 1 pixels.
 
     At these sizes the n + 1 cells of a map at stride 16 sit on a grid from corner to corner, so corner-aligned
     upsampling puts them back where they came from. At other sizes the far edge is off by up to 15 pixels.
 
-    Scales are relative to the image as in training: with its long side brought into the range `long_side`, pixels.
+    Scales are relative to the image as in training: with its long side brought into the range `long_side`.
     """
     height, width = image.shape[-2:]
-    factors = [scale * fit(height, width, long_side) for scale in scales]
+    factors = [scale * fit(height, width, views.long_side) for scale in views.scales]
     sizes = [tuple(16 * max(1, round((side * factor - 1) / 16)) + 1 for side in (height, width)) for factor in factors]
     return [
         image
@@ -54,10 +51,8 @@ def multi_scale_cams(
     forward: Forward,
     image: torch.Tensor,
     label: torch.Tensor,
+    views: Views,
     *,
-    scales: Sequence[float],
-    hflip: bool,
-    long_side: tuple[float, float] = (0, math.inf),
     size: tuple[int, int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """CAMs of one image, summed over scales and flips (IRN, Ahn et al., CVPR 2019).
@@ -66,8 +61,6 @@ def multi_scale_cams(
         forward: gives CAM logits f32[B,K,h,w].
         image: normalised, f32[1,3,H,W].
         label: f32[K], 1 for the classes in the image.
-        scales, long_side: see `scaled_views`.
-        hflip: also use the mirrored image.
         size: (H, W) of the photograph, if `image` is a reduced one.
 
     Returns:
@@ -79,29 +72,21 @@ def multi_scale_cams(
     if len(present) == 0:
         return keys, np.zeros((0, *cells(size, 4)), np.float32), np.zeros((0, *size), np.float32)
     cam = hr_cam = 0
-    for view in scaled_views(image, scales, long_side):
-        pair = flipped_pair(forward, view, hflip)
+    for view in scaled_views(image, views):
+        pair = flipped_pair(forward, view, views.hflip)
         activation = sum(F.relu(maps[:, present].float()) for maps in pair)
         cam = cam + resize_maps(activation, cells(size, 4))
         hr_cam = hr_cam + resize_maps(activation, size)
     return keys, unit_maximum(cam[0]).cpu().numpy(), unit_maximum(hr_cam[0]).cpu().numpy()
 
 
-def multi_scale_logits(
-    forward: Forward,
-    image: torch.Tensor,
-    *,
-    scales: Sequence[float],
-    hflip: bool,
-    long_side: tuple[float, float] = (0, math.inf),
-) -> torch.Tensor:
+def multi_scale_logits(forward: Forward, image: torch.Tensor, views: Views) -> torch.Tensor:
     """Mean segmentation logits f32[1,C,H,W] of the normalised image f32[1,3,H,W] over scales and flips."""
-    views = scaled_views(image, scales, long_side)
     total = 0
-    for view in views:
-        for maps in flipped_pair(forward, view, hflip):
+    for view in scaled_views(image, views):
+        for maps in flipped_pair(forward, view, views.hflip):
             total = total + resize_maps(maps, image.shape[-2:])
-    return total / (len(views) * (1 + hflip))
+    return total / (len(views.scales) * (1 + views.hflip))
 
 
 def working_photograph(photograph: torch.Tensor, views: Views) -> torch.Tensor:

@@ -10,7 +10,6 @@ makes reliable labels of the network's own CAMs. docs/seeds.md has recipes.
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +66,7 @@ def network_cams(forward: Forward, source: Any, views: Views, device: torch.devi
     @torch.inference_mode()
     def cams_of(image_id: str) -> np.ndarray:
         image = normalize(working_photograph(source.photograph(image_id), views).to(device))
-        return multi_scale_cams(forward, image, torch.from_numpy(source.image_label(image_id)), **asdict(views))[2]
+        return multi_scale_cams(forward, image, torch.from_numpy(source.image_label(image_id)), views)[2]
 
     return cams_of
 

@@ -15,7 +15,7 @@ from tools import distributed, parallel
 from tools.cam import multi_scale_cams, scaled_views
 from tools.maps import normalize, resize_maps
 from tools.metrics import classification_scores, confusion_counts, scores, sweep_counts, threshold_range
-from tools.options import PSEUDO_MASK_THRESHOLD
+from tools.options import PSEUDO_MASK_THRESHOLD, Views
 
 THRESHOLDS = threshold_range(0.05, 0.80, 0.05)
 
@@ -30,7 +30,7 @@ def check_domain(source: Any, domain: str) -> None:
 def validate(
     model: nn.Module, source: Any, domain: str, device: torch.device, long_side: tuple[int, int]
 ) -> dict[str, float]:
-    """Quality in per cent, at one scale, of what the model gives on `domain`; `long_side` as of `scaled_views`.
+    """Quality in per cent, at one scale, of what the model gives on `domain`; `long_side` as of `Views`.
 
     CAMs are restricted to the image's labels, as pseudo masks are; their mean IoU is reported at the best background
     threshold (and which that is) and at the fixed one of pseudo masks. The segmentation branch is not told the labels,
@@ -38,6 +38,7 @@ def validate(
     Several processes share the images; each returns the report on all.
     """
     model.eval()
+    views = Views(scales=(1,), hflip=False, long_side=long_side)
     ids, classes = source.ids(domain), source.info.num_classes
     of_cams = np.zeros((len(THRESHOLDS), classes, classes + 1), np.int64)
     of_masks, logits = np.zeros_like(of_cams[0]), torch.zeros(len(ids), classes - 1)
@@ -46,13 +47,13 @@ def validate(
     ):
         image_id = ids[index]
         image = normalize(source.photograph(image_id).to(device))
-        (view,) = scaled_views(image, [1], long_side)
+        (view,) = scaled_views(image, views)
         outputs = model(view)
         truth = source.mask(image_id)
         if "cams" in outputs:
             logits[index] = outputs["class_logits"][0].float()
             maps, label = outputs["cams"], torch.from_numpy(source.image_label(image_id))
-            keys, _, cams = multi_scale_cams(lambda _, maps=maps: maps, image, label, scales=[1], hflip=False)
+            keys, _, cams = multi_scale_cams(lambda _, maps=maps: maps, image, label, views)
             of_cams += sweep_counts(truth, keys, cams, classes, THRESHOLDS)
         if "seg_logits" in outputs:
             prediction = resize_maps(outputs["seg_logits"], truth.shape)[0].max(dim=0).indices
