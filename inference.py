@@ -21,7 +21,7 @@ share the images under torchrun (SETUP.md).
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +59,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from datasets import DataSource, build_source
-from models import load_model, segmentation_forward
+from models import cam_forward, load_model, segmentation_forward
 from tools import distributed, identity
 from tools.cam import enlarged_argmax, multi_scale_cams, multi_scale_logits, working_photograph
 from tools.cam_files import cam_labels, load_cams, save_cams
@@ -176,12 +176,6 @@ class Predictor:
         if self.outputs.pseudos_from == "cams":
             return cam_labels(maps, self.outputs.threshold)
         return segmentation_labels(maps, self.outputs.reading)
-
-
-def cam_forward(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function from images to the model's CAM logits. The other branches of CSRM are not computed."""
-    options = {"segmented": 0} if model.config["kind"] == "csrm" else {}
-    return lambda views: model(views, **options)["cams"]
 
 
 def segmentation_maps(

@@ -96,7 +96,7 @@ from datasets.dataset import ImageDataset
 from datasets.loaders import Loader, build_loader
 from datasets.mixing import classmix, cutmix
 from datasets.transforms import PhotometricAugmentation, crop_geometry, train_geometry
-from models import build_model
+from models import build_model, cam_forward
 from models.restore import restore
 from tools import distributed, identity, parallel
 from tools.devices import select_device
@@ -414,9 +414,8 @@ def own_thresholds(
     if "auto" in (args.c2s_bg, args.c2s_fg) and not args.restore:
         name = "bg" if args.c2s_bg == "auto" else "fg"
         raise UserError(f"--c2s_{name} auto: no CAMs to read it from. Pass a prior with --restore, or a number.")
-    forward = lambda images: student(images, segmented=0)["cams"]  # noqa: E731
-    device = next(student.parameters()).device
-    return cam_thresholds(args, network_cams(forward, source, views, device), source.ids(args.domain_train))
+    cams_of = network_cams(cam_forward(student), source, views, next(student.parameters()).device)
+    return cam_thresholds(args, cams_of, source.ids(args.domain_train))
 
 
 def build_loaders(source: DataSource, args: argparse.Namespace) -> tuple[Loader, Loader]:

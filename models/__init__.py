@@ -24,8 +24,6 @@ from models.deeplab import DeepLabV3Plus
 from tools.checkpoint import load_checkpoint
 from tools.errors import UserError
 
-__all__ = ["Backbone", "CSRM", "Classifier", "DeepLabV3Plus", "build_model", "load_model", "segmentation_forward"]
-
 KINDS: dict[str, tuple[type[nn.Module], type[NetworkConfig]]] = {
     "classifier": (Classifier, NetworkConfig),
     "csrm": (CSRM, CSRMConfig),
@@ -82,6 +80,12 @@ def load_model(path: str | Path, device: torch.device, kinds: Sequence[str]) -> 
     if (epoch := checkpoint["epoch"]) < (last := checkpoint.get("max_epoch", epoch)):
         print(f"Warning: {path}: after epoch {epoch} of {last}. Its training has stopped, or is going on.")
     return model.to(device).eval(), checkpoint
+
+
+def cam_forward(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A classifier or CSRM as a function from images to CAM logits. The other branches of CSRM are not computed."""
+    options = {"segmented": 0} if model.config["kind"] == "csrm" else {}
+    return lambda views: model(views, **options)["cams"]
 
 
 def segmentation_forward(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
