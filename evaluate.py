@@ -84,11 +84,9 @@ def main(args: argparse.Namespace) -> None:
         package(args)
         return
     if parallel.launched():  # only then PyTorch is imported: that takes longer than many an evaluation
-        import torch
-
         from tools import distributed
 
-        distributed.start(torch.device("cpu"), options.EXPERIMENTS)
+        distributed.start(options.EXPERIMENTS)
     if args.output:
         check_writable(args.output.parent)
     thresholds = select_thresholds(args)

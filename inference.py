@@ -259,7 +259,7 @@ def identities(args: argparse.Namespace, source: DataSource, ids: Sequence[str],
 def main(args: argparse.Namespace) -> None:
     """Write the missing files of every image of the split."""
     device = select_device(args.device)
-    distributed.start(torch.device("cpu"), options.EXPERIMENTS)
+    distributed.start(options.EXPERIMENTS)
     source = build_source(args.dataset, options.data_dir(args))
     ids = source.ids(args.domain)
     weights = args.weights or options.model_path(args.tag)

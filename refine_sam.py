@@ -99,7 +99,6 @@ if __name__ == "__main__":
     ARGS = make_parser().parse_args()  # before PyTorch is imported: --help and mistakes answer at once
 
 import numpy as np
-import torch
 
 from datasets import DataSource, build_source
 from datasets.base import DatasetInfo, check_shown, read_mask
@@ -149,7 +148,7 @@ def main(args: argparse.Namespace) -> None:
     """Run the steps asked for on this process's share of the images."""
     check_flags(args)
     if not args.shard:
-        distributed.start(torch.device("cpu"), options.EXPERIMENTS)
+        distributed.start(options.EXPERIMENTS)
     source = build_source(args.dataset, options.data_dir(args))
     listed = source.ids(args.domain)
     ids = parallel.share(listed, shard=args.shard)

@@ -177,7 +177,7 @@ def main(args: argparse.Namespace) -> None:
     """Train, epoch by epoch, and say what to do next."""
     complete(args)
     device = select_device(args.device)
-    distributed.start(device, options.EXPERIMENTS)
+    distributed.start(options.EXPERIMENTS, device)
     source = build_source(args.dataset, options.data_dir(args))
     check_domain(source, args.domain_valid)
     loader = build_training_loader(source, args)

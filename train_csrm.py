@@ -495,7 +495,7 @@ def report_health(health: Health, trainer: Trainer, epoch: int) -> None:
 def main(args: argparse.Namespace) -> None:
     """Train, epoch by epoch, and say what to do next."""
     device = select_device(args.device)
-    distributed.start(device, options.EXPERIMENTS)
+    distributed.start(options.EXPERIMENTS, device)
     source = build_source(args.dataset, options.data_dir(args))
     check_domain(source, args.domain_valid)
     long_side = options.long_side(vars(args))

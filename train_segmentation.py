@@ -156,7 +156,7 @@ def training_data(source: DataSource, args: argparse.Namespace) -> tuple[Dataset
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
     """Train DeepLabV3+ and print the next command."""
-    distributed.start(device, options.EXPERIMENTS)
+    distributed.start(options.EXPERIMENTS, device)
     source = build_source(args.dataset, options.data_dir(args), args.masks_dir)
     truth = build_source(args.dataset, options.data_dir(args))
     check_domain(truth, args.domain_valid)
@@ -364,7 +364,7 @@ def photographs(args: argparse.Namespace, checkpoint: dict, weights: Path) -> tu
 
 def predict(args: argparse.Namespace, device: torch.device) -> None:
     """Write the missing files of every photograph."""
-    distributed.start(torch.device("cpu"), options.EXPERIMENTS)
+    distributed.start(options.EXPERIMENTS)
     weights = args.weights or options.model_path(args.tag)
     model, checkpoint = load_model(weights, device, kinds=["segmentation", "csrm"])
     source, domain, name = photographs(args, checkpoint, weights)

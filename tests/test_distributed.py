@@ -166,7 +166,7 @@ def work(root: Path, ports: list[int]) -> None:
     """Everything, in one of the two processes that torchrun started; at the end the second one dies."""
     torch.set_num_threads(1)
     rank = parallel.rank()
-    distributed.start(torch.device("cpu"), Path("experiments"))
+    distributed.start(Path("experiments"))
     part = slice(rank, None, WORLD)
     results = {"losses": pixel_losses(part), "contrast": contrast(part), "report": report(root)}
     distributed.stop()
@@ -402,7 +402,7 @@ def test_in_a_single_process_nothing_happens():
     x = torch.rand(3, requires_grad=True)
     assert distributed.all_reduce_sum(x) is x and distributed.gather_batch(x) is x
     assert parallel.share("abc") == "abc" and parallel.is_main()
-    distributed.start(torch.device("cpu"), Path("experiments"))
+    distributed.start(Path("experiments"))
     distributed.stop()
     layer = nn.Linear(1, 1)
     distributed.share_model(layer)

@@ -153,7 +153,7 @@ def wait_for_the_other(rank: int, port: int, folder: Path) -> None:
         for name, value in values.items():
             patch.setenv(name, str(value))
         patch.chdir(folder)
-        distributed.start(torch.device("cpu"), Path("experiments"))
+        distributed.start(Path("experiments"))
         if rank == 1:
             time.sleep(1)
             (folder / "late").touch()

@@ -46,7 +46,7 @@ def work(root: Path, ports: list[int]) -> None:
     own.mkdir(exist_ok=True)
     os.chdir(own)
     with pytest.raises(UserError) as error:
-        distributed.start(torch.device("cpu"), Path("experiments"))
+        distributed.start(Path("experiments"))
     (Path("..") / f"refused{parallel.rank()}.txt").write_text(str(error.value))
     distributed.stop()
 

@@ -3,7 +3,7 @@
     torchrun --standalone --nproc_per_node 4 train_csrm.py --tag csrm ...
 
     device = select_device(args.device)             # the GPU of this process
-    distributed.start(device, options.EXPERIMENTS)  # joins the others
+    distributed.start(options.EXPERIMENTS, device)  # joins the others
     distributed.share_model(model)
     loss.backward()
     distributed.average_gradients(model.parameters())
@@ -31,6 +31,8 @@ from tools.errors import UserError
 from tools.files import check_writable
 from tools.parallel import is_main, world_size
 
+CPU = torch.device("cpu")
+
 TIMEOUT = datetime.timedelta(minutes=10)
 """How long a process waits for the others before it ends with an error: for one that hangs, as torchrun and gloo notice
 at once that a process has died. The longest regular wait is for the first process, which saves a checkpoint."""
@@ -39,13 +41,12 @@ LONGEST_STAGE = datetime.timedelta(days=7)
 """How long a process that has predicted its images waits for one that has not."""
 
 
-def start(device: torch.device, folder: Path) -> None:
+def start(folder: Path, device: torch.device = CPU) -> None:
     """Join the other processes that torchrun started: over NCCL on GPUs, gloo on CPUs.
-
-    Processes that only share images join on the CPU, on GPU machines too.
 
     Args:
         folder: where they write: `tools.options.EXPERIMENTS`.
+        device: processes that only share images join on the CPU, on GPU machines too.
 
     Raises:
         UserError: they do not share it.
