@@ -289,14 +289,14 @@ def card(source: DataSource, columns: Sequence[Column], domain_of: Mapping[str, 
     info = source.info
     truth, *masks = row_masks(source, columns, row.image_id)
     photograph, size = photograph_uri(source.image(row.image_id))
-    layers = {} if truth is None else {"Ground truth": mask_layer(truth, size, info, None)}
+    layers: dict[str, Layer] = {}
+    if truth is not None:
+        layers["Ground truth"] = Layer(mask_uri(truth, size, info.palette), shares_text(truth, info.classes))
     for column, mask in zip(columns, masks, strict=True):
-        if mask is None:
-            continue
-        layers[column.title] = mask_layer(mask, size, info, row.ious.get(column.title))
-        path, _ = column.file(row.image_id)
-        if path.suffix == ".npz":
-            layers[column.title] = dataclasses.replace(layers[column.title], source=heat_uri(load_cams(path)[2]))
+        if mask is not None:
+            path, _ = column.file(row.image_id)
+            uri = heat_uri(load_cams(path)[2]) if path.suffix == ".npz" else mask_uri(mask, size, info.palette)
+            layers[column.title] = Layer(uri, shares_text(mask, info.classes), row.ious.get(column.title))
     label = source.image_label(row.image_id) if source.has_label(row.image_id) else np.zeros(info.num_foreground)
     values = {int(value) for mask in (truth, *masks) if mask is not None for value in np.unique(mask)}
     return Card(
@@ -309,11 +309,6 @@ def card(source: DataSource, columns: Sequence[Column], domain_of: Mapping[str, 
         shown=frozenset(values - {0, options.IGNORE_INDEX}),
         doubt=row.doubt.score,
     )
-
-
-def mask_layer(mask: np.ndarray, size: tuple[int, int], info: DatasetInfo, iou: float | None) -> Layer:
-    """A mask as the page shows it."""
-    return Layer(mask_uri(mask, size, info.palette), shares_text(mask, info.classes), iou)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from tools.charts import Points, line_chart
+from tools.files import mask_image
 from tools.history import SIGNALS, Command, Run
 from tools.options import IGNORE_INDEX
 
@@ -83,8 +84,7 @@ def mask_uri(mask: np.ndarray, size: tuple[int, int], palette: np.ndarray) -> st
     values, indices = np.unique(np.asarray(small), return_inverse=True)
     colours = palette.copy()
     colours[IGNORE_INDEX] = 255
-    picture = Image.fromarray(indices.reshape(size).astype(np.uint8), mode="P")
-    picture.putpalette(colours[values].astype(np.uint8).tobytes())
+    picture = mask_image(indices.reshape(size), colours[values])
     opacity = bytes(0 if value == 0 else 255 for value in values)
     return _uri(picture, "png", transparency=opacity, optimize=True)
 
