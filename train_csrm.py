@@ -512,16 +512,10 @@ def main(args: argparse.Namespace) -> None:
     companions = {"teacher": teacher.module, "health": health}
     if criterion.bank is not None:
         companions["memory_bank"] = criterion.bank
-    has_masks = bool(args.c2s_labels) or args.c2s_mode == "gt"
-    inputs = learnt.fingerprints(source.ids(args.domain_train), labels=True, masks=has_masks)
+    inputs = learnt.fingerprints(source.ids(args.domain_train), labels=True, masks=labels.c2s_mode == "gt")
+    run = options.training(args, identity.describe("train_csrm.py", vars(args), inputs=inputs))
     trainer = Trainer(
-        student,
-        options.training(args, identity.describe("train_csrm.py", vars(args), inputs=inputs)),
-        source.info.classes,
-        device=device,
-        steps_per_epoch=len(labeled),
-        loaders=2,
-        companions=companions,
+        student, run, source.info.classes, device=device, steps_per_epoch=len(labeled), companions=companions
     )
     for epoch in trainer.epochs():
         warmup = {"warmup_epochs": health.warmup_epochs(epoch), "updates_per_epoch": trainer.updates_per_epoch}

@@ -61,7 +61,6 @@ class Trainer:
     _: KW_ONLY
     device: torch.device
     steps_per_epoch: int  # batches per epoch
-    loaders: int = 1  # how many loaders of `run.batch_size` images a batch comes from; for the speed reported
     # what else is kept in the checkpoint, by name: modules such as the teacher, or what has a `state_dict` and a
     # `load_state_dict` like one; if it has a `share`, that makes it alike in all processes
     companions: dict[str, Any] = field(default_factory=dict)
@@ -141,7 +140,8 @@ class Trainer:
         self.bar.set_description(title, refresh=False)
         every = max(1, self.steps_per_epoch // 20)
         for batch in batches:
-            self.ids.append(list(batch["id"] if isinstance(batch, dict) else batch.ids))
+            ids = list(batch["id"] if isinstance(batch, dict) else batch.ids)
+            self.ids.append(ids)
             yield batch
             self.clock.tick()
             if self.batch % every == 0:  # reading a loss waits for the device: seldom
@@ -155,7 +155,7 @@ class Trainer:
         means = self.means()
         self.log(epoch, means)
         text = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-        speed = f"{rate:.2f} steps/s  {rate * self.loaders * self.run.batch_size:.1f} images/s"
+        speed = f"{rate:.2f} steps/s  {rate * len(ids) * parallel.world_size():.1f} images/s"
         tqdm.write(f"{title}  {text}  lr {self.update.schedule.get_last_lr()[0]:.2e}  {speed}")
 
     def means(self) -> dict[str, float]:
