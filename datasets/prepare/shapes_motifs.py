@@ -169,7 +169,7 @@ def _everything(w: float, h: float) -> np.ndarray:
 def _ridge(w: float, h: float, y: float, roughness: float, rng: np.random.Generator) -> np.ndarray:
     """Everything below a rolling line at height y."""
     x = np.linspace(-0.05, w + 0.05, 24, dtype=np.float32)
-    line = y + roughness * noise(1, 24, 8.0, rng, octaves=3)[0]
+    line = y + roughness * noise(1, 24, 8.0, rng)[0]
     return np.concatenate([np.stack([x, line], 1), polygon((w + 0.05, h + 0.05), (-0.05, h + 0.05))])
 
 

@@ -22,10 +22,8 @@ Pattern = Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]
 # --------------------------------------------------------------------------------------- noise, colours, patterns
 
 
-def noise(
-    height: int, width: int, cell: float, rng: np.random.Generator, stretch: float = 1.0, octaves: int = 4
-) -> np.ndarray:
-    """Fractal noise.
+def noise(height: int, width: int, cell: float, rng: np.random.Generator, stretch: float = 1.0) -> np.ndarray:
+    """Fractal noise of three octaves.
 
     Args:
         height, width: its shape.
@@ -36,7 +34,7 @@ def noise(
         f32 HxW, mean 0, standard deviation about 1.
     """
     total, power = np.zeros((height, width), np.float32), 0.0
-    for octave in range(octaves):
+    for octave in range(3):
         size = max(cell * 0.5**octave, 1.0)
         rows, columns = int(height / size) + 3, int(width / (size * stretch)) + 3
         grid = rng.standard_normal((rows, columns), dtype=np.float32)
@@ -118,7 +116,7 @@ def blotches(cell: float, threshold: float = 0.6, sharpness: float = 2.0, stretc
 
     def pattern(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         unit = u.shape[0] / max(abs(v[-1, 0] - v[0, 0]) + abs(u[-1, 0] - u[0, 0]), 1e-6)  # pixels
-        return _step(noise(*u.shape, max(cell * unit, 2.0), rng, stretch, octaves=3) - threshold, sharpness)
+        return _step(noise(*u.shape, max(cell * unit, 2.0), rng, stretch) - threshold, sharpness)
 
     return pattern
 
@@ -210,7 +208,7 @@ class Brush:
         if window is None:
             return
         mask = _rasterise(pixels, window)
-        light = 1 + grain * noise(*mask.shape, 10.0, self.canvas.rng, stretch, octaves=3)
+        light = 1 + grain * noise(*mask.shape, 10.0, self.canvas.rng, stretch)
         if roundness:
             light *= _round_light(mask, roundness)
         paint = self._surface(window, np.float32(colour), fade, second, pattern) * light[..., None]
