@@ -299,6 +299,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"{kind}: {predict.folders[kind]}")
     print(
         f"Next: python refine_sam.py --tag {args.tag} --domain {args.domain} --pseudo_dir {predict.folders['pseudos']}"
+        "   (plus the data flags; --proposals regions without Segment Anything)"
     )
     left_out.finish(ids)
 

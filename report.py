@@ -4,7 +4,7 @@
     python report.py --dataset shapes --domain train val --output_dir experiments/demo \\
         --summary prior_cam=prior.json csrm_cam=csrm.json segmentation_val=val.json \\
         --columns "CAM prior=experiments/predictions/prior@train/cams:0.25" \\
-                  "Refined=experiments/predictions/sam-csrm@train" \\
+                  "Refined=experiments/predictions/csrm@train/sam-regions-max_iou_imp2" \\
                   "DeepLabV3+=experiments/predictions/seg@train/masks" \\
                   "DeepLabV3+=experiments/predictions/seg@val/masks" \\
         --review Refined --tags prior csrm seg

@@ -54,8 +54,8 @@ folder)
   esac
   # Schedules count steps, so that 45 photographs are learnt like 4,500.
   case "$PRESET" in
-  small)  # two CPU cores: 500 photographs in about an hour; docs/log.md has the trials behind the flags of CSRM
-    TAKES="about an hour on two CPU cores with 500 photographs"
+  small)  # one CPU core: 800 photographs in about an hour; docs/log.md has the trials behind the flags of CSRM
+    TAKES="about an hour on one CPU core with 800 photographs"
     : "${IMAGE_FLAGS:=--image_size 225 --min_image_size 160 --max_image_size 320}"
     : "${BACKBONE:=--architecture mobilenetv2_100 --mode fix}"
     START_SEG=""  # the final model learns from where CSRM ended: worth 3 points and more in so few steps (docs/log.md)
@@ -76,7 +76,7 @@ folder)
     exit 2
     ;;
   esac
-  : "${PREDICT_FLAGS:=--reading relative}"  # 1 to 5 points above argmax with few photographs (docs/log.md)
+  : "${PREDICT_FLAGS:=--reading relative}"  # .5 to 4 points above argmax for models of pseudo masks (docs/log.md)
   choose PSEUDOS_FROM masks; choose THRESHOLD auto
   if [[ -z "${MASKS:-}" ]]; then choose ROUNDS 2; fi
   ;;
