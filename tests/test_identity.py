@@ -249,18 +249,6 @@ def test_pseudo_masks_are_not_made_of_another_models_maps(data):
         assert all(map(np.array_equal, *masks)), name
 
 
-def test_pseudo_masks_are_the_same_whether_their_maps_are_written(data):
-    run("train_csrm", *data_flags(data), "--tag", "t", *TRAIN["train_csrm"])
-    ways = [["--pseudos_from", "masks", "--crf_t", 2], ["--crf_t", 2]]
-    for way in ways:
-        infer(data, *way, "--save_masks")
-        run("inference", *data_flags(data), *INFERENCE, *way, "--tag", "o", "--weights", MODEL, "--save_cams", "false")
-    for name in ("pseudos-masks-c2", "pseudos-t0.4-c2"):
-        for image_id in SPLITS["train"]:
-            one, two = (CAMS.parents[1] / f"{tag}@train" / name / f"{image_id}.png" for tag in "to")
-            assert one.read_bytes() == two.read_bytes()
-
-
 def test_files_of_another_suffix_are_of_the_same_record(data, capsys):
     run("train_classifier", *data_flags(data), "--tag", "t", *TRAINING)
     infer(data)

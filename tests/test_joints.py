@@ -155,6 +155,17 @@ def test_pseudo_masks_are_cut_at_the_threshold(tmp_path):
     assert agreement(pseudo_mask(tmp_path, 0), LABELS) == 1
 
 
+@pytest.mark.parametrize("wanted", [("pseudos",), ("cams", "pseudos")])
+def test_pseudo_masks_are_the_same_whether_their_maps_are_written(tmp_path, monkeypatch, wanted):
+    """The CAM is above the threshold, but not as float16, which files hold."""
+    cams = np.full((1, 3, 4), 0.40001, np.float32)
+    monkeypatch.setattr(inference.Predictor, "_maps", lambda *args: (np.arange(2), cams, cams))
+    outputs = inference.Outputs(wanted, "npz", WHOLE, "present", "cams", 0.4, False, CRF(iterations=0))
+    predict = inference.Predictor(nn.Linear(1, 1), OnePhotograph(), tmp_path, outputs)
+    predict("a")
+    assert not load_mask(predict.path("pseudos", "a")).any()
+
+
 def test_pseudo_masks_are_cut_at_the_threshold_of_the_flag(folder_root, folder):
     folder("pseudos")
     torch.manual_seed(0)
