@@ -256,6 +256,37 @@ def test_what_other_tools_add_to_coco_json_does_no_harm(folder_root, masks, tmp_
     assert list((tmp_path / "back").iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [[], None, {}, {"size": [31, 31], "counts": []}, [[]], [[[0, 0], [9, 0], [9, 9], [0, 9]]], [[[0, 0], [9, 9]] * 3]],
+)
+def test_boxes_without_an_outline_are_refused_before_they_erase_masks(folder_root, masks, tmp_path, shape):
+    """As CVAT and Label Studio write rectangles; and points in pairs, which pycocotools reads as others."""
+    call(folder_root, "export", "coco", masks, tmp_path / "out")
+    path = tmp_path / "out" / "instances.json"
+    damaged(path, annotations={"segmentation": shape, "bbox": [0, 0, 9, 9]})
+    with pytest.raises(UserError) as caught:
+        call(folder_root, "import", "coco", masks, tmp_path / "back", "--input", path)
+    assert str(caught.value) == (
+        f"{path}: an object of 'a.jpg' has no outline. Draw polygons or brush strokes, not boxes, and export again."
+    )
+    assert list((tmp_path / "back").iterdir()) == []
+
+
+def test_masks_that_become_empty_are_counted(folder_root, masks, tmp_path, capsys):
+    """Of a and c; b is empty before, too."""
+    call(folder_root, "export", "coco", masks, tmp_path / "out")
+    path = tmp_path / "out" / "instances.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "annotations": []}))
+    call(folder_root, "import", "coco", masks, tmp_path / "back", "--input", path)
+    assert f"2 of 3 masks differ, 2 of them show nothing now; written to {tmp_path}" in capsys.readouterr().out
+    assert [load_mask(file).max() for file in sorted((tmp_path / "back").iterdir())] == [0, 0]
+    path.write_text(json.dumps(content))
+    call(folder_root, "import", "coco", masks, tmp_path / "back", "--input", path)
+    assert "2 of 3 masks differ; written" in capsys.readouterr().out
+
+
 def test_pycocotools_reads_our_coco_json(folder_root, masks, tmp_path):
     from pycocotools.coco import COCO
 

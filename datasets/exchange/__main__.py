@@ -112,7 +112,9 @@ def import_masks(source: DataSource, path: Path, tool: str, folder: Path) -> Non
             changed[image_id] = mask
     for image_id, mask in changed.items():
         save_mask(folder / f"{image_id}.png", mask, source.info.palette)
-    print(f"{path}: {len(changed)} of {read} masks differ; written to {folder}")
+    emptied = sum(not mask.any() for mask in changed.values())
+    told = f", {emptied} of them show nothing now" if emptied else ""
+    print(f"{path}: {len(changed)} of {read} masks differ{told}; written to {folder}")
     print(f"Next: CORRECTED={folder} ./runners/4-segmentation.sh   (plus DATASET and DATA_DIR)")
 
 
