@@ -153,6 +153,14 @@ def test_folders_before_file_names_are_left_out(tmp_path):
         assert read_lines(tmp_path / "splits" / f"{part}.txt") == [coco_name(part, number) for number in numbers]
 
 
+@pytest.mark.parametrize("counts", [[10, 20], [10, 591], [10, 589], [1.5, 598.5], "0b", "", "\u00e9"])
+def test_run_lengths_that_do_not_fill_the_image_are_refused(counts):
+    """pycocotools would paint what lies in memory behind them."""
+    assert paint([(1, False, {"size": [20, 30], "counts": [10, 590]})], 20, 30).sum() == 590
+    with pytest.raises(ValueError):
+        paint([(1, False, {"size": [20, 30], "counts": counts})], 20, 30)
+
+
 MISTAKES: dict[str, tuple[Callable[[dict], object], str]] = {
     "unknown category": (
         lambda c: c["annotations"][0].update(category_id=2),
@@ -186,6 +194,10 @@ MISTAKES: dict[str, tuple[Callable[[dict], object], str]] = {
     "size of a mask": (
         lambda c: c["annotations"][0].update(segmentation={"counts": [4], "size": [2, 2]}),
         r"is for 2x2 pixels, not 50x40",
+    ),
+    "run lengths": (
+        lambda c: c["annotations"][0].update(segmentation={"counts": [10, 20], "size": [40, 50]}),
+        r"damaged \(run lengths that do not add up to the image\)\. Unpack",
     ),
 }
 

@@ -273,6 +273,15 @@ def test_boxes_without_an_outline_are_refused_before_they_erase_masks(folder_roo
     assert list((tmp_path / "back").iterdir()) == []
 
 
+def test_run_lengths_cut_short_are_refused(folder_root, masks, tmp_path):
+    call(folder_root, "export", "coco", masks, tmp_path / "out")
+    path = tmp_path / "out" / "instances.json"
+    code = json.loads(path.read_text())["annotations"][0]["segmentation"]
+    damaged(path, annotations={"segmentation": {**code, "counts": code["counts"][: len(code["counts"]) // 2]}})
+    with pytest.raises(UserError, match=r"run lengths.*\)\. Export it again"):
+        call(folder_root, "import", "coco", masks, tmp_path / "back", "--input", path)
+
+
 def test_masks_that_become_empty_are_counted(folder_root, masks, tmp_path, capsys):
     """Of a and c; b is empty before, too."""
     call(folder_root, "export", "coco", masks, tmp_path / "out")

@@ -35,6 +35,7 @@ from datasets.listing import BACKGROUND, check_classes
 from tools.errors import UserError
 from tools.files import check_writable, reading, save_mask
 from tools.parallel import run_jobs
+from tools.rle import check_counts
 
 FIELDS = {
     "categories": {"id", "name"},
@@ -126,7 +127,7 @@ def paint(objects: Sequence[tuple[int, bool, Any]], height: int, width: int) -> 
         height, width: of the image, pixels.
 
     Raises:
-        ValueError: a segmentation pycocotools does not take, or one of another size.
+        ValueError: a segmentation pycocotools does not take, or one that is damaged or of another size.
     """
     codes = [_run_lengths(shape, height, width) for _, _, shape in objects]
     areas = coco_mask.area(codes) if codes else []
@@ -147,6 +148,8 @@ def _run_lengths(shape: Any, height: int, width: int) -> dict[str, Any]:
         raise ValueError(f"pycocotools cannot read its segmentation: {error}") from error
     if list(code["size"]) != [height, width]:
         raise ValueError(f"its segmentation is for {code['size'][1]}x{code['size'][0]} pixels, not {width}x{height}")
+    counts = code["counts"]  # bytes of pycocotools, text of a json
+    check_counts([counts.decode("ascii") if isinstance(counts, bytes) else counts], height * width)
     return code
 
 
