@@ -61,7 +61,7 @@ def test_nothing_changes_on_the_way_there_and_back(folder_root, masks, tmp_path,
     call(folder_root, "export", tool, masks, tmp_path / "out")
     path = finish(tmp_path / "out" / FILES[tool])
     call(folder_root, "import", tool, masks, tmp_path / "corrected", "--input", path)
-    seen = 2 if tool == "labelstudio" else 3  # an empty result is one nobody has drawn
+    seen = 2 if tool == "labelstudio" else 3  # one without strokes does not count
     assert f"0 of {seen} masks differ" in capsys.readouterr().out
     assert list((tmp_path / "corrected").iterdir()) == []
 
@@ -240,6 +240,30 @@ def test_what_nobody_has_looked_at_or_cancelled_is_left_out(folder_root, masks, 
     path.write_text(json.dumps(tasks))
     call(folder_root, "import", "labelstudio", masks, tmp_path / "corrected", "--input", path)
     assert "0 of 1 masks differ" in capsys.readouterr().out
+
+
+def test_a_submission_without_strokes_is_told_and_changes_nothing(folder_root, masks, tmp_path, capsys):
+    """It may be a slip: a new annotation does not show the pre-annotations. The dot that is asked for does its work."""
+    brush = pytest.importorskip("label_studio_sdk.converter.brush")
+    call(folder_root, "export", "labelstudio", masks, tmp_path / "out")
+    path = finish(tmp_path / "out" / "tasks.json")
+    tasks = json.loads(path.read_text())
+    (stroke,) = tasks[2]["annotations"][0]["result"]
+    tasks[0]["annotations"] = [{"result": []}, {"result": [], "was_cancelled": True}]
+    tasks[1]["annotations"] = []
+    dot = np.zeros(SIZES["c"], np.uint8)
+    dot[5, 4] = 255
+    stroke["value"] = {"format": "rle", "rle": brush.mask2rle(dot), "brushlabels": ["ignored"]}
+    path.write_text(json.dumps(tasks))
+    call(folder_root, "import", "labelstudio", masks, tmp_path / "corrected", "--input", path)
+    told = capsys.readouterr().out
+    assert f"{path}: tasks submitted without strokes, not imported: 1. If" in told and "1 of 1 masks differ; wr" in told
+    assert [file.name for file in (tmp_path / "corrected").iterdir()] == ["c.png"]
+    assert np.array_equal(load_mask(tmp_path / "corrected" / "c.png"), dot)
+    tasks[0]["annotations"].pop(0)
+    path.write_text(json.dumps(tasks))
+    call(folder_root, "import", "labelstudio", masks, tmp_path / "corrected", "--input", path)
+    assert "submitted" not in capsys.readouterr().out
 
 
 def test_what_other_tools_add_to_coco_json_does_no_harm(folder_root, masks, tmp_path):

@@ -12,7 +12,7 @@ from xml.sax.saxutils import quoteattr
 
 import numpy as np
 
-from datasets.exchange.labels import Item, Labels, hexadecimal
+from datasets.exchange.labels import IGNORED, Item, Labels, hexadecimal
 from tools.errors import UserError, require
 from tools.files import reading, save_json, save_text
 
@@ -66,17 +66,23 @@ def _config(labels: Labels) -> str:
 def read(path: Path, labels: Labels) -> Iterator[tuple[str, np.ndarray]]:
     """(name, mask uint8 [H, W]) of each task of a JSON export that somebody has looked over.
 
-    Of several annotations the last counts; cancelled ones do not. Later strokes are painted over earlier ones.
+    Of several annotations the last counts; cancelled ones do not. Later strokes are painted over earlier ones. How many
+    tasks are without strokes is printed: a new annotation begins so, without what was predicted, and is soon submitted.
 
     Raises:
         UserError: no such export, something else than brush strokes in it, or the SDK is not installed.
     """
-    codec = require(*CODEC)
+    codec, unpainted = require(*CODEC), 0
     with reading(path, "export of Label Studio", "Export it as JSON."):
         for task in json.loads(path.read_text(encoding="utf-8")):
             done = [one for one in task["annotations"] if not one.get("was_cancelled")]
             if done and done[-1]["result"]:
                 yield task["data"]["id"], labels.values(_paint(path, done[-1]["result"], labels, codec.decode_rle))
+            elif done:
+                unpainted += 1
+    if unpainted:
+        remedy = f"If there is nothing to paint, paint a dot of '{IGNORED}'."
+        print(f"{path}: tasks submitted without strokes, not imported: {unpainted}. {remedy}")
 
 
 def _paint(path: Path, result: Sequence[dict], labels: Labels, decode: Callable[[list[int]], np.ndarray]) -> np.ndarray:
