@@ -170,7 +170,7 @@ MISTAKES: dict[str, tuple[Callable[[dict], object], str]] = {
         lambda c: c["annotations"][0].update(image_id=7),
         r"annotation of image_id 7, which is not in 'images'",
     ),
-    "image twice": (lambda c: c["images"].append(c["images"][0]), r"an id occurs twice in 'images'"),
+    "image twice": (lambda c: c["images"].append(c["images"][0]), r"an id occurs twice in 'images'. Use COCO's own"),
     "file twice": (
         lambda c: c["images"].append(c["images"][0] | {"id": 99, "file_name": "b/" + c["images"][0]["file_name"]}),
         r"file 'COCO\w+' occurs twice",

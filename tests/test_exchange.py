@@ -306,6 +306,50 @@ def test_run_lengths_cut_short_are_refused(folder_root, masks, tmp_path):
         call(folder_root, "import", "coco", masks, tmp_path / "back", "--input", path)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda c: c["images"][1].update(id=1), "an id occurs twice in 'images'. Export it again, by itself."),
+        (
+            lambda c: c["categories"].insert(0, {"id": 1, "name": "dog"}),
+            "an id occurs twice in 'categories'. Export it again, by itself.",
+        ),
+        (
+            lambda c: c["annotations"][0].update(image_id="1"),
+            "an annotation of image_id 1, which is not in 'images'. Export it again, by itself.",
+        ),
+        (
+            lambda c: c["images"].append({**c["images"][0], "id": 77, "file_name": "job 2/a.jpg"}),
+            "'a' occurs twice. Import one export at a time.",
+        ),
+        (
+            lambda c: c["images"].insert(0, {**c["images"][0], "id": 77}),
+            "'a' occurs twice. Import one export at a time.",
+        ),
+    ],
+)  # fmt: skip
+def test_exports_put_together_are_refused(folder_root, masks, tmp_path, change, message):
+    call(folder_root, "export", "coco", masks, tmp_path / "out")
+    path = tmp_path / "out" / "instances.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError) as caught:
+        call(folder_root, "import", "coco", masks, tmp_path / "back", "--input", path)
+    assert str(caught.value) == f"{path}: {message}"
+    assert list((tmp_path / "back").iterdir()) == []
+
+
+def test_a_task_that_occurs_twice_is_refused(folder_root, masks, tmp_path):
+    pytest.importorskip("label_studio_sdk")
+    call(folder_root, "export", "labelstudio", masks, tmp_path / "out")
+    path = finish(tmp_path / "out" / "tasks.json")
+    tasks = json.loads(path.read_text())
+    path.write_text(json.dumps([*tasks, tasks[2]]))
+    with pytest.raises(UserError, match="tasks.json: 'c' occurs twice"):
+        call(folder_root, "import", "labelstudio", masks, tmp_path / "back", "--input", path)
+
+
 def test_masks_that_become_empty_are_counted(folder_root, masks, tmp_path, capsys):
     """Of a and c; b is empty before, too."""
     call(folder_root, "export", "coco", masks, tmp_path / "out")
@@ -400,4 +444,7 @@ def test_flags_that_are_missing_or_name_other_images(folder_root, masks, tmp_pat
         call(folder_root, "import", "coco", masks, tmp_path)
     (tmp_path / "review.csv").write_text("id,doubt\nz,0.9\n")
     with pytest.raises(UserError, match=r"review\.csv: no image for id 'z'"):
+        call(folder_root, "export", "coco", masks, tmp_path, "--review", tmp_path / "review.csv")
+    (tmp_path / "review.csv").write_text("id,doubt\na,0.9\nb,0.8\na,0.7\n")
+    with pytest.raises(UserError, match=r"review\.csv: id 'a' is listed twice. Remove one."):
         call(folder_root, "export", "coco", masks, tmp_path, "--review", tmp_path / "review.csv")

@@ -28,6 +28,7 @@ from datasets import build_source
 from datasets.base import DataSource
 from datasets.exchange import coco, cvat, label_studio
 from datasets.exchange.labels import Item, Labels
+from datasets.listing import first_repeated
 from tools import cli, options
 from tools.errors import UserError
 from tools.files import atomic_write, check_size, check_writable, load_mask, save_mask, save_png
@@ -65,8 +66,10 @@ def main(args: argparse.Namespace) -> None:
 
 
 def chosen_ids(source: DataSource, args: argparse.Namespace) -> list[str]:
-    """The ids to export (UserError: the queue names an image that is not in the dataset)."""
+    """The ids to export (UserError: the queue names an image twice, or one that is not in the dataset)."""
     ids = load_queue(args.review) if args.review else source.ids(args.domain)
+    if (repeated := first_repeated(ids)) is not None:
+        raise UserError(f"{args.review}: id '{repeated}' is listed twice. Remove one.")
     unknown = [image_id for image_id in ids if not source.has_image(image_id)]
     if unknown:
         raise UserError(f"{args.review}: no image for id '{unknown[0]}' in {source.root}. Check --data_dir.")
@@ -100,11 +103,15 @@ def import_masks(source: DataSource, path: Path, tool: str, folder: Path) -> Non
     """Write the masks that differ from those in `folder`, or else from the exported ones.
 
     Raises:
-        UserError: a mask of an image that is not in the dataset, or of another size. Nothing is written then.
+        UserError: a mask of an image that is not in the dataset, of another size, or two of one image. Nothing is
+            written then.
     """
-    read, changed = 0, {}
+    seen, changed = set(), {}
     for name, mask in FORMATS[tool].read(path, Labels(source.info)):
-        image_id, read = find_id(source, name, path), read + 1
+        image_id = find_id(source, name, path)
+        if image_id in seen:
+            raise UserError(f"{path}: '{image_id}' occurs twice. Import one export at a time.")
+        seen.add(image_id)
         before = folder / f"{image_id}.png"
         old = load_mask(before) if before.is_file() else source.mask(image_id)
         check_size(path / name, mask.shape, old.shape)
@@ -114,7 +121,7 @@ def import_masks(source: DataSource, path: Path, tool: str, folder: Path) -> Non
         save_mask(folder / f"{image_id}.png", mask, source.info.palette)
     emptied = sum(not mask.any() for mask in changed.values())
     told = f", {emptied} of them show nothing now" if emptied else ""
-    print(f"{path}: {len(changed)} of {read} masks differ{told}; written to {folder}")
+    print(f"{path}: {len(changed)} of {len(seen)} masks differ{told}; written to {folder}")
     print(f"Next: CORRECTED={folder} ./runners/4-segmentation.sh   (plus DATASET and DATA_DIR)")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from datasets.exchange.labels import Item, Labels
-from datasets.prepare.coco14 import outline, paint
+from datasets.prepare.coco14 import check_references, outline, paint
 from tools.errors import UserError
 from tools.files import read_text, reading, save_json
 from tools.rle import encode
@@ -45,9 +45,14 @@ def _objects(indices: np.ndarray) -> Iterator[dict]:
 
 
 def read(path: Path, labels: Labels) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, mask uint8 [H, W]) of each image of a COCO json (UserError: no such json, or one of boxes)."""
+    """(name, mask uint8 [H, W]) of each image of a COCO json.
+
+    Raises:
+        UserError: no such json, one with boxes, or one with an id that is there twice or not at all.
+    """
     with reading(path, "COCO json of objects", "Export it again."):
         content = json.loads(read_text(path))
+        check_references(path, content, "Export it again, by itself.")
         name_of = {category["id"]: category["name"] for category in content["categories"]}  # some are of no object
         file_of = {image["id"]: image["file_name"] for image in content["images"]}
         objects: dict[int, list] = {image_id: [] for image_id in file_of}

@@ -93,23 +93,23 @@ def read_annotations(path: Path) -> COCO:
             if not element.keys() >= fields:
                 lacking = sorted(fields - element.keys())
                 raise UserError(f"{path}: element {number} of '{key}' lacks {lacking}. Use COCO's instances_*.json.")
-    _check_references(path, coco)
+    check_references(path, coco.dataset, "Use COCO's own file, unpacked again.")
     empty = sum(outline(item["segmentation"]) is None for item in coco.dataset["annotations"])
     if empty:
         print(f"{path}: {empty} annotations have an empty segmentation: they count for the label, and paint nothing")
     return coco
 
 
-def _check_references(path: Path, coco: COCO) -> None:
-    for key, known in (("images", coco.imgs), ("categories", coco.cats)):
-        if len(known) < len(coco.dataset[key]):
-            raise UserError(f"{path}: an id occurs twice in '{key}'. Use COCO's own file, unpacked again.")
-    for item in coco.dataset["annotations"]:
-        for key, field, known in (("images", "image_id", coco.imgs), ("categories", "category_id", coco.cats)):
-            if item[field] not in known:
-                raise UserError(
-                    f"{path}: an annotation of {field} {item[field]}, which is not in '{key}'. Unpack it again."
-                )
+def check_references(path: Path, content: dict[str, list[dict]], remedy: str) -> None:
+    """Raise UserError if a json has two images or categories of one id, or an annotation of an id that is not there."""
+    known = {key: {element["id"] for element in content[key]} for key in ("images", "categories")}
+    for key, ids in known.items():
+        if len(ids) < len(content[key]):
+            raise UserError(f"{path}: an id occurs twice in '{key}'. {remedy}")
+    for item in content["annotations"]:
+        for key, field in (("images", "image_id"), ("categories", "category_id")):
+            if item[field] not in known[key]:
+                raise UserError(f"{path}: an annotation of {field} {item[field]}, which is not in '{key}'. {remedy}")
 
 
 def outline(shape: Any) -> Any:
