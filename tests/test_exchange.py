@@ -416,14 +416,39 @@ def test_exports_of_another_dataset_are_refused_before_anything_is_written(
     assert list((tmp_path / "back").iterdir()) == []
 
 
+def cvat_zip(path, label_map, **colours):
+    """What CVAT exports: a picture of one colour for each image id."""
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("labelmap.txt", label_map)
+        for image_id, colour in colours.items():
+            buffer = io.BytesIO()
+            Image.fromarray(np.full((*SIZES[image_id], 3), colour, np.uint8)).save(buffer, format="PNG")
+            file.writestr(f"SegmentationClass/{image_id}.png", buffer.getvalue())
+    return path
+
+
 def test_a_colour_that_no_label_has_is_named(folder_root, masks, tmp_path):
-    with zipfile.ZipFile(tmp_path / "x.zip", "w") as file:
-        file.writestr("labelmap.txt", "# label\nbackground:0,0,0::\ncat:1,2,3::\n")
-        buffer = io.BytesIO()
-        Image.fromarray(np.full((*SIZES["a"], 3), [9, 8, 7], np.uint8)).save(buffer, format="PNG")
-        file.writestr("SegmentationClass/a.png", buffer.getvalue())
+    path = cvat_zip(tmp_path / "x.zip", "# label\nbackground:0,0,0::\ncat:1,2,3::\n", a=(9, 8, 7))
     with pytest.raises(UserError, match="a.png has the colour 9,8,7, which is not in labelmap.txt"):
-        call(folder_root, "import", "cvat", masks, tmp_path / "out", "--input", tmp_path / "x.zip")
+        call(folder_root, "import", "cvat", masks, tmp_path / "out", "--input", path)
+
+
+@pytest.mark.parametrize(
+    "lines, two", [("cat:1,2,3::\ndog:1,2,3", "'cat' and 'dog'"), ("dog:0,0,0", "'background' and 'dog'")]
+)
+def test_two_labels_of_one_colour_are_refused(folder_root, masks, tmp_path, lines, two):
+    path = cvat_zip(tmp_path / "x.zip", f"background:0,0,0::\n{lines}::\n", a=(1, 2, 3))
+    with pytest.raises(UserError) as caught:
+        call(folder_root, "import", "cvat", masks, tmp_path / "out", "--input", path)
+    told = f"{path}: labelmap.txt gives {two} the colour {lines[-5:]}. "
+    assert str(caught.value) == told + "Give one another colour in CVAT, and export the task again."
+
+
+def test_a_label_map_may_have_the_mark_of_windows_and_a_label_twice(folder_root, masks, tmp_path):
+    label_map = "\ufeff# label:color_rgb\r\nbackground:0,0,0::\r\ndog:1,2,3::\r\ndog:1,2,3::\r\ncat:4,5,6::\r\n"
+    path = cvat_zip(tmp_path / "x.zip", label_map, b=(1, 2, 3), c=(4, 5, 6))
+    call(folder_root, "import", "cvat", masks, tmp_path / "out", "--input", path)
+    assert [np.unique(load_mask(tmp_path / "out" / f"{i}.png")).tolist() for i in "bc"] == [[2], [1]]
 
 
 def test_folders_a_tool_puts_before_an_id_are_overlooked(folder_root):

@@ -60,11 +60,11 @@ def read(path: Path, labels: Labels) -> Iterator[tuple[str, np.ndarray]]:
     """(name, mask uint8 [H, W]) of each picture in a zip that CVAT, or `write`, made.
 
     Raises:
-        UserError: no such zip, without a label map, or with a colour that is in none.
+        UserError: no such zip, without a label map, with a colour that is not in it, or there for two labels.
     """
     remedy = "Export the task again, as 'Segmentation mask 1.1'."
     with reading(path, "zip of masks", remedy), zipfile.ZipFile(path) as file:
-        index_of = _read_label_map(path, file.read(LABEL_MAP).decode("utf-8"), labels)
+        index_of = _read_label_map(path, file.read(LABEL_MAP).decode("utf-8-sig"), labels)
         for name in sorted(file.namelist()):
             if name.startswith(CLASSES) and name.endswith(".png"):
                 with Image.open(io.BytesIO(file.read(name))) as picture:
@@ -81,7 +81,13 @@ def _read_label_map(path: Path, text: str, labels: Labels) -> dict[int, int]:
             red, green, blue = map(int, row[1].split(","))
         except (IndexError, ValueError) as error:
             raise UserError(f"{path}: {LABEL_MAP} has a line without a colour: '{':'.join(row)}'.") from error
-        index_of[red << 16 | green << 8 | blue] = labels.index(row[0], path)
+        index = labels.index(row[0], path)
+        first = index_of.setdefault(red << 16 | green << 8 | blue, index)
+        if first != index:
+            raise UserError(
+                f"{path}: {LABEL_MAP} gives '{labels.names[first]}' and '{labels.names[index]}' the colour {row[1]}. "
+                "Give one another colour in CVAT, and export the task again."
+            )
     return index_of
 
 
