@@ -340,6 +340,22 @@ def test_exports_put_together_are_refused(folder_root, masks, tmp_path, change, 
     assert list((tmp_path / "back").iterdir()) == []
 
 
+def test_an_id_may_be_a_number(folder_copy, masks, tmp_path):
+    """As other programs write tasks."""
+    pytest.importorskip("label_studio_sdk")
+    (folder_copy / "images" / "a.jpg").rename(folder_copy / "images" / "7.jpg")
+    (masks / "a.png").rename(masks / "7.png")
+    (folder_copy / "splits" / "train.txt").write_text("7\n")
+    call(folder_copy, "export", "labelstudio", masks, tmp_path / "out")
+    path = finish(tmp_path / "out" / "tasks.json")
+    (task,) = json.loads(path.read_text())
+    task["data"]["id"] = 7
+    path.write_text(json.dumps([task]))
+    save_mask(masks / "7.png", np.zeros(SIZES["a"]), voc_palette())
+    call(folder_copy, "import", "labelstudio", masks, tmp_path / "back", "--input", path)
+    assert [file.name for file in (tmp_path / "back").iterdir()] == ["7.png"]
+
+
 def test_a_task_that_occurs_twice_is_refused(folder_root, masks, tmp_path):
     pytest.importorskip("label_studio_sdk")
     call(folder_root, "export", "labelstudio", masks, tmp_path / "out")
@@ -454,6 +470,47 @@ def test_a_label_map_may_have_the_mark_of_windows_and_a_label_twice(folder_root,
 def test_folders_a_tool_puts_before_an_id_are_overlooked(folder_root):
     source = build_source("folder", folder_root)
     assert exchange.find_id(source, "a", Path("x")) == exchange.find_id(source, "task 1/images/a", Path("x")) == "a"
+
+
+@pytest.fixture
+def nested(folder_copy, masks):
+    """`a`, `sub/a`, `za` and `é`, all of them b with its empty mask."""
+    for image_id in ("a", "sub/a", "za", "é"):
+        (folder_copy / "images" / "sub").mkdir(exist_ok=True)
+        shutil.copy(folder_copy / "images" / "b.png", folder_copy / "images" / f"{image_id}.png")
+        save_mask(masks / f"{image_id}.png", np.zeros(SIZES["b"]), voc_palette())
+    (folder_copy / "images" / "a.jpg").unlink()
+    return folder_copy
+
+
+def drawn(path, *files):
+    """A COCO json of these photographs, each with a square in its corner."""
+    images = [{"id": i, "file_name": file, "height": 31, "width": 31} for i, file in enumerate(files)]
+    square = [[0, 0, 9, 0, 9, 9, 0, 9]]
+    objects = [{"image_id": i, "category_id": 1, "segmentation": square} for i in range(len(files))]
+    path.write_text(json.dumps({"images": images, "annotations": objects, "categories": [{"id": 1, "name": "cat"}]}))
+    return path
+
+
+def test_a_name_that_may_have_lost_its_folder_is_refused(nested, masks, tmp_path):
+    """Unless both photographs come back, so the tool keeps folders."""
+    path = drawn(tmp_path / "x.json", "job/a.png")
+    with pytest.raises(UserError) as caught:
+        call(nested, "import", "coco", masks, tmp_path / "back", "--input", path)
+    assert str(caught.value) == f"{path}: 'a' may be 'sub/a' without its folder. Export both, or rename one of them."
+    assert list((tmp_path / "back").iterdir()) == []
+    drawn(path, "sub/a.png")
+    call(nested, "import", "coco", masks, tmp_path / "back", "--input", path)
+    drawn(path, "sub/a.png", "a.png")
+    call(nested, "import", "coco", masks, tmp_path / "both", "--input", path)
+    assert [len(list((tmp_path / folder).rglob("a.png"))) for folder in ("back", "both")] == [1, 2]
+
+
+def test_names_of_a_mac_are_found(nested, masks, tmp_path):
+    path = drawn(tmp_path / "x.json", "e\u0301.png")
+    call(nested, "import", "coco", masks, tmp_path / "back", "--input", path)
+    (file,) = (tmp_path / "back").iterdir()
+    assert file.name == "é.png" and (load_mask(file) == 1).sum() == 81
 
 
 def test_classes_that_the_formats_cannot_name(folder_copy, masks, tmp_path):

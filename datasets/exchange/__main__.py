@@ -19,6 +19,7 @@ docs/review.md goes through it step by step.
 
 import argparse
 import shutil
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from datasets import build_source
 from datasets.base import DataSource
 from datasets.exchange import coco, cvat, label_studio
 from datasets.exchange.labels import Item, Labels
-from datasets.listing import first_repeated
+from datasets.listing import clean_id, first_repeated
 from tools import cli, options
 from tools.errors import UserError
 from tools.files import atomic_write, check_size, check_writable, load_mask, save_mask, save_png
@@ -103,8 +104,8 @@ def import_masks(source: DataSource, path: Path, tool: str, folder: Path) -> Non
     """Write the masks that differ from those in `folder`, or else from the exported ones.
 
     Raises:
-        UserError: a mask of an image that is not in the dataset, of another size, or two of one image. Nothing is
-            written then.
+        UserError: a mask of another size, or of an image that is not in the dataset, has another mask, or may be meant
+            for another (`check_folders`). Nothing is written then.
     """
     seen, changed = set(), {}
     for name, mask in FORMATS[tool].read(path, Labels(source.info)):
@@ -117,6 +118,7 @@ def import_masks(source: DataSource, path: Path, tool: str, folder: Path) -> Non
         check_size(path / name, mask.shape, old.shape)
         if not np.array_equal(mask, old):
             changed[image_id] = mask
+    check_folders(source, changed, seen, path)
     for image_id, mask in changed.items():
         save_mask(folder / f"{image_id}.png", mask, source.info.palette)
     emptied = sum(not mask.any() for mask in changed.values())
@@ -127,12 +129,24 @@ def import_masks(source: DataSource, path: Path, tool: str, folder: Path) -> Non
 
 def find_id(source: DataSource, name: str, path: Path) -> str:
     """The id of a picture that a tool calls `name`; it may have put folders before it (UserError: there is none)."""
-    parts = name.split("/")
+    parts = clean_id(name).split("/")
     for start in range(len(parts)):
         image_id = "/".join(parts[start:])
         if source.has_image(image_id):
             return image_id
     raise UserError(f"{path}: no image '{name}' in {source.root}. Check --data_dir.")
+
+
+def check_folders(source: DataSource, changed: Iterable[str], seen: Container[str], path: Path) -> None:
+    """Make sure that the tool did not drop the folder of a name (UserError: a photograph there is called the same).
+
+    If that photograph was `seen` too, the tool keeps folders.
+    """
+    for image_id in changed:
+        for other in source.images.files:
+            if other.endswith(f"/{image_id}") and other not in seen:
+                remedy = "Export both, or rename one of them."
+                raise UserError(f"{path}: '{image_id}' may be '{other}' without its folder. {remedy}")
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def read(path: Path, labels: Labels) -> Iterator[tuple[str, np.ndarray]]:
         for task in json.loads(path.read_text(encoding="utf-8")):
             done = [one for one in task["annotations"] if not one.get("was_cancelled")]
             if done and done[-1]["result"]:
-                yield task["data"]["id"], labels.values(_paint(path, done[-1]["result"], labels, codec.decode_rle))
+                yield str(task["data"]["id"]), labels.values(_paint(path, done[-1]["result"], labels, codec.decode_rle))
             elif done:
                 unpainted += 1
     if unpainted:
