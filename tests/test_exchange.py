@@ -406,6 +406,20 @@ def test_files_that_are_no_export(folder_root, masks, tmp_path, tool, content):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.parametrize("tool", FORMATS)
+def test_exports_without_a_mask(folder_root, masks, tmp_path, tool):
+    path = tmp_path / "file"
+    if tool == "coco":
+        drawn(path)
+    elif tool == "cvat":
+        cvat_zip(path, "background:0,0,0::\n")
+    else:
+        path.write_text('[{"annotations": []}]')
+    with pytest.raises(UserError) as caught:
+        call(folder_root, "import", tool, masks, tmp_path / "back", "--input", path)
+    assert str(caught.value) == f"{path}: no finished mask in it. Finish one in the tool, and export again."
+
+
 def damaged(path, **changes):
     content = json.loads(path.read_text())
     for key, value in changes.items():

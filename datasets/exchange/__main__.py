@@ -105,7 +105,7 @@ def import_masks(source: DataSource, path: Path, tool: str, folder: Path) -> Non
 
     Raises:
         UserError: a mask of another size, or of an image that is not in the dataset, has another mask, or may be meant
-            for another (`check_folders`). Nothing is written then.
+            for another (`check_folders`); or there is none. Nothing is written then.
     """
     seen, changed = set(), {}
     for name, mask in FORMATS[tool].read(path, Labels(source.info)):
@@ -118,6 +118,8 @@ def import_masks(source: DataSource, path: Path, tool: str, folder: Path) -> Non
         check_size(path / name, mask.shape, old.shape)
         if not np.array_equal(mask, old):
             changed[image_id] = mask
+    if not seen:
+        raise UserError(f"{path}: no finished mask in it. Finish one in the tool, and export again.")
     check_folders(source, changed, seen, path)
     for image_id, mask in changed.items():
         save_mask(folder / f"{image_id}.png", mask, source.info.palette)
