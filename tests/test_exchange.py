@@ -538,9 +538,11 @@ def test_classes_that_the_formats_cannot_name(folder_copy, masks, tmp_path):
 def test_flags_that_are_missing_or_name_other_images(folder_root, masks, tmp_path):
     with pytest.raises(UserError, match="--input: the file to import"):
         call(folder_root, "import", "coco", masks, tmp_path)
-    (tmp_path / "review.csv").write_text("id,doubt\nz,0.9\n")
-    with pytest.raises(UserError, match=r"review\.csv: no image for id 'z'"):
-        call(folder_root, "export", "coco", masks, tmp_path, "--review", tmp_path / "review.csv")
+    for image_id, told in (("z", ". Check --data_dir."), ("a.jpg", ": write ids without suffix (a).")):
+        (tmp_path / "review.csv").write_text(f"id,doubt\n{image_id},0.9\n")
+        with pytest.raises(UserError) as caught:
+            call(folder_root, "export", "coco", masks, tmp_path, "--review", tmp_path / "review.csv")
+        assert str(caught.value) == f"{tmp_path / 'review.csv'}: no image for id '{image_id}' in {folder_root}{told}"
     (tmp_path / "review.csv").write_text("id,doubt\na,0.9\nb,0.8\na,0.7\n")
     with pytest.raises(UserError, match=r"review\.csv: id 'a' is listed twice. Remove one."):
         call(folder_root, "export", "coco", masks, tmp_path, "--review", tmp_path / "review.csv")

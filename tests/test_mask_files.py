@@ -59,6 +59,13 @@ def test_fingerprints_are_of_the_list_and_the_pictures(tmp_path):
     assert before["a"] != after["a"] and before["b"] != after["b"] and after["c"] == ""
 
 
+def test_a_table_with_the_mark_of_utf8(tmp_path):
+    write_folder(tmp_path / "a", MASKS)
+    table = tmp_path / "a" / "metadata.csv"
+    table.write_text(table.read_text(), encoding="utf-8-sig")
+    np.testing.assert_array_equal(read(tmp_path), MASKS)
+
+
 @pytest.mark.parametrize("layout", ["amg", "sa1b", "uncompressed"])
 def test_rle_in_json(tmp_path, layout):
     content = {

@@ -64,11 +64,26 @@ def test_the_queue_is_written_with_its_reasons_and_read_back_in_order(tmp_path):
     assert load_queue(tmp_path / "review.csv") == ['a, "x"', "b", "c"]
 
 
-@pytest.mark.parametrize("content", ["", "id,labels\na,cat\n", b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "id,doubt,IoU CAM\na/b,0.9,1\nc,0.1,2\n",
+        "id;doubt;IoU CAM\r\na/b;0,9;1,5\r\nc;0,1;2,5\r\n",
+        '"id"\t"doubt"\n"a/b"\t0.9\nc\t0.1\n\t\n\n',
+        "id,doubt,IoU CAM\na/b,0.9,\nc\n,,\n",
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_queue_that_a_spreadsheet_saved_again(tmp_path, content, encoding):
+    (tmp_path / "review.csv").write_bytes(content.encode(encoding))
+    assert load_queue(tmp_path / "review.csv") == ["a/b", "c"]
+
+
+@pytest.mark.parametrize("content", ["", "id,labels\na,cat\n", "id,doubt\n", "id;doubt\n;\n", b"\xff\xfe"])
 def test_files_that_are_no_queue(tmp_path, content):
     path = tmp_path / "review.csv"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=r"review\.csv: "):
         load_queue(path)
-    with pytest.raises(UserError, match="nowhere"):
+    with pytest.raises(UserError, match=r"nowhere\.csv: no such review queue\. Write it with report\.py"):
         load_queue(tmp_path / "nowhere.csv")

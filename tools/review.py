@@ -9,6 +9,7 @@ docs/review.md has what the score is worth on photographs.
 """
 
 import csv
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from tools.errors import UserError
-from tools.files import atomic_write, reading
+from tools.files import atomic_write, read_text, reading
 from tools.metrics import confusion_counts
 from tools.options import IGNORE_INDEX
 
@@ -94,9 +95,18 @@ def save_queue(path: Path, rows: Sequence[Row], titles: Sequence[str]) -> None:
 
 
 def load_queue(path: Path) -> list[str]:
-    """The ids of `review.csv`, the most doubtful first (UserError: missing, or not such a file)."""
-    with reading(path, "review queue", "Write it with report.py."), path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or rows[0].keys().isdisjoint(["id"]) or "doubt" not in rows[0]:
-        raise UserError(f"{path}: no review queue (columns id, doubt, ...). Write it with report.py.")
+    """The ids of `review.csv`, the most doubtful first. A spreadsheet may have saved it again, with empty rows.
+
+    Raises:
+        UserError: missing, or not such a file.
+    """
+    remedy = "Write it with report.py."
+    if not path.exists():
+        raise UserError(f"{path}: no such review queue. {remedy}")
+    with reading(path, "review queue", remedy), io.StringIO(read_text(path), newline="") as file:
+        delimiter = max(",;\t", key=file.readline().count)
+        file.seek(0)
+        rows = [row for row in csv.DictReader(file, delimiter=delimiter) if row.get("id")]
+    if not rows or "doubt" not in rows[0]:
+        raise UserError(f"{path}: no review queue (columns id, doubt, ...). {remedy}")
     return [row["id"] for row in rows]

@@ -73,7 +73,8 @@ def chosen_ids(source: DataSource, args: argparse.Namespace) -> list[str]:
         raise UserError(f"{args.review}: id '{repeated}' is listed twice. Remove one.")
     unknown = [image_id for image_id in ids if not source.has_image(image_id)]
     if unknown:
-        raise UserError(f"{args.review}: no image for id '{unknown[0]}' in {source.root}. Check --data_dir.")
+        advice = source.advice(unknown[0]) or ". Check --data_dir"
+        raise UserError(f"{args.review}: no image for id '{unknown[0]}' in {source.root}{advice}.")
     return ids[: args.first]
 
 

@@ -10,6 +10,7 @@ Either of these is read for the image ID:
 """
 
 import csv
+import io
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from tools.errors import FileError, UserError
-from tools.files import check_size, load_mask, reading
+from tools.files import check_size, load_mask, read_text, reading
 from tools.identity import contents
 from tools.proposals import load_proposals
 
@@ -65,8 +66,8 @@ def _read(root: Path, image_id: str, size: tuple[int, int]) -> np.ndarray | list
 def _read_pictures(folder: Path, size: tuple[int, int]) -> np.ndarray:
     """The masks that metadata.csv lists; `amg.py` writes it last, so they should all be there."""
     path = folder / "metadata.csv"
-    with reading(path, "list of masks", "Run amg.py again."), open(path, encoding="utf-8", newline="") as file:
-        names = [row["id"] for row in csv.DictReader(file)]
+    with reading(path, "list of masks", "Run amg.py again."):
+        names = [row["id"] for row in csv.DictReader(io.StringIO(read_text(path), newline=""))]
     masks = np.zeros((len(names), *size), dtype=bool)
     for mask, name in zip(masks, names, strict=True):
         picture = load_mask(folder / f"{name}.png")
