@@ -9,7 +9,8 @@
                   "DeepLabV3+=experiments/predictions/seg@val/masks" \\
         --review Refined --tags prior csrm seg
 
---summary takes the files `evaluate.py --output` wrote; the table has one row for each, in that order.
+--summary takes the files `evaluate.py --output` wrote; the table has one row for each, in that order. Scores of
+predictions that are gone, or have changed since, are left out.
 
 The sheet has one block per domain, one row per image: the photograph, its ground truth (unless no image has any), then
 the columns. A column is a folder of masks (ID.png) or of CAM files (ID.npz; shown as argmax[THRESHOLD; CAMs]). A title
@@ -64,6 +65,7 @@ from PIL import Image
 
 from datasets import build_source
 from datasets.base import DatasetInfo, DataSource, read_mask
+from tools import identity
 from tools.cam_files import cam_labels, load_cams, read_cams
 from tools.drawing import legend, overlay
 from tools.files import check_size, check_writable, save_json, save_png, save_text, upright_size
@@ -79,7 +81,7 @@ EMPTY = 226  # grey of a cell without a prediction
 def main(args: argparse.Namespace) -> None:
     """Print the table; write summary.json if there are stages and gallery.png if there are columns."""
     check_writable(args.output_dir)
-    stages = {name: load_scores(Path(file)) for name, file in map(_pair, args.summary)}
+    stages = read_stages(args.summary)
     columns = parse_columns(args.columns)
     reviewed = reviewed_column(columns, args.review)
     page = Page(
@@ -89,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
         runs=[read_run(tag) for tag in args.tags],
         commands=read_commands(args.output_dir / "commands.tsv"),
     )
-    if stages:
+    if args.summary:
         print(stage_table(stages))
         save_json(args.output_dir / "summary.json", {name: round(s["miou"], 2) for name, s in stages.items()})
         print(f"\nSummary: {args.output_dir / 'summary.json'}")
@@ -109,6 +111,31 @@ def _pair(text: str) -> tuple[str, str]:
     if not (name and equals and value):
         raise UserError(f"'{text}': not of the form NAME=PATH. Quote names that have spaces.")
     return name, value
+
+
+def read_stages(texts: Sequence[str]) -> dict[str, dict]:
+    """Read `STAGE=FILE`; prints which scores are left out, and why (UserError: a file that does not hold scores)."""
+    stages = {}
+    for name, file in map(_pair, texts):
+        score = load_scores(Path(file))
+        if fault := predictions_fault(score):
+            fault = f"its predictions, {score['pred_dir']}, {fault}"
+            print(f"{file}: {fault}. Left out; run its stage and evaluate.py again.")
+        else:
+            stages[name] = score
+    return stages
+
+
+def predictions_fault(score: Mapping) -> str:
+    """Why the predictions are not those that were scored; "" if they are, or if the scores do not say which."""
+    if "pred_dir" not in score:
+        return ""
+    folder = Path(score["pred_dir"])
+    if not folder.is_dir():
+        return "no longer exist"
+    now = identity.read_record(folder / "settings.json")
+    now = identity.digest(now) if "inputs" in now else now
+    return "have changed since" if score.get("made_by", now) != now else ""
 
 
 def stage_table(stages: dict[str, dict]) -> str:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import evaluate
 import report
 from datasets import build_source
 from datasets.base import DatasetInfo, voc_palette
+from tools import identity
 from tools.cam_files import save_cams
 from tools.errors import UserError
 from tools.files import save_json, save_mask
@@ -45,6 +49,12 @@ def scores_file(path, **changes):
         | changes,
     )
     return path
+
+
+def made_by(threshold):
+    """The identity of masks, as `claim_folder` keeps it."""
+    inputs = {"photographs": {"a": 1, "b": 2, "c": 3}}
+    return identity.describe("inference.py", {"threshold": threshold}, inputs=inputs)
 
 
 def run(data, output, *flags):
@@ -204,6 +214,40 @@ def test_cam_files_are_heat_maps_on_the_page(data, tmp_path):
     run(data, tmp_path / "out", "--columns", f"CAM={tmp_path / 'cams'}:0.4")
     page = (tmp_path / "out" / "report.html").read_text()
     assert re.findall(r'view-2" src="data:image/(\w+).*?alt="([^"]*)"', page) == [("jpeg", "CAM of a: cat 100 %")]
+
+
+def test_scores_of_predictions_that_are_gone_or_have_changed_are_left_out(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    files = {}
+    for name in ("kept", "gone", "anew", "record_gone", "foreign"):
+        squares(Path(name), a=16, b=12, c=4)
+        if name != "foreign":
+            save_json(Path(name, "settings.json"), made_by(0.3))
+        flags = ["--dataset", "folder", "--data_dir", data, "--pred_dir", name, "--output", f"{name}.json"]
+        evaluate.main(evaluate.make_parser().parse_args([*map(str, flags), "--num_workers", "0"]))
+        files[name] = f"{name}={name}.json"
+    scores_file(Path("by_hand.json"))
+    scores_file(Path("older.json"), pred_dir="kept")  # of a version that did not note what made them
+    expected = {name: round(json.loads(Path(f"{name}.json").read_text())["miou"], 2) for name in ("kept", "foreign")}
+    shutil.rmtree("gone")
+    save_json(Path("anew", "settings.json"), made_by(0.4))
+    Path("record_gone", "settings.json").unlink()
+    capsys.readouterr()
+    run(data, tmp_path / "out", "--summary", *files.values(), "by_hand=by_hand.json", "older=older.json")
+    assert json.loads(Path("out/summary.json").read_text()) == {**expected, "by_hand": 61.24, "older": 61.24}
+    printed = capsys.readouterr().out.splitlines()
+    rows = [line.split("|")[1].strip() for line in printed if line.startswith("|")][2:]
+    assert rows == ["kept", "foreign", "by_hand", "older"]
+    remedy = "Left out; run its stage and evaluate.py again."
+    assert [line for line in printed if "Left out" in line] == [
+        f"gone.json: its predictions, gone, no longer exist. {remedy}",
+        f"anew.json: its predictions, anew, have changed since. {remedy}",
+        f"record_gone.json: its predictions, record_gone, have changed since. {remedy}",
+    ]
+    page = Path("out/report.html").read_text()
+    assert "record_gone" not in page and "anew" not in page and "by_hand" in page
+    run(data, tmp_path / "out", "--summary", files["gone"])
+    assert json.loads(Path("out/summary.json").read_text()) == {}, "not the scores of the last time"
 
 
 def test_thinning_keeps_the_first_half_and_spreads_the_other():
