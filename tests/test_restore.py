@@ -16,6 +16,7 @@ from torch import nn
 
 from models import Backbone, build_model
 from models.config import BackboneConfig
+from models.hub import export_safetensors
 from models.restore import restore
 from tools.errors import UserError
 from tools.weights import load_weights
@@ -269,6 +270,21 @@ def test_outputs_go_to_the_class_of_their_name(tmp_path, ours):
             assert torch.equal(model.classifier.weight[index - 1], source.classifier.weight[there - 1])
     assert report.new_classes == report.missing == [] and not report.nameless
     assert ("outputs are matched by class; the file's are cat, dog, cow" in str(report)) == (ours != ANIMALS)
+
+
+def test_an_export_names_its_classes_in_its_config(tmp_path, capsys):
+    source, model, nameless = build("classifier", 0), build("classifier", 1), build("classifier", 1)
+    checkpoint = wrap_checkpoint(source.state_dict()) | {"config": source.config, "classes": list(ANIMALS), "args": {}}
+    export_safetensors(source, checkpoint, tmp_path)
+    report = restore(model, tmp_path / "model.safetensors", ("background", "cow", "cat", "dog"))
+    assert torch.equal(model.classifier.weight, source.classifier.weight[[2, 0, 1]])
+    assert same(model.backbone, source.backbone) and report.unused == [] and not report.nameless
+    assert "outputs are matched by class; the file's are cat, dog, cow" in capsys.readouterr().out
+    (tmp_path / "config.json").write_text('{"architectures": ["ResNet"], "num_classes": 3}')  # as others publish it
+    assert restore(nameless, tmp_path / "model.safetensors", ANIMALS).nameless and same(nameless, source)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json: not a readable JSON file"):
+        load_weights(tmp_path / "model.safetensors")
 
 
 def test_the_outputs_of_a_class_the_file_has_not_keep_their_initial_values(tmp_path, capsys):

@@ -17,7 +17,6 @@ uninterrupted one would have drawn.
 """
 
 import io
-import json
 import os
 import pickle
 import shutil
@@ -31,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from tools.errors import UserError
-from tools.files import atomic_write
+from tools.files import atomic_write, read_json
 from tools.identity import VERSION
 
 DAMAGE = (
@@ -76,7 +75,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         exported = Path(path).suffix == ".safetensors"
         _check_sums(path)
-        content = _read_export(Path(path)) if exported else torch.load(path, map_location="cpu", weights_only=True)
+        content = read_export(Path(path)) if exported else torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such checkpoint. Train it first, or pass another with --weights.") from error
     except DAMAGE as error:
@@ -96,11 +95,12 @@ def _check_sums(path: str | Path) -> None:
                 raise zipfile.BadZipFile(name)
 
 
-def _read_export(path: Path) -> dict[str, Any]:
+def read_export(path: Path) -> dict[str, Any]:
+    """What config.json beside a .safetensors file says, and the tensors as "model" (UserError: there is none)."""
     tensors, config = load_file(path), path.with_name("config.json")
     if not config.is_file():
         raise UserError(f"{config}: missing; it says which network {path.name} is. Copy it there too.")
-    return {**json.loads(config.read_text(encoding="utf-8")), "model": tensors}
+    return {**read_json(config, "Export the model again, or copy the file again."), "model": tensors}
 
 
 def check_classes(checkpoint: dict[str, Any], classes: tuple[str, ...], path: str | Path) -> None:

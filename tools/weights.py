@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from tools.checkpoint import read_export
 from tools.errors import UserError
 
 HARMLESS = (
@@ -69,12 +70,12 @@ _BLANKS = [_blank(name) for name in HARMLESS]
 
 
 def load_weights(path: str | Path) -> Weights:
-    """Read the weights in a .pth or .safetensors file.
+    """Read the weights in a .pth or .safetensors file; of our exports, config.json beside it names the classes.
 
     Raises:
         UserError: the file is missing, cannot be read, could run code, or holds no tensors.
     """
-    content = _read(path)
+    content = _read(Path(path))
     classes = content.get("classes") if isinstance(content, dict) else None
     if not (isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes)):
         classes = None
@@ -95,11 +96,11 @@ def common_prefix(names: Iterable[str], wanted: set[str]) -> str:
     return max(counts, key=lambda prefix: (counts[prefix], -len(prefix)), default="")
 
 
-def _read(path: str | Path) -> Any:
+def _read(path: Path) -> Any:
     unreadable = f"{path}: not a readable file of weights"
     try:
-        if Path(path).suffix == ".safetensors":
-            return load_file(path)
+        if path.suffix == ".safetensors":
+            return read_export(path) if path.with_name("config.json").is_file() else load_file(path)
         with torch.serialization.safe_globals(_BLANKS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
