@@ -23,7 +23,7 @@ FILES = ["model.safetensors", "config.json", "README.md"]
 
 def describe(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json holds: the network, its classes, how it was trained. No path of this machine is among it."""
-    known = ("image_size", "dataset", "tag")
+    known = ("image_size", "min_image_size", "teacher_labels", "dataset", "tag")  # prediction reads the first three
     return {
         "config": dict(checkpoint["config"]),
         "classes": list(checkpoint["classes"]),

@@ -8,10 +8,12 @@ import shutil
 import sys
 from pathlib import Path
 
+import command
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import SPLITS
 from PIL import Image
 
 from models import build_model, export, hub, load_model
@@ -28,7 +30,8 @@ def checkpoint_of(folder: Path, kind: str, architecture: str = "test_resnet") ->
     torch.manual_seed(0)
     width = {} if kind == "classifier" else {"decoder_channels": 8}
     model = build_model(kind, architecture=architecture, num_classes=3, **width)
-    args = {"image_size": 97, "dataset": "folder", "tag": "pets", "masks_dir": "/home/someone/masks"}
+    args = {"image_size": 97, "min_image_size": 33, "teacher_labels": "foreground", "dataset": "folder"}
+    args |= {"tag": "pets", "masks_dir": "/home/someone/masks"}
     content = {"config": model.config, "classes": CLASSES, "epoch": 3, "args": args, "model": model.state_dict()}
     if kind == "csrm":  # the student's weights must not be what is exported
         content |= {"teacher": model.state_dict(), "model": {k: v * 0 for k, v in model.state_dict().items()}}
@@ -160,6 +163,40 @@ def test_safetensors_are_a_checkpoint(tmp_path, kind):
     )
     assert checkpoint["classes"] == list(CLASSES) and checkpoint["args"]["image_size"] == 97
     assert "/home" not in (tmp_path / "out/config.json").read_text()
+
+
+PREDICT = {
+    "classifier": ["inference"],
+    "csrm": ["inference", "--save_masks", "--pseudos_from", "masks"],
+    "segmentation": ["train_segmentation", "--predict", "--save_confidence"],
+}
+PREDICT_FLAGS = ["--tag", "t", "--domain", "train", "--scales", 1, "--crf_t", 1, "--device", "cpu", "--num_workers", 0]
+
+
+@pytest.mark.parametrize("kind", PREDICT)
+def test_an_export_predicts_what_the_checkpoint_does(tmp_path, folder, folder_root, kind):
+    weights, made = checkpoint_of(tmp_path, kind), []
+    run(weights, tmp_path / "out", "--format", "safetensors")
+    for name, file in (("before", weights), ("after", tmp_path / "out/model.safetensors")):
+        folder(name)
+        script, *flags = PREDICT[kind]
+        command.run(script, *command.data_flags(folder_root), *PREDICT_FLAGS, *flags, "--weights", file)
+        files = (path for path in Path("experiments").rglob("*") if path.stem in SPLITS["train"])
+        made.append({path: path.read_bytes() for path in files})
+    assert made[0] == made[1] and len(made[0]) == len(SPLITS["train"]) * (3 if kind == "csrm" else 2)
+
+
+@pytest.mark.parametrize("kind", PREDICT)
+def test_an_export_of_an_earlier_version_is_refused_in_one_line(tmp_path, folder, folder_root, capsys, kind):
+    run(checkpoint_of(tmp_path, kind), tmp_path / "out", "--format", "safetensors")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    config["args"] = {name: config["args"][name] for name in ("image_size", "dataset", "tag")}
+    (tmp_path / "out/config.json").write_text(json.dumps(config))
+    folder("predict")
+    script, *flags = PREDICT[kind]
+    flags = [*command.data_flags(folder_root), *PREDICT_FLAGS, *flags, "--weights", tmp_path / "out/model.safetensors"]
+    line = command.refusal(capsys, script, *flags)
+    assert f"--weights {flags[-1]}: does not say --min_image_size of its training. Export it again." in line
 
 
 @pytest.mark.parametrize("damage, message", [("config.json", "config.json: missing"), ("model", "not a readable")])

@@ -243,7 +243,13 @@ def crf(args: argparse.Namespace) -> CRF:
 
 
 def views(args: argparse.Namespace, training: Mapping[str, Any]) -> Views:
-    """--scales and --hflip, for a model with these flags of its training."""
+    """--scales and --hflip, for a model with these flags of its training.
+
+    Raises:
+        UserError: they lack one; exports of earlier versions do.
+    """
+    if "min_image_size" not in training:
+        raise UserError(f"--weights {args.weights}: does not say --min_image_size of its training. Export it again.")
     return Views(scales=tuple(args.scales), hflip=args.hflip, long_side=long_side(training))
 
 
