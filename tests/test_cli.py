@@ -316,6 +316,15 @@ def test_a_tag_that_is_taken(capsys, folder_root):
     assert "made with train_classifier.py, not train_csrm.py" in line
 
 
+@pytest.mark.parametrize("script", ["train_classifier", "train_csrm", "train_segmentation", "inference"])
+def test_a_tag_that_names_the_checkpoint_before_the_last(capsys, script):
+    """Training `t.previous` would replace `experiments/models/t.previous.pth`, which is run t's."""
+    assert parse(script, "--tag", "t.previous.v2").tag == "t.previous.v2"
+    for tag in ("t.previous", ".previous"):
+        text = f"argument --tag: '{tag}' ends in .previous, as the checkpoint before the last does; choose another name"
+        assert text in refusal(capsys, script, "--tag", tag)
+
+
 def test_starting_from_weights_that_are_none(capsys, folder_root):
     flags = [*data_flags(folder_root), "--tag", "t", *TRAINING, *DECODER]
     assert "none.pth: no such file" in refusal(capsys, "train_csrm", *flags, "--restore", "none.pth")

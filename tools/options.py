@@ -140,10 +140,19 @@ def add_shared(group: argparse._ActionsContainer, *names: str) -> None:
         group.add_argument(f"--{name}", **SHARED[name])
 
 
+def tag(text: str) -> str:
+    """The type of --tag. Training TAG.previous would replace the checkpoint that `tools.checkpoint` keeps of TAG."""
+    if text.endswith(".previous"):
+        raise argparse.ArgumentTypeError(
+            f"'{text}' ends in .previous, as the checkpoint before the last does; choose another name"
+        )
+    return text
+
+
 def add_common(parser: cli.Parser) -> None:
     """--tag --seed --device --num_workers --overwrite."""
     group = parser.add_argument_group("run")
-    group.add_argument("--tag", required=True, help="name of this run; its files are called after it")
+    group.add_argument("--tag", type=tag, required=True, help="name of this run; its files are called after it")
     group.add_argument("--seed", type=cli.count, default=0, help="seed of all random numbers")
     add_shared(group, "device", "num_workers", "overwrite")
 
