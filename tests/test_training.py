@@ -187,6 +187,25 @@ def test_a_run_killed_within_an_epoch_ends_with_the_same_bytes(folder_root, fold
     assert logged
 
 
+def test_a_training_anew_replaces_the_log_and_a_resumed_one_goes_on_with_it(folder_root, folder):
+    folder("run")
+    flags = [*data_flags(folder_root), *CLASSIFIER]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        change_steps(patch, "train_classifier", kill_at(5))
+        run("train_classifier", *flags)
+    resumed_from = read_run("a").curves["loss"]
+    run("train_classifier", *flags)
+    whole = read_run("a")
+    assert [epoch for epoch, _ in whole.curves["loss"]] == [1, 2, 3] and whole.curves["loss"][:2] == resumed_from
+    anew = [*flags, "--max_epoch", 1, "--lr", 0.2, "--overwrite"]
+    run("train_classifier", *anew)
+    shorter = read_run("a")
+    assert [epoch for epoch, _ in shorter.curves["loss"]] == [1] and shorter.seconds < whole.seconds
+    folder("fresh")
+    run("train_classifier", *anew)
+    assert (shorter.curves, shorter.settings) == (read_run("a").curves, read_run("a").settings)
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "text"])
 def test_a_damaged_checkpoint_is_replaced_by_the_one_before(folder_root, folder, monkeypatch, capsys, damage):
     flags = [*data_flags(folder_root), *CLASSIFIER]

@@ -62,7 +62,7 @@ def read_logs(folder: Path) -> tuple[dict[str, list[tuple[float, float]]], float
     A resumed run replaces what it repeats.
     """
     spans, curves, settings = [], {}, {}
-    for path in sorted(folder.glob("events.out.tfevents.*")):
+    for path in log_files(folder):
         events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
         if (tag := f"{SETTINGS}/text_summary") in events.Tags()["tensors"]:
             settings = json.loads(events.Tensors(tag)[-1].tensor_proto.string_val[0])
@@ -73,6 +73,11 @@ def read_logs(folder: Path) -> tuple[dict[str, list[tuple[float, float]]], float
         for name, values in scalars.items():
             curves.setdefault(name, {}).update((value.step, value.value) for value in values)
     return {name: sorted(values.items()) for name, values in curves.items()}, sum(spans) if spans else None, settings
+
+
+def log_files(folder: Path) -> list[Path]:
+    """The event files of a log folder, one for each start of the training, the first one first."""
+    return sorted(folder.glob("events.out.tfevents.*"))
 
 
 def read_commands(path: Path) -> list[Command]:

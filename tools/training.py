@@ -20,6 +20,7 @@ import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from tools.checkpoint import check_classes, load_checkpoint, previous_path, save
 from tools.devices import autocast_dtype
 from tools.errors import UserError
 from tools.files import check_writable, locked
-from tools.history import SETTINGS
+from tools.history import SETTINGS, log_files
 from tools.optim import Update
 
 SECONDS_TO_END = 15
@@ -106,9 +107,7 @@ class Trainer:
             if first == self.run.max_epoch:
                 print(f"{self.path}: already trained; nothing to do. For another training choose another --tag.")
                 return
-            self.writer = SummaryWriter(logs, purge_step=first + 1) if parallel.is_main() else None
-            if self.writer:
-                self.writer.add_text(SETTINGS, json.dumps(self.run.flags))
+            self.writer = self._open_log(logs, first) if parallel.is_main() else None
             steps = self.run.max_epoch * self.steps_per_epoch
             self.bar = stack.enter_context(
                 parallel.progress((), desc="training", unit="step", total=steps, initial=done)
@@ -123,6 +122,15 @@ class Trainer:
             if self.writer:
                 self.writer.close()
         print(f"Model: {self.path}")
+
+    def _open_log(self, folder: Path, first: int) -> SummaryWriter:
+        """Start a file of the log. In the first epoch it deletes what is there: the log of a training before."""
+        if first == 0:
+            for path in log_files(folder):
+                path.unlink()
+        writer = SummaryWriter(folder, purge_step=first + 1)
+        writer.add_text(SETTINGS, json.dumps(self.run.flags))
+        return writer
 
     def _seed(self, epoch: int) -> None:
         seed_everything(self.run.seed, epoch + 1, parallel.rank(), self.batch)
