@@ -227,7 +227,30 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(folder_root, folder,
     for path in (CHECKPOINT, previous_path(CHECKPOINT)):
         path.write_bytes(b"")
     line = refusal(capsys, "train_classifier", *flags)
-    assert f"{previous_path(CHECKPOINT)}: not a readable checkpoint." in line
+    assert f"{CHECKPOINT}: not a readable checkpoint. Choose another --tag, or pass --overwrite to train anew." in line
+    run("train_classifier", *flags, "--overwrite")
+    assert f"{CHECKPOINT}: not a readable checkpoint. Training anew, as --overwrite says." in capsys.readouterr().out
+    assert CHECKPOINT.read_bytes() == expected
+
+
+def test_classes_in_another_order_are_another_run(folder_copy, folder, capsys):
+    """No image has two, so that all labels are written as before."""
+    (folder_copy / "labels.csv").write_text("id,labels\na,cat\nb,cat\nc,dog\nd,\n")
+    folder("run")
+    flags = [*data_flags(folder_copy), *CLASSIFIER, "--max_epoch", 1]
+    run("train_classifier", *flags)
+    first = CHECKPOINT.read_bytes()
+    (folder_copy / "classes.txt").write_text("background\ndog\ncat\n")
+    fault = f"{CHECKPOINT}: made with the classes [cat, dog], not [dog, cat]."
+    line = refusal(capsys, "train_classifier", *flags)
+    assert f"{fault} Choose another --tag, or pass --overwrite to train anew." in line
+    assert CHECKPOINT.read_bytes() == first
+    run("train_classifier", *flags, "--overwrite")
+    assert f"{fault} Training anew, as --overwrite says." in capsys.readouterr().out
+    anew = CHECKPOINT.read_bytes()
+    folder("fresh")
+    run("train_classifier", *flags)
+    assert CHECKPOINT.read_bytes() == anew != first
 
 
 def test_two_runs_of_one_name(folder_root, folder, monkeypatch, capsys):

@@ -30,7 +30,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from tools import distributed, identity, options, parallel
-from tools.checkpoint import check_classes, load_checkpoint, previous_path, save_checkpoint
+from tools.checkpoint import load_checkpoint, previous_path, save_checkpoint
 from tools.devices import autocast_dtype
 from tools.errors import UserError
 from tools.files import check_writable, locked
@@ -265,14 +265,12 @@ class Trainer:
     def _resume(self) -> int:
         if not self.path.exists():
             return 0
-        checkpoint = self._load()
-        other = identity.difference(checkpoint.get("identity", {}), identity.digest(self.run.made_by))
-        if other and self.run.overwrite:
-            print(f"{self.path}: made with {other}. Training anew, as --overwrite says.")
+        checkpoint, fault = self._examine()
+        if fault and self.run.overwrite:
+            print(f"{self.path}: {fault}. Training anew, as --overwrite says.")
             return 0
-        if other:
-            raise UserError(f"{self.path}: made with {other}. Choose another --tag, or pass --overwrite to train anew.")
-        check_classes(checkpoint, self.classes, self.path)
+        if fault:
+            raise UserError(f"{self.path}: {fault}. Choose another --tag, or pass --overwrite to train anew.")
         if checkpoint["epoch"] == self.run.max_epoch:
             return self.run.max_epoch
         self.model.load_state_dict(checkpoint["model"])
@@ -285,6 +283,18 @@ class Trainer:
         print(f"{self.path}: continuing after epoch {checkpoint['epoch']} of {self.run.max_epoch}{within}.")
         return checkpoint["epoch"]
 
+    def _examine(self) -> tuple[dict[str, Any], str]:
+        """The checkpoint, {} if it cannot be read; and why this run cannot go on from it, "" if it can."""
+        try:
+            checkpoint = self._load()
+        except UserError:
+            return {}, "not a readable checkpoint"
+        other = identity.difference(checkpoint.get("identity", {}), identity.digest(self.run.made_by))
+        theirs, ours = [*checkpoint["classes"]], [*self.classes]
+        if not other and theirs != ours:  # the identity has each image's classes by name, not the order of all
+            other = f"the classes [{', '.join(theirs[1:])}], not [{', '.join(ours[1:])}]"
+        return checkpoint, f"made with {other}" if other else ""
+
     def _load(self) -> dict[str, Any]:
         previous = previous_path(self.path)
         try:
@@ -292,8 +302,9 @@ class Trainer:
         except UserError:
             if not previous.exists():
                 raise
+        checkpoint = load_checkpoint(previous)
         print(f"Warning: {self.path} is damaged; going on from the one before it, {previous}.")
-        return load_checkpoint(previous)
+        return checkpoint
 
 
 class Clock:
