@@ -147,6 +147,23 @@ def test_each_part_keeps_its_own_lines_of_the_list(tmp_path):
     assert part(0, False, "acd") == {}
 
 
+@pytest.mark.parametrize("content", ["", "{"])
+def test_a_damaged_list_is_named_and_all_images_are_done(project, capsys, content):
+    """A power cut leaves it empty."""
+    command = ["refine_sam", "--tag", "t", *data_flags(project), "--domain", "train", *COMMANDS["refine_sam"]]
+    run(*command)
+    whole, path = products(), OUTPUT / "left-out-refine_sam.json"
+    shutil.rmtree(OUTPUT)
+    OUTPUT.mkdir()
+    path.write_text(content)
+    line = refusal(capsys, *command)
+    assert f"{path}: not a readable JSON file" in line and "Delete it, and run the same command again." in line
+    assert products() == whole
+    path.unlink()
+    run(*command)
+    assert not path.exists() and products() == whole
+
+
 def wait_for_the_other(rank: int, port: int, folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}

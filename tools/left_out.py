@@ -7,7 +7,6 @@ left_out.finish(ids)  # raises Incomplete: exit code 3
 """
 
 import functools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from tools import distributed, parallel
 from tools.errors import FileError, Incomplete
-from tools.files import check_writable, locked, save_json
+from tools.files import check_writable, locked, read_json, save_json
 
 Job = str | Sequence[str]
 """The id of an image, or the ids of images that are processed together."""
@@ -55,11 +54,13 @@ class LeftOut:
 
         Raises:
             Incomplete: images are left out.
+            UserError: the list is there and damaged.
         """
         mine = parallel.share(ids, shard=shard, announced=False)
         with locked(check_writable(self.path.parent)):
             others = set(ids) - set(mine)
-            before = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+            remedy = "Delete it, and run the same command again."
+            before = read_json(self.path, remedy) if self.path.exists() else {}
             if listed := {i: why for i, why in before.items() if i in others} | self.reasons:
                 save_json(self.path, listed)
             else:
