@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tools.cam import enlarged_argmax, multi_scale_cams, multi_scale_logits, scaled_views, working_photograph
-from tools.cam_files import cam_labels, load_cams, save_cams
-from tools.errors import UserError
+from tools.cam_files import cam_labels, load_cams, read_cams, save_cams
+from tools.errors import FileError, UserError
 from tools.options import Views
 
 SIZES = [(33, 48), (37, 29), (1, 17)]
@@ -222,3 +222,67 @@ def test_damaged_files_are_answered_in_one_line(tmp_path, suffix):
 def test_a_missing_file_names_the_remedy(tmp_path):
     with pytest.raises(UserError, match="no such CAM file. Run inference.py again"):
         load_cams(tmp_path / "a.npz")
+
+
+HR_CAM = np.array([[[0, 0.25, 1], [0.5, 1, 0]], [[1, 0, 0.125], [0, 1, 0.5]]])  # of classes 1 and 2, 3x2 pixels
+
+
+def write_cams(path, keys, hr_cam):
+    """A CAM file as somebody else might write it: nothing is converted."""
+    content = {"keys": np.asarray(keys), "cam": np.zeros(1), "hr_cam": np.asarray(hr_cam)}
+    np.savez(path, **content) if path.suffix == ".npz" else np.save(path, content)
+
+
+@pytest.mark.parametrize("suffix", ["npz", "npy"])
+@pytest.mark.parametrize("keys", [np.int64, np.int32, np.uint8])
+@pytest.mark.parametrize("values", [np.float16, np.float32, np.float64, np.uint8, bool])
+def test_cams_of_others_may_have_any_type_of_numbers(tmp_path, suffix, keys, values):
+    write_cams(tmp_path / f"a.{suffix}", np.array([0, 1, 2], keys), HR_CAM.astype(values))
+    read_keys, read = read_cams(tmp_path / f"a.{suffix}", (2, 3), num_classes=3)
+    assert read_keys.tolist() == [0, 1, 2]
+    np.testing.assert_array_equal(read, HR_CAM.astype(values))
+
+
+@pytest.mark.parametrize(
+    "keys, hr_cam, message",
+    [
+        ([0, 1], HR_CAM[0], r"keys int64 [2], hr_cam float64 [2, 3]"),
+        ([0, 1, 2], HR_CAM[:, None], r"hr_cam float64 [2, 1, 2, 3]"),
+        (1, HR_CAM, r"keys int64 []"),
+        ([[0, 1, 2]], HR_CAM, r"keys int64 [1, 3]"),
+        ([0.0, 1.0, 2.0], HR_CAM, r"keys float64 [3]"),
+        (["background", "cat", "dog"], HR_CAM, r"keys <U10 [3]"),
+        ([0, 1, 2], HR_CAM.astype(str), r"hr_cam <U32 [2, 2, 3]"),
+        ([0, 1, 2], HR_CAM * 1j, r"hr_cam complex128 [2, 2, 3]"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["npz", "npy"])
+def test_cams_of_others_of_another_form_are_named(tmp_path, suffix, keys, hr_cam, message):
+    write_cams(tmp_path / f"a.{suffix}", keys, hr_cam)
+    with pytest.raises(FileError) as error:
+        read_cams(tmp_path / f"a.{suffix}", (2, 3), num_classes=3)
+    text = str(error.value)
+    assert text.startswith(f"{tmp_path}/a.{suffix}: ") and message in text and "\n" not in text
+    assert text.endswith("expected whole numbers [n+1] and numbers [n, H, W]. Make it as docs/seeds.md says.")
+
+
+@pytest.mark.parametrize(
+    "hr_cam, message",
+    [
+        ((255 * HR_CAM).astype(np.uint8), "from 0 to 255"),
+        (1.02 * HR_CAM, "from 0 to 1.02"),
+        (8 * HR_CAM - 4, "from -4 to 4"),
+        (HR_CAM - 0.02, "from -0.02 to 0.98"),
+    ],
+)
+def test_cams_that_are_not_normalised_are_named(tmp_path, hr_cam, message):
+    write_cams(tmp_path / "a.npz", [0, 1, 2], hr_cam)
+    with pytest.raises(FileError) as error:
+        read_cams(tmp_path / "a.npz", (2, 3), num_classes=3)
+    remedy = "Set what is below 0 to 0, and divide each CAM by its maximum."
+    assert str(error.value) == f"{tmp_path}/a.npz: values {message}; expected 0 to 1. {remedy}"
+
+
+def test_what_rounding_adds_to_cams_is_no_fault(tmp_path):
+    write_cams(tmp_path / "a.npz", [0, 1, 2], 1.012 * HR_CAM - 0.005)
+    assert read_cams(tmp_path / "a.npz", (2, 3), num_classes=3)[1].max() == pytest.approx(1.007)

@@ -192,7 +192,10 @@ def test_wrong_size_and_foreign_class_are_named(data, masks):
 
 @pytest.mark.parametrize(
     "keys, value, message",
-    [([0, 1], 0.5, "for 2 CAMs"), ([0, 1, 4], 0.5, "one class from 1 to 3"), ([0, 1, 2], np.nan, "not finite")],
+    [
+        *[([0, 1], 0.5, "for 2 CAMs"), ([0, 1, 4], 0.5, "one class from 1 to 3"), ([0, 1, 2], np.nan, "not finite")],
+        *[([0, 1, 2], np.inf, "not finite"), ([0, 1, 2], -np.inf, "not finite"), ([0, 1, 2], 255, "from 0 to 255")],
+    ],
 )
 def test_faulty_cam_files_are_named(data, cams, keys, value, message):
     hr_cam = np.full((2, *read(data / "masks" / "a.png").shape), value, np.float32)

@@ -57,9 +57,15 @@ def read_cams(path: Path, size: tuple[int, int], num_classes: int) -> tuple[np.n
     """Keys int64 [n+1] and full-size CAMs float [n, H, W] of the CAM file of an image of `size`.
 
     Raises:
-        UserError: the file cannot be read, the size differs, keys are not [0, classes...], or values are not finite.
+        UserError: the file cannot be read, its arrays have another form, the size differs, keys are not
+            [0, classes...], or values are not finite or far from [0, 1].
     """
     keys, _, cams = load_cams(path)
+    if (keys.ndim, cams.ndim) != (1, 3) or keys.dtype.kind not in "iu" or cams.dtype.kind not in "biuf":
+        raise FileError(
+            f"{path}: keys {keys.dtype} {[*keys.shape]}, hr_cam {cams.dtype} {[*cams.shape]}; expected whole numbers "
+            "[n+1] and numbers [n, H, W]. Make it as docs/seeds.md says."
+        )
     check_size(path, cams.shape[1:], size)
     foreground = keys[1:]
     in_range = np.all((foreground > 0) & (foreground < num_classes))
@@ -68,9 +74,21 @@ def read_cams(path: Path, size: tuple[int, int], num_classes: int) -> tuple[np.n
             f"{path}: keys {keys.tolist()} for {len(cams)} CAMs; expected 0 and one class from 1 to {num_classes - 1} "
             "per CAM. Check that --dataset is the one that was predicted."
         )
-    if not np.isfinite(cams).all():
-        raise FileError(f"{path}: the CAMs hold values that are not finite. Delete it and make it again.")
+    _check_values(path, cams)
     return keys, cams
+
+
+def _check_values(path: Path, cams: np.ndarray) -> None:
+    """Refuse CAMs that are not in [0, 1], but for what rounding may add: no threshold would fit them."""
+    values = cams.astype(np.float32, copy=False)  # NumPy is slow with half precision
+    low, high = values.min(initial=0), values.max(initial=0)
+    if not np.isfinite(high - low):
+        raise FileError(f"{path}: the CAMs hold values that are not finite. Delete it and make it again.")
+    if low < -0.01 or high > 1.01:
+        raise FileError(
+            f"{path}: values from {low:g} to {high:g}; expected 0 to 1. Set what is below 0 to 0, and divide each CAM "
+            "by its maximum."
+        )
 
 
 class _ArraysOnly(pickle.Unpickler):
