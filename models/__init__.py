@@ -21,7 +21,7 @@ from models.classifier import Classifier
 from models.config import CSRMConfig, DecoderConfig, NetworkConfig
 from models.csrm import CSRM
 from models.deeplab import DeepLabV3Plus
-from tools.checkpoint import load_checkpoint
+from tools.checkpoint import load_checkpoint, warn_unfinished
 from tools.errors import UserError
 
 KINDS: dict[str, tuple[type[nn.Module], type[NetworkConfig]]] = {
@@ -77,8 +77,7 @@ def load_model(path: str | Path, device: torch.device, kinds: Sequence[str]) -> 
         raise UserError(
             f"{path}: its weights do not fit its architecture. The file is damaged; train again."
         ) from error
-    if (epoch := checkpoint["epoch"]) < (last := checkpoint.get("max_epoch", epoch)):
-        print(f"Warning: {path}: after epoch {epoch} of {last}. Its training has stopped, or is going on.")
+    warn_unfinished(path, checkpoint)
     return model.to(device).eval(), checkpoint
 
 

@@ -334,6 +334,8 @@ def test_an_unfinished_model_is_named(data, capsys):
     infer(data, "--tag", "o", "--weights", "unfinished.pth")
     text = "Warning: unfinished.pth: after epoch 1 of 3. Its training has stopped, or is going on."
     assert text in capsys.readouterr().out.splitlines()
+    run("train_csrm", *data_flags(data), "--tag", "c", *TRAIN["train_csrm"], "--restore", "unfinished.pth")
+    assert text in capsys.readouterr().out.splitlines()
 
 
 def test_a_photograph_called_settings(data, capsys):

@@ -103,6 +103,13 @@ def read_export(path: Path) -> dict[str, Any]:
     return {**read_json(config, "Export the model again, or copy the file again."), "model": tensors}
 
 
+def warn_unfinished(path: str | Path, checkpoint: dict[str, Any]) -> None:
+    """Print a line if the training of a checkpoint has not reached its last epoch."""
+    epoch, last = (checkpoint.get(key) for key in ("epoch", "max_epoch"))
+    if isinstance(epoch, int) and isinstance(last, int) and epoch < last:
+        print(f"Warning: {path}: after epoch {epoch} of {last}. Its training has stopped, or is going on.")
+
+
 def check_classes(checkpoint: dict[str, Any], classes: tuple[str, ...], path: str | Path) -> None:
     """Refuse a model trained on other classes than the dataset's (UserError: the class names differ)."""
     if tuple(checkpoint["classes"]) != tuple(classes):

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from tools.checkpoint import read_export
+from tools.checkpoint import read_export, warn_unfinished
 from tools.errors import UserError
 
 HARMLESS = (
@@ -76,6 +76,8 @@ def load_weights(path: str | Path) -> Weights:
         UserError: the file is missing, cannot be read, could run code, or holds no tensors.
     """
     content = _read(Path(path))
+    if isinstance(content, dict):
+        warn_unfinished(path, content)
     classes = content.get("classes") if isinstance(content, dict) else None
     if not (isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes)):
         classes = None
