@@ -20,6 +20,7 @@ import csv
 import functools
 import io
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -98,11 +99,15 @@ class FolderSource(DataSource):
                 f"{root / 'images'}: holds folders called {' and '.join(parts)}, which are no classes. Make one folder "
                 "per class in images/, or in images/train/ and images/val/; move masks to masks/."
             )
-        inside = {"".join(image_id.split("/")[self._class_depth + 1 : -1][:1]) for image_id in ids} - {""}
-        if len(classes) == 1 and len(inside) > 1:
+        inside: dict[str, set[str]] = defaultdict(set)
+        for image_id in ids:
+            folder, *inner = image_id.split("/")[self._class_depth : -1]
+            inside[folder].add(inner[0] if inner else "")
+        if (outer := _around_classes(inside)) is not None:
             raise UserError(
-                f"{root / 'images'}: its only folder, {min(classes)}, holds others, such as {min(inside)}. The folders "
-                "directly in images/ are the classes: move these up, or write a classes.txt."
+                f"{root / 'images'}: its folder {outer} holds others, such as {min(inside[outer] - {''})}, "
+                "and the outer folders would be the classes. Move the inner ones up; or call the outer ones train, val "
+                "and test, if they are splits; or write a classes.txt."
             )
         return sorted(name for name in classes if not is_background(name))
 
@@ -182,6 +187,19 @@ def split_folders(ids: Iterable[str], *, has_table: bool) -> list[str]:
         return []
     is_split = has_table or len(tops) > 1 or all(image_id.count("/") > 1 for image_id in ids)
     return sorted(tops) if is_split else []
+
+
+def _around_classes(inside: dict[str, set[str]]) -> str | None:
+    """The first folder that is rather around the folders of classes than of a class; None if there is none.
+
+    Args:
+        inside: names of the folders directly in each folder, and "" if photographs are.
+    """
+    of_folders = [name for name in sorted(inside) if "" not in inside[name]]
+    shared = set.intersection(*inside.values()) - {""}
+    if len(shared) > 1 and (len(inside) == 1 or len(of_folders) == len(inside)):
+        return min(inside)
+    return next((name for name in of_folders if name.casefold() in SPLIT_FOLDERS), None)
 
 
 def _find_label_table(root: Path) -> Path | None:

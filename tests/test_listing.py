@@ -187,13 +187,58 @@ def test_folders_half_of_splits_are_refused(tmp_path, names):
 
 def test_a_folder_around_the_classes_is_no_class(tmp_path):
     root = photographs(tmp_path, "animals/cat/a.jpg", "animals/dog/b.jpg")
-    message = r"images: its only folder, animals, holds others, such as cat\. The folders directly in"
-    with pytest.raises(UserError, match=message):
-        build_source("folder", root)
+    message = "images: its folder animals holds others, such as cat, and the outer folders would be the classes"
+    for beside in ((), ("animals/stray.jpg",)):
+        with pytest.raises(UserError, match=message):
+            build_source("folder", photographs(root, *beside))
     assert labels(photographs(tmp_path / "one", "cat/a.jpg", "cat/2024/b.jpg")) == {
         "cat/a": ["cat"],
         "cat/2024/b": ["cat"],
     }
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner"),
+    [
+        (("test_set", "training_set"), ("cats", "dogs")),
+        (("dev", "train"), ("cat", "dog")),
+        (("train2017", "val2017"), ("background", "cat")),
+        (("color", "grayscale", "segmented"), ("apple", "grape", "peach")),
+    ],
+)
+def test_folders_of_parts_around_the_classes_are_no_classes(tmp_path, capsys, outer, inner):
+    root = photographs(tmp_path, *(f"{part}/{kind}/{kind}.jpg" for part in outer for kind in inner))
+    photographs(root, f"{outer[-1]}/other/a.jpg", f"{outer[-1]}/{inner[0]}/deep/er.jpg")
+    line = refusal(capsys, "datasets.verify", *data_flags(root), "--output_dir", tmp_path / "report")
+    assert f"images: its folder {outer[0]} holds others, such as {inner[0]}, and the outer folders would be" in line
+    assert "call the outer ones train, val and test, if they are splits; or write a classes.txt." in line
+    (root / "classes.txt").write_text("\n".join(["background", *outer]))
+    assert labels(root)[f"{outer[0]}/{inner[0]}/{inner[0]}"] == [outer[0]]  # said to be the classes
+
+
+def test_a_folder_called_train_with_folders_only_is_no_class(tmp_path):
+    root = photographs(tmp_path, "Train/cat/a.jpg", "Train/dog/b.jpg", "unlabelled/c.jpg")
+    with pytest.raises(UserError, match=r"images: its folder Train holds others, such as cat, and the outer"):
+        build_source("folder", root)
+    assert labels(photographs(tmp_path / "cars", "Train/a.jpg", "Train/2024/b.jpg", "boat/2024/c.jpg")) == {
+        "Train/a": ["Train"],
+        "Train/2024/b": ["Train"],
+        "boat/2024/c": ["boat"],
+    }
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("robin/2021/a.jpg", "jay/2021/b.jpg"),
+        ("robin/2021/a.jpg", "robin/2022/b.jpg", "jay/2022/c.jpg", "jay/2023/d.jpg"),
+        ("robin/2021/a.jpg", "robin/2022/b.jpg", "jay/2021/c.jpg", "jay/2022/d.jpg", "jay/e.jpg"),
+        ("train/robin/2021/a.jpg", "train/jay/2021/b.jpg", "val/robin/2021/c.jpg", "val/jay/2022/d.jpg"),
+    ],
+)
+def test_classes_may_hold_folders_of_sessions(tmp_path, names):
+    root = photographs(tmp_path, *names)
+    assert build_source("folder", root).info.classes == ("background", "jay", "robin")
 
 
 # What is found, and what is passed over
