@@ -21,7 +21,7 @@ import functools
 import io
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from datasets.base import DatasetInfo, DataSource
@@ -46,6 +46,8 @@ DELIMITERS = ",;\t"  # Excel writes its lists with semicolons where the comma is
 TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".xls", ".xlsx", ".ods")
 SPLIT_FOLDERS = ("train", "training", "val", "valid", "validation", "test", "testing")
 MASK_FOLDERS = ("mask", "masks", "labels", "annotations", "gt", "groundtruth", "segmentationclass")
+LIST_FOLDERS = ("splits", "split", "lists", "imagesets")
+LIST_SUFFIXES = (".txt", ".csv")
 OTHER_FOLDERS = {*SPLIT_FOLDERS, *MASK_FOLDERS, "image", "images", "img", "imgs", "photos", "jpegimages"}
 COCO14_PARTS = ("train2014", "val2014")
 """Where COCO 2014 keeps its photographs; otherwise it is in the layout `folder`."""
@@ -222,11 +224,23 @@ def _find_masks(root: Path) -> list[Path]:
     return []
 
 
+def _folders_of(root: Path, names: Container[str], pattern: str) -> list[Path]:
+    """The folders in `root` with one of `names`, in small or capital letters, and a file of that pattern below them."""
+    folders = (path for path in sorted(root.iterdir()) if path.name.casefold() in names and path.is_dir())
+    return [folder for folder in folders if any(folder.rglob(pattern))]
+
+
 def _find_splits(root: Path) -> dict[str, Path]:
+    """The lists of ids by domain, or none (UserError: lists in another place)."""
     splits = index_splits(root / "splits")
-    beside = [path for path in sorted(root.glob("*.txt")) if path.stem.casefold() in SPLIT_FOLDERS]
-    if beside and not splits:
-        raise UserError(f"{beside[0]}: lists of ids are read from splits/. Move it there.")
+    beside = [path for path in sorted(root.glob("*.*")) if path.suffix.lower() in LIST_SUFFIXES]
+    others = [path for path in beside if path.stem.casefold() in SPLIT_FOLDERS]
+    others += _folders_of(root, LIST_FOLDERS, "[!.]*.[tT][xX][tT]")
+    if others and not splits:
+        raise UserError(
+            f"{others[0]}: lists of ids are read from splits/. Move the lists there, as .txt with one id per line (or "
+            "remove it, if it holds none)."
+        )
     return splits
 
 

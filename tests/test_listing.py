@@ -374,8 +374,42 @@ def test_lists_in_files_of_other_kinds_are_refused(tmp_path):
 def test_lists_beside_the_folder_of_lists_are_refused(tmp_path):
     root = dataset(tmp_path, "a.jpg", labels="id,labels\na,cat\n")
     (root / "val.txt").write_text("a")
-    with pytest.raises(UserError, match=r"val\.txt: lists of ids are read from splits/\. Move it there"):
+    with pytest.raises(UserError, match=r"val\.txt: lists of ids are read from splits/\. Move the lists there"):
         build_source("folder", root)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("Splits/train.txt", "Splits"),
+        ("split/val.TXT", "split"),
+        ("lists/mine/test.txt", "lists"),
+        ("ImageSets/Segmentation/val.txt", "ImageSets"),
+        ("val.csv", "val.csv"),
+        ("Test.CSV", "Test.CSV"),
+    ],
+)
+def test_lists_in_another_place_are_not_passed_over(tmp_path, name, place):
+    """Without them, the only domain would be all photographs, those of val too."""
+    root = dataset(tmp_path, "a.jpg", "b.jpg", labels="id,labels\na,cat\nb,dog\n")
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_text("a\n")
+    with pytest.raises(
+        UserError, match=rf"{place}: lists of ids are read from splits/\. Move the lists there, as \.txt"
+    ):
+        build_source("folder", root)
+    (root / "splits").mkdir()
+    (root / "splits" / "train.txt").write_text("b\n")
+    source = build_source("folder", root)
+    assert source.domains() == ["train"] and source.ids("train") == ["b"]
+
+
+def test_other_files_beside_the_photographs_are_no_lists(tmp_path):
+    root = dataset(tmp_path, "a.jpg", labels="id,labels\na,cat\n")
+    (root / "lists").mkdir()
+    for name in ("lists/todo.odt", "lists/._a.txt", "README.txt", "prices.csv", "train", "train.pdf"):
+        (root / name).touch()
+    assert build_source("folder", root).domains() == ["train"]
 
 
 @pytest.mark.parametrize(
