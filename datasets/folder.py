@@ -218,9 +218,8 @@ def _find_masks(root: Path) -> list[Path]:
     """The folder of masks, or none (UserError: a folder of PNG files with another name that means masks)."""
     if (root / "masks").is_dir():
         return [root / "masks"]
-    for folder in sorted(root.iterdir()):
-        if folder.name.casefold() in MASK_FOLDERS and folder.is_dir() and any(folder.glob("*.[pP][nN][gG]")):
-            raise UserError(f"{folder}: masks are read from masks/. Rename it (or remove it, if it holds no masks).")
+    for folder in _folders_of(root, MASK_FOLDERS, "[!.]*.[pP][nN][gG]"):
+        raise UserError(f"{folder}: masks are read from masks/. Rename it (or remove it, if it holds no masks).")
     return []
 
 

@@ -169,6 +169,13 @@ def test_masks_in_another_folder_are_not_passed_over(folder_copy, name):
     for path in (folder_copy / name).iterdir():
         path.rename(path.with_suffix(".txt"))  # boxes of YOLO, or the like
     assert not build_source("folder", folder_copy).has_mask("a")
+    deep = folder_copy / name / "cat" / "2024"
+    deep.mkdir(parents=True)
+    (deep / "._a.png").touch()
+    assert not build_source("folder", folder_copy).has_mask("a")
+    (deep / "a.PNG").touch()
+    with pytest.raises(UserError, match=rf"{name}: masks are read from masks/\. Rename it"):
+        build_source("folder", folder_copy)
 
 
 def test_a_class_may_be_called_train(tmp_path):
