@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from datasets.base import voc_palette
 from tools.errors import UserError
-from tools.files import load_image, load_mask, mask_colours, orientation, upright_size
+from tools.files import file_orientation, load_image, load_mask, mask_colours, orientation, upright_size
 
 NOISE = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 INDICES = np.random.default_rng(1).integers(0, 3, (9, 13), dtype=np.uint8)
@@ -219,10 +219,36 @@ def test_a_preview_in_a_tiff_and_the_other_pictures_of_a_phone_do_not_count(tmp_
         file.write(NOISE, photometric="rgb")
         file.write(NOISE[::2, ::2].copy(), photometric="rgb", subfiletype=1)
     np.testing.assert_array_equal(load_image(tmp_path / "a.tif"), NOISE)
+    assert upright_size(tmp_path / "a.tif") == (20, 30)
     smooth().save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[smooth((40, 30))], quality=90)
     with Image.open(tmp_path / "a.jpg") as image:
         assert image.format == "MPO" and image.n_frames == 2
     np.testing.assert_array_equal(load_image(tmp_path / "a.jpg"), read(tmp_path, jpeg(smooth())))
+
+
+@pytest.mark.parametrize("value", [1, 3, 6])
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_previews_may_come_before_the_photograph(tmp_path, compression, value):
+    path, tags = tmp_path / "a.tif", [(0x0112, "H", 1, value, False)]
+    with tifffile.TiffWriter(path) as file:
+        for picture, kind in ((NOISE[::2, ::2], 1), (NOISE[::4, ::4], 3), (NOISE, 2)):  # 2: a page of several
+            options = {"photometric": "rgb", "compression": compression, "subfiletype": kind}
+            file.write(picture.copy(), **options, extratags=[] if kind & 1 else tags)
+    upright = np.rot90(NOISE, {1: 0, 3: 2, 6: -1}[value])
+    np.testing.assert_array_equal(load_image(path), upright)
+    assert upright_size(path) == upright.shape[:2] and file_orientation(path) == value
+
+
+def test_a_tiff_of_previews_only_is_refused(tmp_path):
+    path = tmp_path / "a.tif"
+    with tifffile.TiffWriter(path) as file:
+        file.write(NOISE, photometric="rgb", subfiletype=1)
+    np.testing.assert_array_equal(load_image(path), NOISE)  # a single picture leaves no choice
+    with tifffile.TiffWriter(path) as file:
+        for step in (1, 2):
+            file.write(NOISE[::step, ::step].copy(), photometric="rgb", subfiletype=1)
+    for load in (load_image, upright_size, file_orientation):
+        assert "a.tif: holds 2 previews and no photograph. Replace it by the photograph." in refused(path, load)
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif", "gif", "bmp"])

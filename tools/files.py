@@ -198,7 +198,7 @@ def load_image(path: str | os.PathLike) -> np.ndarray:
     with reading(path, "image"):
         data = Path(path).read_bytes()
         image = _open(io.BytesIO(data))
-        _check_single(path, image)
+        _seek_picture(path, image)
         pixels = None
         if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
             pixels = _decode_jpeg(data, "progressive" in image.info)
@@ -231,10 +231,11 @@ def upright_size(path: str | os.PathLike) -> tuple[int, int]:
     """(height, width) of a photograph as `load_image` returns it, from the file's header only (TIFF: by decoding it).
 
     Raises:
-        UserError: the file is missing, or is no image.
+        UserError: the file is missing, is no image, or holds several pictures.
     """
     with reading(path, "image"), open(path, "rb") as file:
         image = _open(file)
+        _seek_picture(path, image)
         if image.format == "TIFF":  # before decoding, some versions of Pillow give the size of the unturned image
             image.load()
         width, height = image.size
@@ -242,9 +243,11 @@ def upright_size(path: str | os.PathLike) -> tuple[int, int]:
 
 
 def file_orientation(path: str | os.PathLike) -> int:
-    """`orientation` of a photograph's file (UserError: the file is missing, or is no image)."""
+    """`orientation` of a photograph's file (UserError: see `upright_size`)."""
     with reading(path, "image"), open(path, "rb") as file:
-        return orientation(_open(file))
+        image = _open(file)
+        _seek_picture(path, image)
+        return orientation(image)
 
 
 def _open(file: BinaryIO) -> Image.Image:
@@ -288,20 +291,24 @@ def reading(path: str | os.PathLike, what: str, remedy: str = "") -> Iterator[No
         raise FileError(f"{path}: not a readable {what} ({reason}). {remedy or 'Replace or remove it.'}") from error
 
 
-def _check_single(path: str | os.PathLike, image: Image.Image) -> None:
-    """Refuse animations and stacks, as nobody says which of their pictures to read.
+def _seek_picture(path: str | os.PathLike, image: Image.Image) -> None:
+    """Go to the picture of a file that is meant.
 
-    Of several pictures in a file, the photograph is the first in MPO (others are depth, gain or another eye), and the
-    one in TIFF that is not marked as a preview (tag 254).
+    In MPO it is the first (others are depth, gain or another eye), in TIFF the one not marked as a preview (tag 254).
+
+    Raises:
+        FileError: an animation or a stack, as nobody says which of its pictures to read; or several previews only.
     """
     count = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     if image.format == "TIFF" and count > 1:
         pages = []
         for page in range(count):
             image.seek(page)
-            pages.append(image.tag_v2.get(254, 0) & 1)
-        image.seek(0)
-        count = pages.count(0)
+            pages += [page] * (not image.tag_v2.get(254, 0) & 1)
+        if not pages:
+            raise FileError(f"{path}: holds {count} previews and no photograph. Replace it by the photograph.")
+        image.seek(pages[0])
+        count = len(pages)
     if count > 1:
         raise FileError(f"{path}: holds {count} pictures. Save the one that is meant as a file of its own.")
 
@@ -375,7 +382,7 @@ def load_mask(path: str | os.PathLike, palette: np.ndarray | None = None, num_cl
             lossy = "JPEG changes class indices: make the mask again, as PNG."
             remedy = lossy if image.format == "JPEG" else "Save masks as PNG."
             raise FileError(f"{path}: holds {image.format} data. {remedy}")
-        _check_single(path, image)
+        _seek_picture(path, image)
         _open(io.BytesIO(data)).verify()  # the check sums; decoding would not check those of the pixels
         depth, kind = data[24], data[25]  # from the header: bits per sample; 0 grey, 3 palette, others in colour
         colours, mask, turn = _palette_of(image), np.asarray(image), orientation(image)
