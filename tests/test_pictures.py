@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, TiffImagePlugin
 
 from datasets.base import voc_palette
 from tools.errors import UserError
@@ -163,6 +163,33 @@ def test_every_orientation_in_every_container(tmp_path, suffix, value, size):
     with Image.open(path) as stored:
         expected = np.asarray(ImageOps.exif_transpose(stored).convert("RGB"))
     np.testing.assert_array_equal(image, expected)
+
+
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+def with_xmp(suffix: str, picture: Image.Image) -> bytes:
+    """A file that is turned by its XMP block. In a "late png" the block follows the pixels, as ExifTool writes it."""
+    if suffix == "jpg":
+        block = b"http://ns.adobe.com/xap/1.0/\0" + XMP
+        data = jpeg(picture)
+        return data[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + data[2:]
+    buffer, tags = io.BytesIO(), TiffImagePlugin.ImageFileDirectory_v2()
+    tags[700] = XMP
+    kind = {"webp": "WebP", "tif": "TIFF"}.get(suffix, "PNG")
+    picture.save(buffer, kind, **{"WebP": {"lossless": True, "xmp": XMP}, "TIFF": {"tiffinfo": tags}}.get(kind, {}))
+    data, place = buffer.getvalue(), {"png": 33, "late png": -12}.get(suffix)  # after IHDR, before IEND
+    chunk = png_chunk(b"iTXt", b"XML:com.adobe.xmp" + bytes(5) + XMP)
+    return data[:place] + chunk + data[place:] if kind == "PNG" else data
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "late png", "webp", "tif"])
+def test_an_orientation_in_xmp_does_not_count(tmp_path, suffix):
+    path, picture = tmp_path / "a", smooth()
+    path.write_bytes(with_xmp(suffix, picture))
+    expected = read(tmp_path, jpeg(picture)) if suffix == "jpg" else np.asarray(picture)
+    np.testing.assert_array_equal(load_image(path), expected)
+    assert upright_size(path) == (120, 160) and file_orientation(path) == 1
 
 
 # -- photographs: TIFF, stacks, damage ---------------------------------------------------------------------------------

@@ -210,10 +210,22 @@ def load_image(path: str | os.PathLike) -> np.ndarray:
 def orientation(image: Image.Image) -> int:
     """The EXIF orientation of an open picture, 1 (upright) to 8; 1 if it has none, or none that can be read."""
     try:
+        if image.format == "PNG":
+            image.load()  # the blocks may follow the pixels
+        _forget_xmp(image)
         value = image.getexif().get(EXIF_ORIENTATION, 1)
         return int(value) if value in range(1, 9) else 1
     except Exception:  # Pillow raises many kinds for malformed blocks
         return 1
+
+
+def _forget_xmp(image: Image.Image) -> None:
+    """Leave Pillow no orientation but that of EXIF.
+
+    Without one, some of its versions take that of XMP. Browsers, in which masks are drawn, do not.
+    """
+    for key in ("xmp", "XML:com.adobe.xmp"):
+        image.info.pop(key, None)
 
 
 def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -309,6 +321,7 @@ def _seek_picture(path: str | os.PathLike, image: Image.Image) -> None:
             raise FileError(f"{path}: holds {count} previews and no photograph. Replace it by the photograph.")
         image.seek(pages[0])
         count = len(pages)
+    _forget_xmp(image)  # Pillow turns TIFF itself, when it decodes
     if count > 1:
         raise FileError(f"{path}: holds {count} pictures. Save the one that is meant as a file of its own.")
 
