@@ -88,6 +88,8 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from datasets import DataSource, Photographs, build_source
 from datasets.dataset import ImageDataset
+from datasets.leftovers import stray_masks
+from datasets.listing import IMAGE_SUFFIXES
 from datasets.loaders import build_loader
 from datasets.transforms import segmentation_geometry
 from models import build_model, load_model, segmentation_forward
@@ -135,7 +137,7 @@ def training_data(source: DataSource, args: argparse.Namespace) -> tuple[Dataset
     fingerprints of all (`DataSource.fingerprints`).
 
     Raises:
-        UserError: a mask is missing, or no mask in --corrected_dir belongs to an image of the split.
+        UserError: a mask is missing, or --corrected_dir holds one of no photograph, or none of an image of the split.
     """
     geometry = segmentation_geometry(*options.image_sizes(args))
     read = functools.partial(ImageDataset, transform=geometry, with_masks=True, with_labels=False)
@@ -144,6 +146,9 @@ def training_data(source: DataSource, args: argparse.Namespace) -> tuple[Dataset
     if not args.corrected_dir:
         return read(source, ids), inputs
     better = build_source(args.dataset, options.data_dir(args), args.corrected_dir)
+    strays = [text for path, text in stray_masks(better) if path.suffix.lower() in IMAGE_SUFFIXES]
+    if strays:
+        raise UserError(f"--corrected_dir: {strays[0]} (one of {len(strays)} files). Rename or remove it.")
     corrected = {i for i in ids if better.mask_path(i).is_file()}
     if not corrected:
         raise UserError(f"--corrected_dir {args.corrected_dir}: no mask (ID.png) of an image of '{args.domain_train}'.")

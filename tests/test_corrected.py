@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -55,6 +57,33 @@ def test_all_masks_may_be_corrected(folder_root, folders):
 def test_a_folder_without_a_mask_of_the_split_is_refused(folder_root, folders):
     with pytest.raises(UserError, match=r"--corrected_dir .*none: no mask \(ID.png\) of an image of 'train'"):
         training_set(folder_root, folders, "--corrected_dir", folders / "none")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("b_mask.png", "b_mask.png: no ID.png of a photograph (one of 2 files)"),
+        ("b.jpg.png", "b.jpg.png: no ID.png of a photograph: write ids without suffix (b) (one of 2 files)"),
+        ("cat/b.png", "cat/b.png: no ID.png of a photograph: write ids without the folders above (b) (one of 2 files)"),
+        ("a.JPG", "a.JPG: no ID.png of a photograph: masks are PNG (one of 2 files)"),
+    ],
+)
+@pytest.mark.parametrize("folder", ["corrected", "none"])
+def test_a_corrected_mask_of_no_photograph_is_named_before_anything_is_learnt(
+    folder_root, folders, tmp_path, monkeypatch, capsys, folder, name, told
+):
+    monkeypatch.chdir(tmp_path)
+    for stray in (name, f"z/z{Path(name).suffix}"):
+        save_mask(folders / folder / stray, np.full(SIZES["b"], 2), voc_palette())
+    flags = [*data_flags(folder_root), *TRAINING, *DECODER, "--masks_dir", folders / "pseudo", "--tag", "t"]
+    line = refusal(capsys, "train_segmentation", *flags, "--corrected_dir", folders / folder)
+    assert f"--corrected_dir: {folders / folder}/{told}. Rename or remove it." in line
+
+
+def test_notes_beside_corrected_masks_do_no_harm(folder_root, folders):
+    (folders / "corrected" / "notes.txt").touch()
+    mixture = training_set(folder_root, folders, "--corrected_dir", folders / "corrected", "--corrected_weight", 1)
+    assert drawn(mixture) == [("a", 1), ("b", 2), ("c", 1)]
 
 
 def test_a_second_model_needs_its_own_tag(folder_root, folders, tmp_path, monkeypatch, capsys):
