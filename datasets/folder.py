@@ -36,6 +36,7 @@ from datasets.listing import (
     is_background,
     listed_images,
     mask_of,
+    utf8_name,
 )
 from tools.errors import UserError
 from tools.files import atomic_write, read_lines, read_text, reading, save_text
@@ -159,10 +160,11 @@ class Photographs(DataSource):
         classes: of the model that segments them.
 
     Raises:
-        UserError: there is no such place, no photograph in it, or a line that names none.
+        UserError: there is no such place, no photograph in it, or a line that names none; or a name is not UTF-8.
     """
 
     def __init__(self, place: Path, classes: Sequence[str]) -> None:
+        utf8_name(place.resolve().name, place)
         if not place.is_file():
             images = index_images([place])
         elif place.suffix.lower() == ".txt":

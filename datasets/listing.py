@@ -91,7 +91,7 @@ def index_files(folders: Iterable[Path], suffixes: Sequence[str]) -> FileIndex:
             file_id = clean_id(stem)
             if file_id in index.files:
                 raise UserError(f"{path}: has the same id as {index.files[file_id]}. Rename one.")
-            index.files[_utf8(file_id, path)] = path
+            index.files[utf8_name(file_id, path)] = path
     return index
 
 
@@ -110,7 +110,7 @@ def index_splits(folder: Path) -> dict[str, Path]:
     lists = {path.stem: path for path in paths if path.suffix.lower() == ".txt" and path.is_file()}
     if paths and not lists:
         raise UserError(f"{paths[0]}: not a list of ids. Save one as {paths[0].stem}.txt, one id per line.")
-    return {_utf8(name, path): path for name, path in lists.items()}
+    return {utf8_name(name, path): path for name, path in lists.items()}
 
 
 def clean_id(text: str) -> str:
@@ -125,6 +125,15 @@ def clean_name(name: str) -> str:
 
 def _visible(text: str) -> str:
     return unicodedata.normalize("NFC", text).translate(INVISIBLE)
+
+
+def utf8_name(name: str, path: Path) -> str:
+    """The name or id of a file (UserError: it is not UTF-8, so it can be neither printed nor listed)."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path}: the name is not UTF-8 (old zip files unpack so). Rename it.") from error
+    return name
 
 
 def mask_of(name: str) -> str | None:
@@ -245,14 +254,6 @@ def _leads_back(top: Path, folder: Path) -> bool:
     target = folder.resolve()
     on_the_way = folder.parents[: len(folder.relative_to(top).parts)]
     return target.is_relative_to(top.resolve()) or any(path.resolve().is_relative_to(target) for path in on_the_way)
-
-
-def _utf8(file_id: str, path: Path) -> str:
-    try:
-        file_id.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{path}: the name is not UTF-8 (old zip files unpack so). Rename it.") from error
-    return file_id
 
 
 def _unreadable(error: OSError) -> None:

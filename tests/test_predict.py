@@ -184,6 +184,19 @@ def test_what_cannot_be_read_is_named(models, holiday, capsys, name, message):
     assert message in line
 
 
+@pytest.mark.parametrize("name", ["caf\udce9.png", "caf\udce9", "caf\udce9.txt"])
+def test_a_name_that_is_not_utf8_is_refused_before_anything_is_predicted(models, holiday, capsys, name):
+    """A photograph, a folder, a list. The name would be that of the folder of predictions."""
+    (holiday / "caf\udce9").mkdir()
+    for copy in ("caf\udce9.png", "caf\udce9/a.png"):
+        shutil.copy(holiday / "a.png", holiday / copy)
+    (holiday / "caf\udce9.txt").write_text("a.png\n")
+    line = refusal(capsys, *PREDICT, "--tag", "m", "--weights", models / "segmentation.pth", "--images", holiday / name)
+    told = rf"holiday/{name}: the name is not UTF-8 (old zip files unpack so). Rename it."
+    assert told.encode(errors="backslashreplace") in line.encode(errors="backslashreplace")
+    assert not PREDICTIONS.exists()
+
+
 def test_one_that_cannot_be_read_is_left_out_of_the_areas(models, holiday):
     (holiday / "b" / "text.jpg").write_text("words")
     with pytest.raises(SystemExit) as stop:
