@@ -60,8 +60,9 @@ def listed_images(path: Path) -> FileIndex:
     """
     folder, files = Path(os.path.abspath(path.parent)), {}
     for line in read_lines(path):
-        file = Path(os.path.abspath(folder / line))
-        if not file.is_file():
+        spellings = (line, *(unicodedata.normalize(form, line) for form in ("NFC", "NFD")))
+        places = (Path(os.path.abspath(folder / spelling)) for spelling in spellings)
+        if (file := next((place for place in places if place.is_file()), None)) is None:
             raise UserError(f"{path}: no file '{line}'. Write one photograph per line, by its path from here.")
         inside = file.relative_to(folder) if file.is_relative_to(folder) else Path(file.name)
         image_id = clean_id(inside.with_suffix("").as_posix())

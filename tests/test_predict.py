@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +152,17 @@ def test_ids_of_listed_photographs(holiday, tmp_path):
     source = Photographs(tmp_path / "lists" / "some.TXT", CLASSES)
     assert source.ids("train") == ["a", "c", "x.y"]
     assert source.image_path("a").resolve() == (holiday / "a.png").resolve()
+
+
+@pytest.mark.parametrize(("listed", "stored"), [("NFC", "NFD"), ("NFD", "NFC"), ("NFD", "NFD")])
+def test_a_list_may_be_in_another_unicode_form_than_the_files(holiday, tmp_path, listed, stored):
+    name, place = (unicodedata.normalize(form, "café/né.png") for form in (listed, stored))
+    (tmp_path / place).parent.mkdir()
+    shutil.copy(holiday / "a.png", tmp_path / place)
+    (tmp_path / "list.txt").write_text(f"{name}\n")
+    source = Photographs(tmp_path / "list.txt", CLASSES)
+    assert source.ids("train") == [unicodedata.normalize("NFC", "café/né")]
+    np.testing.assert_array_equal(source.image(source.ids("train")[0]), noise(SIZES["a"]))
 
 
 @pytest.mark.parametrize(
