@@ -20,6 +20,7 @@ import csv
 import functools
 import io
 import json
+import re
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -44,6 +45,7 @@ from tools.files import atomic_write, read_lines, read_text, reading, save_text
 LABELS_HEADER = ["id", "labels"]
 REMEDY = "Write a row per image, 'id,labels', and save it as CSV or JSON, in UTF-8."
 DELIMITERS = ",;\t"  # Excel writes its lists with semicolons where the comma is the decimal sign
+ABOVE_HEADER = r'"?(sep=.)?[\s,;"]*'  # lines without content; Excel may begin with the separator
 TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".xls", ".xlsx", ".ods")
 SPLIT_FOLDERS = ("train", "training", "val", "valid", "validation", "test", "testing")
 MASK_FOLDERS = ("mask", "masks", "labels", "annotations", "gt", "groundtruth", "segmentationclass")
@@ -87,6 +89,11 @@ class FolderSource(DataSource):
         folders = {self._class_folder(image_id) for image_id in images.files}
         if path.exists():
             return check_classes(path, read_lines(path))
+        if others := [other for other in sorted(root.iterdir()) if _lists_classes(other)]:
+            raise UserError(
+                f"{others[0]}: not read. Save it as classes.txt, '{BACKGROUND}' first (or remove it, if it lists no "
+                "classes)."
+            )
         if self._table_path is not None or None in folders:
             raise UserError(
                 f"{path}: no such file. Write '{BACKGROUND}' and your classes, one per line; or delete the table of "
@@ -206,6 +213,12 @@ def _around_classes(inside: dict[str, set[str]]) -> str | None:
     return next((name for name in of_folders if name.casefold() in SPLIT_FOLDERS), None)
 
 
+def _lists_classes(path: Path) -> bool:
+    """Whether a file is called almost like `classes.txt`, or `labels.txt` as labelme's list is."""
+    named = path.stem.casefold() == "classes" and path.suffix.lower() in (".txt", *TABLE_SUFFIXES)
+    return (named or path.name.casefold() == "labels.txt") and path.is_file()
+
+
 def _find_label_table(root: Path) -> Path | None:
     tables = [path for path in (root / "labels.csv", root / "labels.json") if path.exists()]
     if len(tables) == 2:
@@ -291,10 +304,12 @@ def read_label_table(path: Path, classes: Sequence[str]) -> dict[str, list[int]]
 def _csv_rows(path: Path) -> Iterator[tuple[str, str, list[str]]]:
     """(place in the file, id, class names) of every row below the header that is not empty."""
     with reading(path, "table", REMEDY), io.StringIO(read_text(path), newline="") as file:
-        delimiter = _delimiter(path, file.readline())
+        lines = ((number, line) for number, line in enumerate(file, 1) if not re.fullmatch(ABOVE_HEADER, line))
+        above, header = next(lines, (1, ""))
+        delimiter = _delimiter(f"{path}, line {above}", header)
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         for row in reader:
-            place = f"line {reader.line_num + 1}"
+            place = f"line {reader.line_num + above}"
             fields = [field.strip() for field in row]
             while fields and not fields[-1]:  # spreadsheets add empty fields and rows
                 fields.pop()
@@ -308,13 +323,13 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, str, list[str]]]:
             yield place, image_id, [name.strip() for name in ";".join(labels).split(";") if name.strip()]
 
 
-def _delimiter(path: Path, header: str) -> str:
-    """What separates the fields of a table with this first line."""
+def _delimiter(place: str, header: str) -> str:
+    """What separates the fields of a table with this header (UserError: it is none, or another)."""
     for delimiter in DELIMITERS:
         names = [name.strip().lower() for name in next(csv.reader([header], delimiter=delimiter), [])]
         if names[:2] == LABELS_HEADER and not any(names[2:]):
             return delimiter
-    raise UserError(f"{path}, line 1: the header must be '{','.join(LABELS_HEADER)}'.")
+    raise UserError(f"{place}: the header must be '{','.join(LABELS_HEADER)}'.")
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, str, list[str]]]:

@@ -475,6 +475,9 @@ TABLES = {
     "line ends of old Macs": "id,labels\ra,cat\rb,cat;dog\rc,\r",
     "background is no class": "id,labels\na,background;cat\nb,cat;dog;Background\nc,_background_\n",
     "invisible marks": "id,labels\n\ufeffa,cat\u200b\n\u200eb,\ufeffcat;dog\nc,\u200b\n",
+    "Excel's first line": "sep=;\r\nid;labels\r\na;cat\r\nb;cat;dog\r\nc;\r\n",
+    "its first line for tabs": '"sep=\t"\nid\tlabels\na\tcat\nb\tcat;dog\nc\t\n',
+    "empty lines first": "\r\n ,,\r\nid,labels,\r\na,cat,\r\nb,cat;dog,\r\nc,,\r\n",
     "a cell of two lines": 'id,labels\na,cat\nb,"cat;\ndog"\nc,\n',
 }
 
@@ -502,6 +505,10 @@ def test_tables_as_spreadsheets_write_them(tmp_path, table, encoding):
         ("filename,cat,dog\na,1,0\n", r"line 1: the header must be 'id,labels'"),
         ("id,labels,width\na,cat,3\n", r"line 1: the header must be 'id,labels'"),
         ("\n", r"line 1: the header must be 'id,labels'"),
+        ("\n\na,cat\n", r"line 3: the header must be 'id,labels'"),
+        ("sep=;\n", r"line 1: the header must be 'id,labels'"),
+        ("sep=;\n\nid;labels\na;cow\n", r"line 4: unknown class 'cow'"),
+        ("sep=ab\nid,labels\n", r"line 1: the header must be 'id,labels'"),
         ("id,labels\na,cat\ncafé,dog\ncafe\u0301,dog\n", r"line 4: id 'café' is labelled already"),
     ],
 )
@@ -526,6 +533,26 @@ def test_a_table_under_another_name_is_not_passed_over(tmp_path, name):
     (root / name).touch()
     with pytest.raises(UserError, match=rf"{name}: not read\. Save it as labels\.csv"):
         build_source("folder", root)
+
+
+@pytest.mark.parametrize("name", ["Classes.txt", "classes.csv", "CLASSES.TXT", "classes.xlsx", "labels.txt"])
+def test_classes_under_another_name_are_not_passed_over(tmp_path, name):
+    """Without them, the classes would be in alphabetical order, and masks are numbers."""
+    root = photographs(tmp_path, "dog/a.jpg", "cat/b.jpg")
+    (root / name).write_text("background\ndog\ncat\n")
+    message = rf"{name}: not read\. Save it as classes\.txt, 'background' first \(or remove it, if it lists no"
+    with pytest.raises(UserError, match=message):
+        build_source("folder", root)
+    (root / "classes.txt").write_text("background\ndog\ncat\n")
+    assert build_source("folder", root).info.classes == ("background", "dog", "cat")
+
+
+def test_other_files_beside_folders_of_classes_are_no_classes(tmp_path):
+    root = photographs(tmp_path, "dog/a.jpg", "cat/b.jpg")
+    for name in ("classes.png", "labels.md", "notes.txt", "._classes.txt"):
+        (root / name).touch()
+    (root / "labels.txt").mkdir()
+    assert build_source("folder", root).info.classes == ("background", "cat", "dog")
 
 
 def test_images_without_a_row_are_named(tmp_path, capsys):
