@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +202,27 @@ def test_deepglobe_from_its_archive(tmp_path):
     assert snapshot(root) == before
 
 
+def test_deepglobe_partly_unpacked(tmp_path):
+    """Photographs may lie in zip files, beside them, or in both; those beside are test images here."""
+    downloads = tmp_path / "downloads"
+    (downloads / "test").mkdir(parents=True)
+    archive = deepglobe_archive(downloads)
+    with zipfile.ZipFile(archive) as file:
+        file.extractall(downloads / "unpacked")
+    shutil.copy(next((downloads / "unpacked").rglob("11_sat.jpg")), downloads / "test" / "50_sat.jpg")
+    source = build_source("deepglobe", prepare_and_verify("deepglobe", "--download_dir", downloads))
+    assert source.ids("test") == ["11", "12", "50"] and source.ids("val") == ["5", "10"]
+    np.testing.assert_array_equal(source.image("50"), source.image("11"))
+
+
+def test_two_photographs_of_deepglobe_with_one_id_are_refused(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1_sat.jpg").write_text(folder)
+    with pytest.raises(UserError, match=r"b/1_sat\.jpg: there is .*a/1_sat\.jpg too, another file\. Remove one"):
+        deepglobe.convert([tmp_path], tmp_path / "out", workers=0)
+
+
 def test_colours_of_deepglobe():
     colours = np.array([[*deepglobe.COLOURS.values(), (0, 0, 0), (255, 0, 0)]], np.uint8)
     np.testing.assert_array_equal(deepglobe.class_indices(colours), [[1, 2, 3, 4, 5, 6, 255, 255]])
@@ -217,7 +239,7 @@ def test_deepglobe_unpacked_on_another_disk(tmp_path, monkeypatch):
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", another_disk)
-    deepglobe.convert(tmp_path, tmp_path / "out", workers=0)
+    deepglobe.convert([tmp_path], tmp_path / "out", workers=0)
     source = build_source("deepglobe", tmp_path / "out")
     assert (source.image("5") == 90).all() and (source.mask("5") == 6).all()
 

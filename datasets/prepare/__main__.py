@@ -119,15 +119,14 @@ def prepare_coco14(data_dir: Path, downloads: Path, mirror: str | None, workers:
 
 
 def prepare_deepglobe(data_dir: Path, downloads: Path, mirror: str | None, workers: int) -> None:
-    """Convert what lies in `downloads`, folders or zip files; nobody serves DeepGlobe without a login."""
+    """Convert what lies in `downloads`, folders and zip files; nobody serves DeepGlobe without a login."""
     if is_written(data_dir, ("train", "val")):
         print(f"{data_dir}: is converted")
         return
-    source = downloads
+    unpacked = data_dir / "raw"
     for path in sorted(downloads.glob("*.zip")):
-        source = data_dir / "raw"
-        unpack(Archive(path.name, url="", md5="", yields="."), path, source)
-    deepglobe.convert(source, data_dir, workers)
+        unpack(Archive(path.name, url="", md5="", yields="."), path, unpacked)
+    deepglobe.convert([downloads, unpacked], data_dir, workers)
 
 
 def provide(archive: Archive, target: Path, downloads: Path, mirror: str | None) -> None:

@@ -1,6 +1,6 @@
 """DeepGlobe land cover: satellite photographs with colour-coded masks, turned into the `folder` layout.
 
-    convert(Path("downloads"), Path("data/deepglobe"), workers=8)
+    convert([Path("downloads")], Path("data/deepglobe"), workers=8)
 
     SOURCE/**/ID_sat.jpg  SOURCE/**/ID_mask.png         read, in any folders below SOURCE
     ROOT/images/ID.jpg  ROOT/masks/ID.png  ROOT/classes.txt  ROOT/labels.csv  ROOT/splits/{train,val,test}.txt
@@ -13,8 +13,10 @@
   and the others are `train` (our choice; there is no official one). Images without a mask are `test`.
 """
 
+import filecmp
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,18 +39,18 @@ COLOURS = {
 VAL_EVERY = 5  # the fifth, tenth, ... image with a mask is for validation
 
 
-def convert(source: Path, root: Path, workers: int) -> None:
+def convert(sources: Sequence[Path], root: Path, workers: int) -> None:
     """Write the dataset; files that are there already are kept. Photographs are linked where the file system allows.
 
     Raises:
-        UserError: hardly any photograph with a mask below `source`, one that occurs twice, an unreadable one.
+        UserError: hardly any photograph with a mask below `sources`, two different ones of an id, an unreadable one.
     """
-    images, masks = _by_id(source, "_sat.jpg"), _by_id(source, "_mask.png")
+    images, masks = _by_id(sources, "_sat.jpg"), _by_id(sources, "_mask.png")
     labelled = sorted(images.keys() & masks.keys(), key=_number)
     if len(labelled) < VAL_EVERY:
         raise UserError(
-            f"{source}: {len(labelled)} photographs with a mask (ID_sat.jpg, ID_mask.png) below it. Put DeepGlobe's "
-            "land-cover files there, zipped or not."
+            f"{sources[0]}: {len(labelled)} photographs with a mask (ID_sat.jpg, ID_mask.png) below it. Put "
+            "DeepGlobe's land-cover files there, zipped or not."
         )
     check_writable(root / "images")
     jobs = [(path, masks.get(image_id), root, image_id) for image_id, path in images.items()]
@@ -97,13 +99,13 @@ def _place(source: Path, path: Path) -> None:
             shutil.copyfile(source, temporary)
 
 
-def _by_id(source: Path, ending: str) -> dict[str, Path]:
+def _by_id(sources: Sequence[Path], ending: str) -> dict[str, Path]:
+    """The files below `sources` with such names, by id. A file may be there twice, also in a zip file and beside it."""
     files: dict[str, Path] = {}
-    for path in sorted(source.rglob(f"[!.]*{ending}")):
-        image_id = path.name.removesuffix(ending)
-        if image_id in files:
-            raise UserError(f"{path}: there is {files[image_id]} too. Remove one of them.")
-        files[image_id] = path
+    for path in sorted(path for source in sources for path in source.rglob(f"[!.]*{ending}")):
+        other = files.setdefault(path.name.removesuffix(ending), path)
+        if path != other and not filecmp.cmp(path, other, shallow=False):
+            raise UserError(f"{path}: there is {other} too, another file. Remove one of them.")
     return files
 
 
