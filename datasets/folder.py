@@ -40,11 +40,10 @@ from datasets.listing import (
     utf8_name,
 )
 from tools.errors import UserError
-from tools.files import atomic_write, read_lines, read_text, reading, save_text
+from tools.files import DELIMITERS, atomic_write, read_lines, read_text, reading, save_text
 
 LABELS_HEADER = ["id", "labels"]
 REMEDY = "Write a row per image, 'id,labels', and save it as CSV or JSON, in UTF-8."
-DELIMITERS = ",;\t"  # Excel writes its lists with semicolons where the comma is the decimal sign
 ABOVE_HEADER = r'"?(sep=.)?[\s,;"]*'  # lines without content; Excel may begin with the separator
 TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".xls", ".xlsx", ".ods")
 SPLIT_FOLDERS = ("train", "training", "val", "valid", "validation", "test", "testing")

@@ -29,6 +29,9 @@ Image.MAX_IMAGE_PIXELS = 2**28  # Pillow refuses twice as many; photographs of s
 
 EXIF_ORIENTATION = 0x0112
 
+DELIMITERS = ",;\t"
+"""Of the fields of a table: Excel writes its lists with semicolons where the comma is the decimal sign."""
+
 STRAY_BYTES = 16
 """A sound JPEG may have up to this many stray bytes before a marker; some cameras write them."""
 

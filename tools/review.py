@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from tools.errors import UserError
-from tools.files import atomic_write, read_text, reading
+from tools.files import DELIMITERS, atomic_write, read_text, reading
 from tools.metrics import confusion_counts
 from tools.options import IGNORE_INDEX
 
@@ -104,7 +104,7 @@ def load_queue(path: Path) -> list[str]:
     if not path.exists():
         raise UserError(f"{path}: no such review queue. {remedy}")
     with reading(path, "review queue", remedy), io.StringIO(read_text(path), newline="") as file:
-        delimiter = max(",;\t", key=file.readline().count)
+        delimiter = max(DELIMITERS, key=file.readline().count)
         file.seek(0)
         rows = [row for row in csv.DictReader(file, delimiter=delimiter) if row.get("id")]
     if not rows or "doubt" not in rows[0]:
