@@ -158,19 +158,8 @@ def augmented(images: torch.Tensor, labels: torch.Tensor, names: list[str], mix_
 
 
 def train_step(model: nn.Module, sample: Sample, criterion: PriorCriterion, progress: float) -> dict[str, torch.Tensor]:
-    """The losses of one batch.
-
-    Raises:
-        UserError: a single image in training mode, in a network with batch norm behind global pooling (ResNeSt).
-    """
-    try:
-        return criterion(model, sample, progress)
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise UserError(
-            "--batch_size 1: the batch norm of this network needs more. Raise it, or pass --mode fix."
-        ) from error
+    """The losses of one batch."""
+    return criterion(model, sample, progress)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -184,7 +173,8 @@ def main(args: argparse.Namespace) -> None:
     seed_everything(args.seed)
     model = build_model("classifier", num_classes=source.info.num_classes, **options.network_arguments(args)).to(device)
     if args.restore:
-        restore(model, args.restore, source.info.classes)
+        report = restore(model, args.restore, source.info.classes)
+        model.new_classifier = "classifier.weight" not in report.restored
     ordinary = load_ordinary(args, source.info).to(device) if args.oc_weights else None
     criterion = PriorCriterion(args.method, label_smoothing=args.label_smoothing, w_re=args.w_re, ordinary=ordinary)
     companions: dict[str, Any] = {}

@@ -392,11 +392,11 @@ def labelled_source(source: DataSource, args: argparse.Namespace, views: options
 
 
 def cam_thresholds(args: argparse.Namespace, cams_of: CamsOf, ids: Sequence[str]) -> tuple[float, float]:
-    """--c2s_bg and --c2s_fg. `auto`: .5 t and 1.25 t, where t is the `auto_threshold` of the CAMs."""
+    """--c2s_bg and --c2s_fg. `auto`: .5 t and 1.25 t, at most .99, where t is the `auto_threshold` of the CAMs."""
     thresholds = {"bg": args.c2s_bg, "fg": args.c2s_fg}
     if automatic := [name for name, value in thresholds.items() if value == "auto"]:
         middle = auto_threshold(cams_of, ids)
-        thresholds |= {name: round(middle * {"bg": 0.5, "fg": 1.25}[name], 3) for name in automatic}
+        thresholds |= {name: min(round(middle * {"bg": 0.5, "fg": 1.25}[name], 3), 0.99) for name in automatic}
         print("  ".join(f"--c2s_{name} auto: {thresholds[name]:g}" for name in automatic))
     return thresholds["bg"], thresholds["fg"]
 
@@ -492,8 +492,23 @@ def report_health(health: Health, trainer: Trainer, epoch: int) -> None:
         save_json(trainer.path.with_suffix(".health.json"), health.report())
 
 
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse combinations of flags that cannot work (UserError), before anything is computed."""
+    low, high = args.contra_low_rank, args.contra_high_rank
+    if low > high:
+        raise UserError(f"--contra_low_rank {low}: above --contra_high_rank {high}. Lower it, or raise the other.")
+    if not (args.w_c or args.w_c2s) and (args.warmup_epochs or args.self_training != "on"):
+        raise UserError(
+            "--w_c 0 --w_c2s 0: there is nothing to learn before self-training. Raise one, or pass --warmup_epochs 0 "
+            "--self_training on."
+        )
+    if args.c2s_labels and args.c2s_mode != "cam":
+        raise UserError(f"--c2s_mode {args.c2s_mode}: without effect, as --c2s_labels are learnt. Drop one of the two.")
+
+
 def main(args: argparse.Namespace) -> None:
     """Train, epoch by epoch, and say what to do next."""
+    check_flags(args)
     device = select_device(args.device)
     distributed.start(options.EXPERIMENTS, device)
     source = build_source(args.dataset, options.data_dir(args))

@@ -154,7 +154,7 @@ def training_data(source: DataSource, args: argparse.Namespace) -> tuple[Dataset
         raise UserError(f"--corrected_dir {args.corrected_dir}: no mask (ID.png) of an image of '{args.domain_train}'.")
     print(f"{len(corrected)} of {len(ids)} masks are corrected; each of them counts {args.corrected_weight} times")
     others = read(source, [i for i in ids if i not in corrected])
-    repeated = [read(better, [i for i in ids if i in corrected])] * args.corrected_weight
+    repeated = [read(better, [i for i in ids if i in corrected], all_empty=True)] * args.corrected_weight
     inputs["corrected masks"] = better.fingerprints(ids, masks=True)["masks"]
     return ConcatDataset([others, *repeated]), inputs
 

@@ -160,7 +160,7 @@ class DataSource(ABC):
         Raises:
             UserError: no mask, an unreadable one, a size other than the image's, or an index that is no class.
         """
-        self._check_present([image_id])
+        self.check_present([image_id])
         path = self.mask_path(image_id)
         mask = read_mask(path, self.info)
         size = upright_size(self.image_path(image_id))
@@ -174,10 +174,11 @@ class DataSource(ABC):
         Raises:
             UserError: the dataset has no masks, some are missing, or none shows a class.
         """
-        self._check_present(ids)
+        self.check_present(ids)
         check_shown(map(self.mask_path, ids), self.info)
 
-    def _check_present(self, ids: Sequence[str]) -> None:
+    def check_present(self, ids: Sequence[str]) -> None:
+        """Check that every id has a mask (UserError: the dataset has no masks, or some are missing)."""
         if not self.masks_dirs:
             raise UserError(f"{self.root}: this dataset has no masks. Give a folder of ID.png masks.")
         missing = [image_id for image_id in ids if not self.has_mask(image_id)]

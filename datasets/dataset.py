@@ -24,8 +24,8 @@ class ImageDataset(Dataset):
     int64 [H, W], if `with_masks`. Random transforms draw from torch's global generator; `build_loader` seeds it.
 
     Raises:
-        UserError: an id without label or mask, or masks that show no class at all. Found here, not hours later in a
-            worker.
+        UserError: an id without label or mask; or masks that show no class at all, unless `all_empty`. Found here, not
+            hours later in a worker.
     """
 
     source: DataSource
@@ -33,11 +33,12 @@ class ImageDataset(Dataset):
     transform: v2.Transform | None = None  # geometry of one sample (see `transforms`); None keeps images as they are
     with_masks: bool = False
     with_labels: bool = True  # read image labels; off for test sets, which have none
+    all_empty: bool = False  # whether all masks may be without a class, as corrected ones of one photograph can be
 
     def __post_init__(self) -> None:
         self.labels = torch.from_numpy(self.source.image_labels(self.ids)) if self.with_labels else None
         if self.with_masks:
-            self.source.check_masks(self.ids)
+            (self.source.check_present if self.all_empty else self.source.check_masks)(self.ids)
 
     def __len__(self) -> int:
         return len(self.ids)

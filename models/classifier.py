@@ -28,6 +28,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.classifier = cam_classifier(backbone.channels, config.num_classes)
+        self.new_classifier = True
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Classify ImageNet-normalised float32 [B,3,H,W].
@@ -39,5 +40,5 @@ class Classifier(nn.Module):
         return {"class_logits": cams.mean(dim=(2, 3)), "cams": cams}
 
     def scratch_modules(self) -> list[nn.Module]:
-        """The layers that are not part of the backbone."""
-        return [self.classifier]
+        """The layers that are not part of the backbone; with `new_classifier` false, none."""
+        return [self.classifier] * self.new_classifier

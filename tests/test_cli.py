@@ -14,7 +14,7 @@ from command import DECODER, TRAINING, data_flags, parse, refusal, run
 from PIL import Image
 
 from models import build_model
-from tools import cli, devices, options, parallel
+from tools import cli, devices, options, parallel, training
 from tools.checkpoint import save_checkpoint
 from tools.errors import UserError
 
@@ -336,6 +336,40 @@ def test_starting_from_weights_that_are_none(capsys, folder_root):
         capsys, "train_csrm", *flags, "--backbone_weights", "nowhere.pth"
     )
     assert "--architecture resnet5O" in refusal(capsys, "train_csrm", *flags, "--architecture", "resnet5O")
+
+
+@pytest.mark.parametrize("script, flags, answer", [
+    ("train_csrm", ["--contra_low_rank", 8, "--contra_high_rank", 6], "--contra_low_rank 8: above --contra_high_rank"),
+    ("train_csrm", ["--w_c", 0, "--w_c2s", 0], "--w_c 0 --w_c2s 0: there is nothing to learn before self-training."),
+    ("train_csrm", ["--w_c", 0, "--w_c2s", 0, "--warmup_epochs", 0, "--self_training", "auto"], "nothing to learn"),
+    ("train_csrm", ["--c2s_labels", "cams", "--c2s_mode", "mp"], "--c2s_mode mp: without effect, as --c2s_labels are"),
+    ("train_segmentation", ["--batch_size", 1, *DECODER, "--architecture", "resnest14d"],
+     "--batch_size 1: the batch norm of this network needs more. Raise it, or pass --mode fix."),
+])  # fmt: skip
+def test_flags_that_cannot_work_together(capsys, folder_root, script, flags, answer):
+    assert answer in refusal(capsys, script, *data_flags(folder_root), "--tag", "a", *TRAINING, *flags)
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_a_label_is_neither_certain_nor_impossible(capsys, value):
+    line = refusal(capsys, "inference", "--tag", "a", "--crf_gt_prob", value)
+    assert f"--crf_gt_prob: {value} is not above 0 and below 1" in line
+
+
+def test_a_restored_classifier_is_not_a_new_layer(folder_root, monkeypatch):
+    update, rates = training.Update, []
+
+    def watched(model, *args, **kwargs):
+        made = update(model, *args, **kwargs)
+        (own,) = (g for g in made.optimizer.param_groups if any(p is model.classifier.weight for p in g["params"]))
+        rates.append(own["initial_lr"])
+        return made
+
+    monkeypatch.setattr(training, "Update", watched)
+    flags = [*data_flags(folder_root), *TRAINING, "--lr", 0.01]
+    run("train_classifier", *flags, "--tag", "a")
+    run("train_classifier", *flags, "--tag", "b", "--restore", options.model_path("a"))
+    assert rates == [0.1, 0.01]
 
 
 # -- running -------------------------------------------------------------------------------------------------------

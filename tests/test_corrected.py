@@ -80,6 +80,13 @@ def test_a_corrected_mask_of_no_photograph_is_named_before_anything_is_learnt(
     assert f"--corrected_dir: {folders / folder}/{told}. Rename or remove it." in line
 
 
+def test_the_only_corrected_mask_may_be_empty(folder_root, folders):
+    """Somebody has erased a false object."""
+    save_mask(folders / "corrected" / "b.png", np.zeros(SIZES["b"]), voc_palette())
+    mixture = training_set(folder_root, folders, "--corrected_dir", folders / "corrected", "--corrected_weight", 1)
+    assert drawn(mixture) == [("a", 1), ("b", 0), ("c", 1)]
+
+
 def test_notes_beside_corrected_masks_do_no_harm(folder_root, folders):
     (folders / "corrected" / "notes.txt").touch()
     mixture = training_set(folder_root, folders, "--corrected_dir", folders / "corrected", "--corrected_weight", 1)

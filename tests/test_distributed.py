@@ -214,6 +214,7 @@ def train_and_kill(folder: str, number: int, root: Path) -> None:
     """CSRM with all its chances, five steps an epoch, saved after every second; killed in its `number`-th step."""
     Path(folder).mkdir(exist_ok=True)
     flags = [*TRAINING, *DECODER, "--batch_size", 4, "--max_epoch", 2, "--max_steps", 5, "--warmup_epochs", 0]
+    flags += ["--use_gn", "false"]  # running statistics that differ between the processes
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
         patch.chdir(folder)
         patch.setattr(training, "STEPS_PER_SAVE", 2)

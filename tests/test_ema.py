@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from models import build_model
 from tools.ema import Teacher, ema_decay
 
 
@@ -32,6 +33,19 @@ def test_decay_zero_copies_and_shares_nothing():
     teacher.update(student, 0.0)
     for mine, theirs in zip(teacher.module.parameters(), student.parameters(), strict=True):
         assert torch.equal(mine, theirs) and mine.data_ptr() != theirs.data_ptr()
+
+
+def test_a_teacher_forgets_what_its_network_has_kept():
+    """TinyViT keeps, in evaluation mode, biases that it has looked up in its weights."""
+    student = build_model("classifier", architecture="tiny_vit_5m_224", weights="none", num_classes=3).eval()
+    teacher, image = Teacher(student), torch.randn(1, 3, 64, 64)
+    teacher(image)
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if name.endswith("attention_biases"):
+                parameter.normal_()
+    teacher.update(student, 0.0)
+    torch.testing.assert_close(teacher(image)["cams"], Teacher(student)(image)["cams"])
 
 
 def test_teacher_never_trains():

@@ -98,6 +98,18 @@ def test_kept_is_the_part_of_the_objects_that_the_entropy_leaves():
     assert observer.health.close()["kept"] == pytest.approx(100 / 3, abs=1e-3)
 
 
+def test_the_ratio_of_gradients_is_that_of_the_whole_batch(monkeypatch):
+    """Of two processes; the other's gradient of L_s2c is the opposite, but for one weight, of L_c2s the same."""
+    layer = nn.Linear(2, 1, bias=False)
+    losses = {"s2c": (layer.weight * torch.tensor([3.0, 4.0])).sum(), "c2s": layer.weight.sum()}
+    other = [torch.tensor([[-3.0, 4.0]]), torch.ones(1, 2)]
+    monkeypatch.setattr("tools.health.world_size", lambda: 2)
+    monkeypatch.setattr("tools.health.all_reduce_sum", lambda own: own + other.pop(0) if own.dim() == 2 else own)
+    health = Health("on", warmup_epochs=0, max_epoch=1)
+    health.add_gradients(losses, layer)
+    assert health.close()["s2c_to_c2s"] == pytest.approx(4 / 2**0.5, abs=1e-3)
+
+
 def test_the_ratio_of_gradients_is_that_of_the_whole_trained_backbone():
     backbone = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1), nn.Linear(1, 1))
     backbone[2].requires_grad_(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from tools.errors import UserError
-from tools.optim import build_optimizer, parameter_groups, poly_schedule
+from tools.optim import Update, build_optimizer, parameter_groups, poly_schedule
 from tools.options import OPTIMIZERS, Optimization
 
 
@@ -99,6 +100,24 @@ def test_weights_whose_first_gradient_comes_late_have_velocity_like_all(name):
             velocity = 0.9 * velocity + step
             start -= 0.1 * (step + 0.9 * velocity if name == "sgd" else velocity)
         torch.testing.assert_close(late.detach(), start)
+
+
+@pytest.mark.parametrize("batches", [1, 3, 4])
+def test_an_update_follows_the_mean_over_the_batches_that_were_there(batches):
+    """Four are asked for; at the end of an epoch there may be fewer."""
+    torch.manual_seed(0)
+    model, images = Network().eval(), torch.randn(batches, 2, 3, 5, 5)
+    options = Optimization("sgd", 0.1, 0.0, momentum=0.0, nesterov=False, lr_alpha_scratch=1.0, grad_max_norm=0.0)
+    options = dataclasses.replace(options, lr_poly_power=0.0, accumulate_steps=4)
+    update = Update(model, options, updates=9, dtype=None)
+    for _ in range(2):
+        mean = sum(model(each).square().mean() for each in images) / batches
+        (expected,) = torch.autograd.grad(mean, model.head.weight)
+        before = model.head.weight.detach().clone()
+        for each in images:
+            update.backward(model(each).square().mean())
+        update.step()
+        torch.testing.assert_close(before - model.head.weight, 0.1 * expected)
 
 
 def test_nesterov_without_momentum_is_a_clear_error():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from pathlib import Path
 
@@ -114,6 +115,35 @@ def test_labels_of_a_large_photograph_are_made_of_a_reduced_one(folder_root, tmp
     expected = reliable_cam_labels(photograph, cams, label, 0.3, 0.6, crf_iterations=2)[0].numpy()
     rows, columns = (np.arange(n) * m // n for n, m in zip((height, width), small, strict=True))
     assert np.array_equal(load_mask(tmp_path / "made" / f"{image_id}.png"), expected[np.ix_(rows, columns)])
+
+
+@pytest.mark.parametrize("long_side, large", [((99, 99), 1000), ((0, 1), 10)])
+def test_labels_of_an_image_without_a_class_whatever_its_size(folder_root, tmp_path, monkeypatch, long_side, large):
+    """It is enlarged to 99 pixels, or reduced to 10."""
+    source, height, width = build_source("folder", folder_root), *SIZES["d"]
+    none = np.zeros((0, height, width))
+    save_cams(tmp_path / "cams" / "d.npz", np.array([0]), none, none)
+    monkeypatch.setattr("tools.cam.WORKING_SIDE", large)
+    views = Views(scales=(1.0,), hflip=False, long_side=long_side)
+    files, options = {"d": tmp_path / "cams" / "d.npz"}, {"thresholds": (0.3, 0.6), "crf": CRF(), "views": views}
+    write_labels(source, files, tmp_path / "made", **options)
+    mask = load_mask(tmp_path / "made" / "d.png")
+    assert mask.shape == (height, width) and not mask.any()
+
+
+@pytest.mark.parametrize("number", [1, 99, 100, 101, 150, 199, 200, 399, 1234])
+def test_a_threshold_looks_at_images_from_the_whole_list(number):
+    seen = []
+    auto_threshold(lambda i: seen.append(i) or np.zeros((0, 2, 2)), list(range(number)))
+    assert len(seen) == min(number, 100) and seen[0] == 0
+    assert np.diff([*seen, number]).max() <= -(-number // len(seen)), "evenly"
+
+
+def test_a_computed_threshold_of_the_foreground_can_be_exceeded():
+    args = argparse.Namespace(c2s_bg="auto", c2s_fg="auto")
+    cams = np.concatenate([np.full((1, 4, 4), 0.85), np.full((1, 4, 4), 0.97)], axis=2)
+    low, high = train_csrm.cam_thresholds(args, lambda image_id: cams, ["a"])
+    assert 0.4 < low < 0.5 and high == 0.99
 
 
 def test_classes_that_the_label_lacks_are_left_out_of_a_cam_file(folder_root, tmp_path):

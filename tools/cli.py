@@ -122,7 +122,7 @@ def _ending(error: BaseException, args: argparse.Namespace) -> tuple[int, str] |
         command = shlex.join(["python", *sys.argv])
         line = f"stopped by {error}. To continue where it was, run the same command again: {command}"
         return 130 if str(error) == "SIGINT" else 143, line
-    if not isinstance(error, (RuntimeError, OSError, MemoryError)):
+    if not isinstance(error, (RuntimeError, OSError, MemoryError, ValueError)):
         return None
     if parallel.world_size() > 1:
         from tools import distributed
@@ -189,8 +189,11 @@ def _less_memory(args: argparse.Namespace) -> str:
 
 
 def _in_words(error: BaseException, args: argparse.Namespace) -> str:
-    """What PyTorch's errors about memory and helper processes mean; "" for any other."""
+    """What PyTorch's errors about memory, helper processes and batch norm mean; "" for any other."""
     text, workers = str(error), f"--num_workers {getattr(args, 'num_workers', 0)}"
+    if isinstance(error, ValueError):
+        few = "more than 1 value per channel" in text  # a single image, and batch norm behind global pooling
+        return few * "--batch_size 1: the batch norm of this network needs more. Raise it, or pass --mode fix."
     if type(error).__name__ == "OutOfMemoryError":
         return f"the GPU's memory is full. {_less_memory(args)}"
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text or "can't allocate memory" in text:
@@ -253,6 +256,7 @@ def _whole(least: int) -> Callable[[str], int]:
 
 positive = _number("is not above 0", lambda value: value > 0)
 non_negative = _number("is below 0", lambda value: value >= 0)
+probability = _number("is not above 0 and below 1", lambda value: 0 < value < 1)
 fraction = _number("is not between 0 and 1", lambda value: 0 <= value <= 1)
 positive_int, count = _whole(1), _whole(0)
 

@@ -45,3 +45,4 @@ class Teacher(nn.Module):
         torch._foreach_lerp_(list(self.module.parameters()), list(student.parameters()), 1 - decay)
         for mine, theirs in zip(self.module.buffers(), student.buffers(), strict=True):
             mine.copy_(theirs)
+        self.module.train().eval()  # some of timm's networks keep what they have computed from weights until they train

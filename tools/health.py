@@ -134,8 +134,9 @@ def _pair(sums: tuple[Tensor, Tensor | int]) -> Tensor:
 
 
 def _gradient_norm(loss: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """The norm of the gradient of the whole batch, of which each process has its share."""
     gradients = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
-    return nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
+    return nn.utils.get_total_norm([all_reduce_sum(each) / world_size() for each in gradients if each is not None])
 
 
 def teaching_epochs(history: Sequence[Record], mode: str, warmup_epochs: int, max_epoch: int) -> tuple[int, int]:

@@ -94,16 +94,22 @@ class Update:
         # fused it does not wait for the GPU.
         scale = {} if dtype == torch.float16 else {"init_scale": 1.0, "growth_interval": 2**31 - 1}
         self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, **scale)
+        self.batches = 0  # whose gradients have been added since the last step
 
     @record_function("backward")
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of one batch's loss, a scalar."""
         self.scaler.scale(loss / self.options.accumulate_steps).backward()
+        self.batches += 1
 
     @record_function("optimiser")
     def step(self) -> None:
         """Average the gradients over the processes, clip them, change the weights, lower the learning rate."""
         distributed.average_gradients(self.parameters)
+        if self.batches < self.options.accumulate_steps:  # at the end of an epoch: the mean is over fewer batches
+            gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+            torch._foreach_mul_(gradients, self.options.accumulate_steps / self.batches)
+        self.batches = 0
         if self.options.grad_max_norm:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, self.options.grad_max_norm)

@@ -128,7 +128,7 @@ SHARED = {
     "scales": {"type": cli.numbers, "default": [0.5, 1.0, 1.5, 2.0], "help": "image scales, comma-separated"},
     "hflip": {**cli.switch(True), "help": "also use mirrored images"},
     "crf_t": {"type": cli.count, "default": 10, "help": "mean-field iterations of the dense CRF; 0: no CRF"},
-    "crf_gt_prob": {"type": cli.fraction, "default": 0.7, "help": "confidence of the hard-label unary"},
+    "crf_gt_prob": {"type": cli.probability, "default": 0.7, "help": "confidence of the hard-label unary"},
     "crf_backend": {"choices": CRF_BACKENDS, "default": "torch", "help": "pydensecrf: one image at a time, on the CPU"},
 }
 """Flags that scripts take one by one."""

@@ -123,6 +123,7 @@ class Opponent:
             The loss, its weight included. `update.step` changes the weights.
         """
         self._take_gradients(True)
+        self.model.train().eval()  # as in `tools.ema`: what was computed from weights is computed anew
         with autocast:
             images = hide_class(sample.images, sample.cams, sample.hidden, threshold=0.2)
             logits = self.model(images)["class_logits"]

@@ -46,8 +46,8 @@ def auto_threshold(cams_of: CamsOf, ids: Sequence[str], *, skip: bool = False) -
     Returns:
         In (0, 1), two decimals; the usual threshold if no image of the sample has a class with a CAM above 0.
     """
-    sample, thresholds = ids[:: max(1, len(ids) // SAMPLE)][:SAMPLE], []
-    for image_id in sample:
+    count, thresholds = min(SAMPLE, len(ids)), []
+    for image_id in (ids[i * len(ids) // count] for i in range(count)):
         with contextlib.suppress(*(FileError,) if skip else ()):
             cams = cams_of(image_id)
             if cams.any():
@@ -152,7 +152,8 @@ def labels_of_cams(
     size, working = tuple(photograph.shape[-2:]), working_photograph(photograph, views)
     classes, maps = cams_of_file(path, label, size)
     cams = torch.zeros(1, len(label), *working.shape[-2:])
-    cams[0, classes] = resize_maps(torch.from_numpy(maps)[None], working.shape[-2:])[0]
+    if len(classes):  # no map at all could not be resized
+        cams[0, classes] = resize_maps(torch.from_numpy(maps)[None], working.shape[-2:])[0]
     options = {"crf_iterations": crf.iterations, "gt_prob": crf.gt_prob, "backend": crf.backend}
     labels = reliable_cam_labels(working, cams, torch.from_numpy(label)[None], *thresholds, **options)
     return resize_labels(labels, size)[0]
