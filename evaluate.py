@@ -96,7 +96,7 @@ def main(args: argparse.Namespace) -> None:
     source.check_masks(ids)
     check_present(args.pred_dir, ids, suffix, PREDICT)
     identity.check_classes(args.pred_dir, source.info.classes[1:])
-    made_by = identity.read_record(args.pred_dir / "settings.json")
+    made_by = identity.read_record(args.pred_dir / identity.RECORD)
     origin = identity.sentence(made_by) if made_by else f"{args.pred_dir}, without a record of what made them"
     print(f"Predictions: {origin}")
 

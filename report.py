@@ -27,6 +27,7 @@ shows the first ones, and as many from all over the rest.
 import argparse
 import dataclasses
 import functools
+import itertools
 import math
 import re
 import time
@@ -133,7 +134,7 @@ def predictions_fault(score: Mapping) -> str:
     folder = Path(score["pred_dir"])
     if not folder.is_dir():
         return "no longer exist"
-    now = identity.read_record(folder / "settings.json")
+    now = identity.read_record(folder / identity.RECORD)
     now = identity.digest(now) if "inputs" in now else now
     return "have changed since" if score.get("made_by", now) != now else ""
 
@@ -206,7 +207,7 @@ def pick_images(source: DataSource, ids: Sequence[str], number: int) -> list[str
 
     One after the other, the image whose classes were shown least so far; the earliest id among equals.
     """
-    labels = source.image_labels(ids)
+    labels = np.stack([known_label(source, image_id) for image_id in ids])
     shown = np.zeros(labels.shape[1])
     chosen: list[int] = []
     for _ in range(min(number, len(ids))):
@@ -215,6 +216,13 @@ def pick_images(source: DataSource, ids: Sequence[str], number: int) -> list[str
         chosen.append(int(gain.argmax()))
         shown += labels[chosen[-1]]
     return [ids[i] for i in chosen]
+
+
+def known_label(source: DataSource, image_id: str) -> np.ndarray:
+    """The image label, float32 [K]; zeros if there is none, as of images of a test split."""
+    return (
+        source.image_label(image_id) if source.has_label(image_id) else np.zeros(source.info.num_foreground, np.float32)
+    )
 
 
 def gallery(source: DataSource, blocks: dict[str, Sequence[str]], columns: Sequence[Column]) -> Image.Image:
@@ -237,9 +245,10 @@ def gallery(source: DataSource, blocks: dict[str, Sequence[str]], columns: Seque
             cell.set(xticks=[], yticks=[], frame_on=False)
             cell.imshow(np.full_like(image, EMPTY) if picture is None else picture)
     for cell, title in zip(cells[0], titles, strict=True):
-        cell.set_title(title, fontsize=11)
-    for heading, block in blocks.items() if len(blocks) > 1 else ():
-        cells[ids.index(block[0]), 0].set_ylabel(heading)
+        cell.set_title(title, fontsize=11, parse_math=False)
+    starts = itertools.accumulate(map(len, blocks.values()), initial=0)
+    for heading, start in zip(blocks, starts, strict=False) if len(blocks) > 1 else ():
+        cells[start, 0].set_ylabel(heading, parse_math=False)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     drawn = np.asarray(canvas.buffer_rgba())[..., :3]
@@ -324,7 +333,7 @@ def card(source: DataSource, columns: Sequence[Column], domain_of: Mapping[str, 
             path, _ = column.file(row.image_id)
             uri = heat_uri(load_cams(path)[2]) if path.suffix == ".npz" else mask_uri(mask, size, info.palette)
             layers[column.title] = Layer(uri, shares_text(mask, info.classes), row.ious.get(column.title))
-    label = source.image_label(row.image_id) if source.has_label(row.image_id) else np.zeros(info.num_foreground)
+    label = known_label(source, row.image_id)
     values = {int(value) for mask in (truth, *masks) if mask is not None for value in np.unique(mask)}
     return Card(
         image_id=row.image_id,

@@ -383,7 +383,8 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
     flags["images"] = args.images and str(args.images.resolve())  # two folders of one name never mix
     inputs = source.fingerprints(ids)
     made_by = identity.describe("train_segmentation.py", flags, inputs=inputs)
-    for kind in predictor.suffixes:
+    old = [kind for kind in ("overlays", "confidence") if args.overwrite and (predictor.folder / kind).is_dir()]
+    for kind in dict.fromkeys([*predictor.suffixes, *old]):  # those of the old masks go with them
         identity.claim_folder(predictor.folder / kind, made_by, overwrite=args.overwrite)
     what, threads = f"{len(ids)} images of '{name}'", parallel.own_workers(args.num_workers)
     pending = parallel.pending(ids, lambda i: not predictor.missing(i), what, predictor.folder)

@@ -50,7 +50,7 @@ RULES = (
     ),
     Rule(  # convolutions that timm cannot dilate, pyramids of attention, XCiT
         "convmixer cpubone davit densenet dpn edgenext efficientvim efficientvit_mit efficientvit_msra fasternet "
-        "fastvit focalnet ghostnet hgnet iformer lcnetv2 lowformer mambaout metaformer mobilenetv5 mvitv2 nasnet "
+        "fastvit focalnet ghostnet hgnet iformer lcnetv2 lowformer mambaout metaformer mobilenetv5 nasnet "
         "nextvit pnasnet pvt_v2 rdnet repghost repvit selecsls senet sequencer shvit starnet swiftformer tiny_vit "
         "twins vgg vovnet xception xcit"
     ),

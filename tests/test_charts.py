@@ -45,7 +45,7 @@ def test_values_that_are_not_finite_are_left_out_and_nothing_gives_nothing():
 
 
 def test_one_point_and_a_flat_line_have_axes_too():
-    for curves in ({"a": [(1, 5.0)]}, {"a": [(1, 0.0), (2, 0.0)]}):
+    for curves in ({"a": [(1, 5.0)]}, {"a": [(1, 0.0), (2, 0.0)]}, {"a": [(1, 1e17)]}):
         for x, y in points(parse(curves))[0]:
             assert charts.LEFT <= x <= charts.WIDTH and charts.TOP <= y <= charts.HEIGHT
 

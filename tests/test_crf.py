@@ -278,3 +278,10 @@ def test_neighbours_of_vertices(link, count, dtype):
     found = [place.get(key, count) for key in before.tolist()]
     assert rows[:, 1].tolist() == [*found, count]
     assert rows[:, 2].tolist() == [found.index(i) if i in found else count for i in range(count)] + [count]
+
+
+def test_pydensecrf_takes_a_unary_of_any_layout():
+    pytest.importorskip("pydensecrf")
+    images, unary = random_problem(9, 7, labels=3, batch=1)
+    turned = unary.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    assert_same(mean_field(images, turned, backend="pydensecrf"), mean_field(images, unary, backend="pydensecrf"))

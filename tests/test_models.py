@@ -193,6 +193,7 @@ def test_resnest_keeps_the_pooling_of_its_authors():
         ("zzz", "no such model"),
         ("test_vit_relpos", "no known way to feature maps"),
         ("test_maxvit", "no known way to feature maps"),
+        ("mvitv2_tiny", "no known way to feature maps"),
         ("mixer_s32_224", "no known way to feature maps"),
         ("bat_resnext26ts.ch_in1k", "no known way to feature maps"),
         ("beit_base_patch16_224", "no known way to feature maps"),

@@ -346,3 +346,15 @@ def test_values_at_an_index_are_those_of_the_enlarged_maps(size):
     index = enlarged_argmax(maps, size)
     enlarged = resize_maps(maps, size)[0]
     assert torch.equal(values_at(maps, index), enlarged.gather(0, index[None])[0])
+
+
+def test_overwriting_removes_what_shows_the_old_masks(holiday, models):
+    """Overlays and confidences that are not asked for again; and a photograph may be called settings."""
+    (holiday / "a.png").rename(holiday / "settings.png")
+    command = [*PREDICT, "--tag", "m", "--weights", models / "segmentation.pth", "--images", holiday]
+    run(*command, "--save_overlays", "--save_confidence", "--reading", "relative")
+    folder = PREDICTIONS / "m@holiday"
+    before = (folder / "masks" / "settings.png").read_bytes()
+    run(*command, "--reading", "argmax", "--overwrite")
+    assert not [*folder.glob("overlays/**/*.jpg"), *folder.glob("confidence/**/*.png")]
+    assert (folder / "masks" / "settings.png").read_bytes() != before

@@ -146,6 +146,25 @@ def test_without_any_ground_truth_there_is_no_column_for_it(data, tmp_path):
     assert (sheet == report.EMPTY).all(axis=2).mean() < 0.01 and not (tmp_path / "summary.json").exists()
 
 
+def test_each_heading_stands_at_the_first_row_of_its_block(data, monkeypatch):
+    """Though the splits share an image; and a title is no formula."""
+    rows = {}
+    label = lambda axes, text, **options: rows.update({text: axes.get_subplotspec().rowspan.start})  # noqa: E731
+    monkeypatch.setattr("matplotlib.axes.Axes.set_ylabel", label)
+    columns = [report.Column("cost $a_$ b", ((data / "masks", 0.4),))]
+    report.gallery(build_source("folder", data), {"train": ["a", "b"], "val": ["a", "d"]}, columns)
+    assert rows == {"train": 0, "val": 2}
+
+
+def test_images_without_a_label_are_shown(data, tmp_path):
+    """As those of a test split."""
+    lines = (data / "labels.csv").read_text().splitlines()
+    (data / "labels.csv").write_text("\n".join(line for line in lines if not line.startswith("d,")) + "\n")
+    save_mask(tmp_path / "one" / "d.png", np.full(SIZE, 2), voc_palette())
+    run(data, tmp_path, "--domain", "test", "--columns", f"Mine={tmp_path / 'one'}")
+    assert (tmp_path / "gallery.png").exists() and "Mine" in (tmp_path / "report.html").read_text()
+
+
 def test_gallery_of_a_one_pixel_image_without_columns(data):
     Image.fromarray(np.zeros((1, 1, 3), np.uint8)).save(data / "images" / "a.png")
     save_mask(data / "masks" / "a.png", np.array([[255]]), voc_palette())

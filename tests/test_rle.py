@@ -26,7 +26,8 @@ def test_masks_are_encoded_column_by_column():
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 3000), min_size=1, max_size=9), max_size=4), st.integers(1, 50_000))
 def test_any_counts_pycocotools_can_write_pass(masks, more):
-    """Runs of no pixels, an even and an odd number of counts, numbers of one to four characters."""
+    """A first run of no pixels, an even and an odd number of counts, numbers of one to four characters."""
+    masks = [[first, *(max(1, run) for run in runs)] for first, *runs in masks]
     pixels = max(map(sum, masks), default=0) + more
     texts = [compress([*counts, pixels - sum(counts)]) for counts in masks]
     check_counts(texts, pixels)
@@ -34,6 +35,15 @@ def test_any_counts_pycocotools_can_write_pass(masks, more):
         if texts:
             with pytest.raises(ValueError, match="add up"):
                 check_counts(texts, wrong)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=6), st.data())
+def test_a_run_of_no_pixels_is_refused_but_at_the_start(runs, data):
+    """pycocotools' union and intersection stop there, or go on for ever."""
+    place = data.draw(st.integers(1, len(runs)))
+    with pytest.raises(ValueError, match="a run of no pixels"):
+        check_counts([compress([*runs[:place], 0, *runs[place:]])], sum(runs))
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,8 @@ class _Axis:
 
     def __init__(self, low: float, high: float, start: float, end: float) -> None:
         if low == high:
-            low, high = low - 0.5, high + 0.5
+            margin = max(0.5, abs(low) / 1000)
+            low, high = low - margin, high + margin
         slack, ticks = 1e-9 * (high - low), MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(low, high).tolist()
         self.ticks = [tick for tick in ticks if low - slack <= tick <= high + slack]
         self.low, self.scale, self.start = low, (end - start) / (high - low), start

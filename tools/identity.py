@@ -35,6 +35,9 @@ from tools.parallel import READERS, thread_map
 VERSION = "1.0.0"
 """Version of the code, kept in every checkpoint."""
 
+RECORD = "settings.json"
+"""The file of a folder that holds its identity."""
+
 HARMLESS = ("tag", "device", "num_workers", "compile", "domain_valid", "overwrite", "on_error", "dataset", "data_dir")
 """Flags that change no result, or whose effect shows in the inputs."""
 
@@ -152,7 +155,7 @@ def claim_folder(folder: Path, made_by: dict[str, Any], *, overwrite: bool = Fal
     Raises:
         UserError: the files have another identity, or none; or the folder cannot be written to.
     """
-    record = check_writable(folder) / "settings.json"
+    record = check_writable(folder) / RECORD
     with locked(folder):
         products = _products(folder)
         ids = _ids(made_by)
@@ -177,8 +180,8 @@ def _products(folder: Path) -> dict[str, list[Path]]:
     products = defaultdict(list)
     for place, _, names in os.walk(folder):
         for path in (Path(place, name) for name in names):
-            products[path.relative_to(folder).with_suffix("").as_posix()].append(path)
-    products.pop("settings", None)
+            if path != folder / RECORD:
+                products[path.relative_to(folder).with_suffix("").as_posix()].append(path)
     return products
 
 
@@ -243,7 +246,7 @@ def check_classes(folder: Path, classes: Sequence[str]) -> None:
         UserError: the record names others.
     """
     try:
-        made_of = read_record(folder / "settings.json").get("settings", {}).get("classes", list(classes))
+        made_of = read_record(folder / RECORD).get("settings", {}).get("classes", list(classes))
     except UserError:  # of another program, perhaps
         return
     if made_of != list(classes):

@@ -40,3 +40,5 @@ def check_counts(texts: Sequence[str], pixels: int) -> None:
         runs[1::2], runs[2::2] = runs[1::2].cumsum(), runs[2::2].cumsum()
         if runs.min() < 0 or runs.sum() != pixels:
             raise ValueError("run lengths that do not add up to the image")
+        if not runs[1:].all():  # pycocotools stops there, or never
+            raise ValueError("a run of no pixels, not at the start")

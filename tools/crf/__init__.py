@@ -155,7 +155,7 @@ def _infer_pydensecrf(images: Tensor, energy: Tensor, settings: CRFSettings, ite
         pixels = image.permute(1, 2, 0).contiguous().cpu().numpy()
         for unary, probabilities in zip(energies, result, strict=True):
             crf = package.DenseCRF2D(width, height, labels)
-            crf.setUnaryEnergy(unary.reshape(labels, -1).cpu().numpy())
+            crf.setUnaryEnergy(unary.reshape(labels, -1).contiguous().cpu().numpy())
             crf.addPairwiseGaussian(settings.gaussian_sxy, settings.gaussian_weight)
             crf.addPairwiseBilateral(settings.bilateral_sxy, settings.bilateral_srgb, pixels, settings.bilateral_weight)
             probabilities.copy_(torch.from_numpy(np.array(crf.inference(iterations))).view_as(probabilities))
