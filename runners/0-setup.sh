@@ -5,7 +5,9 @@
 #   DATASET=deepglobe PREPARE_FLAGS="--download_dir $HOME/deepglobe" ./runners/0-setup.sh      from files at hand
 #   DATASET=folder DATA_DIR=~/birds ./runners/0-setup.sh                                   your own: looked over only
 # What is there already is skipped. SETUP.md: machines without internet, what goes where.
-source "$(dirname "${BASH_SOURCE[0]}")/config/env.sh"
+here=$(dirname "${BASH_SOURCE[0]}"); [[ -f $here/config/env.sh ]] || here=${SLURM_SUBMIT_DIR:-.}/runners  # sbatch runs a copy
+[[ -f $here/config/env.sh ]] || { echo "$here/config/env.sh: no such file. Start from the repository's root." >&2; exit 2; }
+source "$here/config/env.sh"
 source runners/config/dataset.sh
 if ((NODE > 0)); then exit; fi  # machine 0 does it for all
 stage 0 "installation and data"

@@ -5,7 +5,9 @@
 #   DATASET=folder DATA_DIR=~/birds ./runners/1-csrm.sh        your own photographs
 #   PRIOR=pnoc ./runners/1-csrm.sh                             another prior than vanilla: puzzle, poc or pnoc
 #   PRIOR=weights/puzzle.pth ./runners/1-csrm.sh               public weights instead of a prior trained here
-source "$(dirname "${BASH_SOURCE[0]}")/config/env.sh"
+here=$(dirname "${BASH_SOURCE[0]}"); [[ -f $here/config/env.sh ]] || here=${SLURM_SUBMIT_DIR:-.}/runners  # sbatch runs a copy
+[[ -f $here/config/env.sh ]] || { echo "$here/config/env.sh: no such file. Start from the repository's root." >&2; exit 2; }
+source "$here/config/env.sh"
 source runners/config/dataset.sh
 stage 1 "CAM prior (1), CSRM and its pseudo masks (2)"
 

@@ -5,7 +5,9 @@
 #                                                         model learns these masks (folder: by default)
 #   MASKS=path/to/masks ./runners/4-segmentation.sh       learn other masks than those of stage 3
 #   CORRECTED=corrected ./runners/4-segmentation.sh       another model, with masks that somebody has corrected
-source "$(dirname "${BASH_SOURCE[0]}")/config/env.sh"
+here=$(dirname "${BASH_SOURCE[0]}"); [[ -f $here/config/env.sh ]] || here=${SLURM_SUBMIT_DIR:-.}/runners  # sbatch runs a copy
+[[ -f $here/config/env.sh ]] || { echo "$here/config/env.sh: no such file. Start from the repository's root." >&2; exit 2; }
+source "$here/config/env.sh"
 source runners/config/dataset.sh
 stage 4 "the final model"
 : "${MASKS:=$REFINED}"

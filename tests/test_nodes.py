@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,6 +62,7 @@ def start_machine(node: int, folder: Path, root: Path, ports: list[int]) -> subp
     (folder / "train_it.py").write_text(
         f"import pathlib, sys\nimport test_nodes\ntest_nodes.work(pathlib.Path({str(root)!r}), {ports[1:]})\n"
     )
+    shutil.copytree(TESTS.parent / "runners", folder / "runners", dirs_exist_ok=True)
     script = "source runners/config/env.sh; REPORT=report; run train_it.py"
     environment = {
         **os.environ,
@@ -75,12 +77,11 @@ def start_machine(node: int, folder: Path, root: Path, ports: list[int]) -> subp
         "DATASET": "folder",
         "DATA_DIR": str(root),
         "OMP_NUM_THREADS": "1",
-        "SLURM_SUBMIT_DIR": str(folder),
     }
     with open(folder / f"log{node}.txt", "a") as log:
         command = ["bash", "-c", script]
         options = {"stdout": log, "stderr": log, "start_new_session": True}
-        return subprocess.Popen(command, cwd=TESTS.parent, env=environment, **options)
+        return subprocess.Popen(command, cwd=folder, env=environment, **options)
 
 
 def wait_for(condition: Callable[[], bool], machines: list[subprocess.Popen], folder: Path) -> None:

@@ -113,6 +113,25 @@ def test_machines_that_do_not_know_each_other(tmp_path):
     assert called == [] and process.returncode and "MASTER_ADDR: set it to the host name of machine 0" in process.stderr
 
 
+@pytest.mark.parametrize("runner", ["0-setup", "1-csrm", "3-sam-refinement", "4-segmentation"])
+def test_a_copy_of_a_runner_works_in_the_repository_that_it_was_submitted_from(tmp_path, runner):
+    """As sbatch makes one. Where it is no copy, a job around it (salloc, Jupyter) changes nothing."""
+    (tmp_path / "csrm").mkdir()
+    called, _ = commands(tmp_path / "csrm", runner, SLURM_SUBMIT_DIR="/tmp")
+    assert called or runner == "0-setup"
+    spool = tmp_path / "spool" / "slurm_script"
+    spool.parent.mkdir()
+    shutil.copy(ROOT / "runners" / f"{runner}.sh", spool)
+    environment = {"PATH": f"{tmp_path / 'csrm' / 'bin'}:{os.environ['PATH']}", "DOMAIN_EVAL": ""}
+    for there, said in ((tmp_path / "csrm", "== Stage"), (tmp_path, "")):
+        (tmp_path / "csrm" / "calls.txt").unlink(missing_ok=True)
+        environment["SLURM_SUBMIT_DIR"] = str(there)
+        process = subprocess.run(["bash", spool], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert said in process.stdout and (tmp_path / "csrm" / "calls.txt").exists() == bool(said and called)
+    line = f"{tmp_path}/runners/config/env.sh: no such file. Start from the repository's root.\n"
+    assert (process.returncode, process.stderr) == (2, line)
+
+
 def test_the_demo_says_how_far_it_is(tmp_path):
     """After 71 % of its time, and 76: counted since stage 0."""
     _, process = commands(tmp_path, DATASET="shapes")

@@ -2,7 +2,7 @@
 # Sourced by the runners; works under bash, sbatch and srun (submit from the repository's root).
 
 set -euo pipefail
-cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/../..}"
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 : "${DATASET:=voc12}"       # voc12, coco14, folder, shapes or deepglobe: picks a block in dataset.sh
 : "${DEVICE:=auto}"         # auto, cpu, cuda or cuda:N
