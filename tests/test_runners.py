@@ -132,6 +132,20 @@ def test_a_copy_of_a_runner_works_in_the_repository_that_it_was_submitted_from(t
     assert (process.returncode, process.stderr) == (2, line)
 
 
+def test_a_decimal_comma_changes_no_name(tmp_path):
+    """As in German: there `printf %g 0.30` is no number for bash, or 0,3."""
+    (tmp_path / "locales").mkdir()
+    command = ["localedef", "-i", "de_DE", "-f", "UTF-8", tmp_path / "locales" / "de_DE.UTF-8"]
+    if not shutil.which("localedef") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("localedef, or what it makes this locale of, is not installed")
+    german = {"LC_ALL": "de_DE.UTF-8", "LOCPATH": str(tmp_path / "locales")}
+    shown = subprocess.run(["bash", "-c", "printf %g 0,5"], env=german, capture_output=True, text=True)
+    assert shown.stdout == "0,5"
+    _, process = commands(tmp_path, THRESHOLD="0.30", **german)
+    assert process.returncode == 0, process.stderr
+    assert "voc12-csrm@train_aug/pseudos-t0.3-c10\n" in process.stdout
+
+
 def test_the_demo_says_how_far_it_is(tmp_path):
     """After 71 % of its time, and 76: counted since stage 0."""
     _, process = commands(tmp_path, DATASET="shapes")

@@ -127,7 +127,7 @@ choose ROUNDS 1                               # stage 4: models in a row, each o
 if [[ -n "$SAM_CHECKPOINT" ]]; then : "${PROPOSALS:=sam}"; fi
 choose PROPOSALS regions                      # regions, sam (where there is a checkpoint), sam2, sam3 or files
 
-if [[ "$THRESHOLD" != auto ]]; then THRESHOLD=$(printf %g "$THRESHOLD"); fi  # as inference.py names the folder
+if [[ "$THRESHOLD" != auto ]]; then THRESHOLD=$(LC_ALL=C; printf %g "$THRESHOLD"); fi  # as inference.py names the folder
 
 # What is not as chosen above is part of the names, so that experiments that differ in it do not meet.
 PSEUDO_VARIANT="" VARIANT=""
