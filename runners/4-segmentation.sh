@@ -4,7 +4,8 @@
 #   ROUNDS=2 ./runners/4-segmentation.sh                  a first model labels its training photographs anew, and the final
 #                                                         model learns these masks (folder: by default)
 #   MASKS=path/to/masks ./runners/4-segmentation.sh       learn other masks than those of stage 3
-#   CORRECTED=corrected ./runners/4-segmentation.sh       another model, with masks that somebody has corrected
+#   CORRECTED=corrected ./runners/4-segmentation.sh       another model, with masks that somebody has corrected; further
+#                                                         corrections need a folder of another name
 here=$(dirname "${BASH_SOURCE[0]}"); [[ -f $here/config/env.sh ]] || here=${SLURM_SUBMIT_DIR:-.}/runners  # sbatch runs a copy
 [[ -f $here/config/env.sh ]] || { echo "$here/config/env.sh: no such file. Start from the repository's root." >&2; exit 2; }
 source "$here/config/env.sh"
@@ -33,8 +34,7 @@ for ((round = 1; round < ROUNDS; round++)); do
 done
 train_model "$TAG_SEG" ${CORRECTIONS[@]+"${CORRECTIONS[@]}"}
 run train_segmentation.py --tag "$TAG_SEG" --predict --domain "$DOMAIN_TEST" $RUN_FLAGS $VIEW_FLAGS $PREDICT_FLAGS
-SUFFIX=${TAG_SEG#"$NAME-deeplab$VARIANT"}  # nothing or -corrected
-score "segmentation_val${SUFFIX//-/_}" "$DOMAIN_SCORE" "$PREDICTIONS/$TAG_SEG@$DOMAIN_TEST/masks"
+score "segmentation_val${CORRECTION/-/_}" "$DOMAIN_SCORE" "$PREDICTIONS/$TAG_SEG@$DOMAIN_TEST/masks"
 
 # The other columns of the report exist for training images only: some of them are segmented too.
 run train_segmentation.py --tag "$TAG_SEG" --predict --domain "$SHEET" --max_images 200 $RUN_FLAGS $VIEW_FLAGS $PREDICT_FLAGS

@@ -235,11 +235,30 @@ def test_paths_with_blanks_are_passed_in_one_piece(tmp_path):
 
 
 def test_corrected_masks_make_a_second_model(tmp_path):
-    called, _ = commands(tmp_path, "4-segmentation", DOMAIN_SCORE="val", CORRECTED="my corrected")
+    called, _ = commands(tmp_path, "4-segmentation", DOMAIN_SCORE="val", CORRECTED="my/corrected")
     train, predict, score, *_ = (tmp_path / "calls.txt").read_text().splitlines()
-    assert called[0] == "train_segmentation.py voc12-deeplab-corrected" and "--corrected_dir my corrected" in train
+    assert called[0] == "train_segmentation.py voc12-deeplab-corrected" and "--corrected_dir my/corrected" in train
     assert "--predict" in predict and "--corrected_dir" not in predict
     assert "deeplab-corrected@val/masks" in score and "/segmentation_val_corrected.json" in score
+
+
+def test_masks_are_corrected_again_in_another_folder(tmp_path):
+    """Which makes another model, whose score stands beside those of the first ones."""
+    report = "experiments/reports/voc12/segmentation_val"
+    named = [
+        *(("corrected", "_corrected"), ("my/corrected/", "_corrected"), ("corr", "_corrected-corr")),
+        *(("my corr-2", "_corrected-my corr-2"), ("", "")),
+    ]
+    for folder, suffix in named:
+        commands(tmp_path, "4-segmentation", DOMAIN_SCORE="val", CORRECTED=folder)
+        train, predict, score, *_ = (tmp_path / "calls.txt").read_text().splitlines()
+        tag = f"--tag voc12-deeplab{suffix.replace('_', '-')} "
+        assert tag in train and tag in predict and f"--output {report}{suffix}.json " in score
+        (tmp_path / f"{report}{suffix}.json").touch()
+    commands(tmp_path, "3-sam-refinement")
+    page = (tmp_path / "calls.txt").read_text().splitlines()[-1]
+    suffixes = ["", "_corrected", "_corrected-corr", "_corrected-my corr-2"]
+    assert " ".join(f"segmentation_val{suffix}={report}{suffix}.json" for suffix in suffixes) + " --tags" in page
 
 
 def test_a_second_round_learns_what_the_first_model_says_of_its_own_photographs(tmp_path):

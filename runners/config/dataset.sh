@@ -142,7 +142,10 @@ if [[ "$ROUNDS" != "$CHOSEN_ROUNDS" ]]; then VARIANT+=-rounds$ROUNDS; fi
 : "${REPORT:=$REPORTS$VARIANT}"  # scores of every stage, their table, the picture sheet
 TAG_SEG=$TAG_SEG$VARIANT TAG_REFINED=$TAG_CSRM$PSEUDO_VARIANT
 TAG_ROUND=$TAG_SEG-round  # and a number: the models before the final one
-if [[ -n "$CORRECTED" ]]; then TAG_SEG=$TAG_SEG-corrected; fi
+CORRECTION=""  # -corrected, and the folder's name if that is another
+if [[ -n "$CORRECTED" ]]; then CORRECTION=-corrected-$(basename "$CORRECTED"); fi
+if [[ "$CORRECTION" == -corrected-corrected ]]; then CORRECTION=-corrected; fi
+TAG_SEG=$TAG_SEG$CORRECTION
 SHEET=${DOMAIN_EVAL:-$DOMAIN_TRAIN}  # the split whose images the report shows
 if [[ "$PSEUDOS_FROM" == cams ]]; then PSEUDOS=t$THRESHOLD; else PSEUDOS=masks; fi
 PSEUDOS=$PREDICTIONS/$TAG_CSRM@$DOMAIN_TRAIN/pseudos-$PSEUDOS-c$CRF_T

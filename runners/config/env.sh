@@ -96,9 +96,9 @@ refine() {
 
 # report: the page, picture sheet and review queue of the stages so far.
 report() {
-  local stage tag scores=() tags=() columns=() review=()
-  for stage in prior_cam csrm_cam pseudo refined relabelled_{1..8} segmentation_val{,_corrected}; do
-    if [[ -f "$REPORT/$stage.json" ]]; then scores+=("$stage=$REPORT/$stage.json"); fi
+  local file tag scores=() tags=() columns=() review=()
+  for file in "$REPORT"/{prior_cam,csrm_cam,pseudo,refined,relabelled_{1..8},segmentation_val{,_corrected{,-*}}}.json; do
+    if [[ -f "$file" ]]; then scores+=("$(basename "$file" .json)=$file"); fi
   done
   for tag in "$TAG_PRIOR" "$TAG_CSRM" "$TAG_SEG"; do
     if [[ -d "experiments/logs/$tag" ]]; then tags+=("$tag"); fi
