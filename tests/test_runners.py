@@ -330,7 +330,8 @@ def test_the_page_reviews_the_masks_that_the_final_model_learns(tmp_path):
 @pytest.mark.parametrize("masks", [True, False])
 @pytest.mark.parametrize("has_val", [True, False])
 def test_a_folder_without_a_val_split_is_segmented_itself(tmp_path, masks, has_val):
-    (tmp_path / "birds" / "images" / ("val" if has_val else "robin")).mkdir(parents=True)
+    for name in ("train", "val") if has_val else ("robin", "wren"):
+        (tmp_path / "birds" / "images" / name).mkdir(parents=True)
     if masks:
         (tmp_path / "birds" / "masks").mkdir()
     flags = {"DATASET": "folder", "DATA_DIR": "birds", "DEVICE": "cpu"}
@@ -340,8 +341,27 @@ def test_a_folder_without_a_val_split_is_segmented_itself(tmp_path, masks, has_v
     commands(tmp_path, "4-segmentation", **flags)
     calls = (tmp_path / "calls.txt").read_text()
     domain = "val" if has_val else "train"
-    assert f"--predict --domain {domain} " in calls
+    assert re.findall(r"--predict --domain (\S+)", calls) == [domain, "train"]
     assert (f"--domain {domain} --pred_dir experiments/predictions/folder-deeplab@{domain}/masks" in calls) == masks
+
+
+@pytest.mark.parametrize("paths, domain", [
+    (["splits/train.txt", "splits/val.txt"], "val"),
+    (["splits/train.txt"], "train"),
+    (["splits/train.txt", "images/train/robin/a.jpg", "images/val/robin/b.jpg"], "train"),
+    (["splits/notes", "images/robin/a.jpg"], "train"),
+    (["splits/._val", "images/train/robin/a.jpg", "images/val/robin/b.jpg"], "val"),
+    (["images/val/a.jpg", "images/robin/b.jpg"], "train"),
+    (["images/train/a.jpg", "images/robin/b.jpg"], "train"),
+])  # fmt: skip
+def test_a_val_split_is_a_list_or_a_folder_beside_that_of_training(tmp_path, paths, domain):
+    """Where there are lists, folders are none; and `val` among other folders is a class."""
+    for path in paths:
+        (tmp_path / "birds" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "birds" / path).touch()
+    commands(tmp_path, "4-segmentation", DATASET="folder", DATA_DIR="birds", DEVICE="cpu")
+    predicted = re.findall(r"--predict --domain (\S+)", (tmp_path / "calls.txt").read_text())
+    assert predicted == [domain, "train"], "the second one is the sheet of the page"
 
 
 @pytest.mark.parametrize("preset, network", [("", "mobilenetv2_100"), ("standard", "resnet50")])

@@ -42,10 +42,14 @@ folder)
   # Measured with PRESET=small on 800 photographs of six animals, one CPU core (docs/log.md): prior's CAMs 42.1, CSRM's 45.7,
   # pseudo masks 58.0, those of the first round 63.7; final model 63.1 on val.
   : "${DATA_DIR:?set DATA_DIR to the folder that holds images/ and labels.csv}"
-  # Without a val split, the final model segments the training photographs.
-  if [[ -d "$DATA_DIR/splits" || -d "$DATA_DIR/images/val" ]]; then : "${DOMAIN_TEST:=val}"; else : "${DOMAIN_TEST:=train}"; fi
+  # Without a val split, the final model segments the training photographs. Where there are lists, folders are no splits.
+  LISTS=("$DATA_DIR"/splits/*.txt)
+  if [[ -f "$DATA_DIR/splits/val.txt" || ! -f "${LISTS[0]}" && -d "$DATA_DIR/images/train" && -d "$DATA_DIR/images/val" ]]; then
+    : "${DOMAIN_TEST:=val}"
+  fi
+  : "${DOMAIN_TRAIN:=train}"; : "${DOMAIN_TEST:=$DOMAIN_TRAIN}"
   if [[ -d "$DATA_DIR/masks" ]]; then : "${DOMAIN_EVAL=train}" "${DOMAIN_SCORE=$DOMAIN_TEST}"; fi
-  : "${DOMAIN_TRAIN:=train}" "${DOMAIN_EVAL=}" "${DOMAIN_SCORE=}"
+  : "${DOMAIN_EVAL=}" "${DOMAIN_SCORE=}"
   LABEL_FLAGS="--c2s_fg auto --c2s_bg auto --self_training auto --teacher_labels relative --s2c_sigma 0.6 --w_s2c 0.15 --w_contra 0.1"
   # L_c2s learns the prior's CAMs, which are means over scales, instead of CSRM's own of one view: then self-training pays
   # (docs/log.md). Weights of others as PRIOR have made no CAM files.
