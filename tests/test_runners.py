@@ -16,8 +16,13 @@ ROOT = Path(__file__).parent.parent
 LAUNCHER = r"-m torch.distributed.run --nproc_per_node (\d) --max_restarts 0 --standalone"
 
 
-def commands(folder: Path, runner: str = "1-csrm", **environment: str) -> tuple[list[str], subprocess.CompletedProcess]:
-    """Run the runner in `folder`; returns "[torchrun N] script.py [tag] [method] [oc_weights] [restore]" of each."""
+def commands(
+    folder: Path, runner: str = "1-csrm", **environment: str | None
+) -> tuple[list[str], subprocess.CompletedProcess]:
+    """Run the runner in `folder`; returns "[torchrun N] script.py [tag] [method] [oc_weights] [restore]" of each.
+
+    A variable that is None is not set.
+    """
     if not (folder / "runners").exists():
         shutil.copytree(ROOT / "runners", folder / "runners")
         python = folder / "bin" / "python3"
@@ -25,11 +30,14 @@ def commands(folder: Path, runner: str = "1-csrm", **environment: str) -> tuple[
         python.write_text('#!/bin/sh\necho "$@" >> calls.txt\n')
         python.chmod(0o755)
     (folder / "calls.txt").unlink(missing_ok=True)
-    path = f"{folder / 'bin'}:{os.environ['PATH']}"
+    environment = {"DATASET": "voc12", "DOMAIN_EVAL": "", **environment}
     process = subprocess.run(
         ["bash", f"runners/{runner}.sh"],
         cwd=folder,
-        env={"PATH": path, "DATASET": "voc12", "DOMAIN_EVAL": "", **environment},
+        env={
+            "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+            **{name: value for name, value in environment.items() if value is not None},
+        },
         capture_output=True,
         text=True,
     )
@@ -362,6 +370,30 @@ def test_a_val_split_is_a_list_or_a_folder_beside_that_of_training(tmp_path, pat
     commands(tmp_path, "4-segmentation", DATASET="folder", DATA_DIR="birds", DEVICE="cpu")
     predicted = re.findall(r"--predict --domain (\S+)", (tmp_path / "calls.txt").read_text())
     assert predicted == [domain, "train"], "the second one is the sheet of the page"
+
+
+@pytest.mark.parametrize("dataset", ["folder", "shapes", "coco14", "deepglobe"])
+def test_the_prior_of_another_training_split_is_scored_on_that(tmp_path, dataset):
+    (tmp_path / "birds" / "masks").mkdir(parents=True)
+    commands(tmp_path, DATASET=dataset, DATA_DIR="birds", DOMAIN_TRAIN="train100", DOMAIN_EVAL=None)
+    calls = (tmp_path / "calls.txt").read_text().splitlines()
+    assert [call.split()[2] for call in calls if call.startswith("evaluate.py")] == ["train100"] * 3
+
+
+@pytest.mark.parametrize(
+    "dataset, val", [("voc12", "val"), ("coco14", "val2014"), ("shapes", "val"), ("deepglobe", "val")]
+)
+def test_another_test_split_is_scored_only_where_that_is_wanted(tmp_path, dataset, val):
+    """Its masks are at the challenge's server, perhaps; those of the usual one are there."""
+    for test, score, scored in (
+        (None, None, [val]),
+        (val, None, [val]),
+        ("test", None, []),
+        ("test", "test", ["test"]),
+    ):
+        commands(tmp_path, "4-segmentation", DATASET=dataset, DOMAIN_TEST=test, DOMAIN_SCORE=score)
+        calls = (tmp_path / "calls.txt").read_text().splitlines()
+        assert [call.split()[2] for call in calls if call.startswith("evaluate.py")] == scored
 
 
 @pytest.mark.parametrize("preset, network", [("", "mobilenetv2_100"), ("standard", "resnet50")])

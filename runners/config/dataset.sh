@@ -13,6 +13,13 @@ choose() {
   if [[ -z "${!chosen:-}" ]]; then printf -v "$chosen" %s "$2"; fi
   if [[ -z "${!1:-}" ]]; then printf -v "$1" %s "$2"; fi
 }
+
+# test_on SPLIT: the split that the final model segments, if no other is chosen. Of others nobody knows whether they have masks.
+test_on() {
+  : "${DOMAIN_TEST:=$1}"
+  if [[ "$DOMAIN_TEST" == "$1" ]]; then : "${DOMAIN_SCORE=$1}"; fi
+}
+
 REPORTS=experiments/reports/$NAME PREDICTIONS=experiments/predictions
 
 case "$DATASET" in
@@ -20,7 +27,7 @@ voc12)
   # Published: CAM prior 53.7 (vanilla), 61.5 (P-OC), 62.9 (P-NOC) on train, with ResNeSt-269; final model 75.0 on test.
   # Not measured with this code; hours on a GPU are not known either.
   : "${DATA_DIR:=data/voc12}"
-  : "${DOMAIN_TRAIN:=train_aug}" "${DOMAIN_EVAL=train}" "${DOMAIN_TEST:=val}" "${DOMAIN_SCORE=val}"
+  : "${DOMAIN_TRAIN:=train_aug}" "${DOMAIN_EVAL=train}"; test_on val
   : "${IMAGE_FLAGS:=--image_size 512 --min_image_size 320 --max_image_size 640}"
   : "${BACKBONE:=--architecture resnest101e}" "${BACKBONE_SEG:=--architecture resnest269e}"
   : "${PRIOR_FLAGS:=--lr 0.1}"
@@ -31,7 +38,7 @@ coco14)
   # Published: CAM prior 33.7 (vanilla), 38.5 (P-OC), 40.7 (P-NOC) on train2014, with ResNeSt-269; final model 50.5 on
   # val2014. Not measured with this code; hours on a GPU are not known either.
   : "${DATA_DIR:=data/coco14}"
-  : "${DOMAIN_TRAIN:=train2014}" "${DOMAIN_EVAL=train2014}" "${DOMAIN_TEST:=val2014}" "${DOMAIN_SCORE=val2014}"
+  : "${DOMAIN_TRAIN:=train2014}" "${DOMAIN_EVAL=$DOMAIN_TRAIN}"; test_on val2014
   : "${IMAGE_FLAGS:=--image_size 640 --min_image_size 400 --max_image_size 800}"
   : "${BACKBONE:=--architecture resnest269e}" "${BACKBONE_SEG:=--architecture resnest269e}"
   : "${PRIOR_FLAGS:=--lr 0.05 --batch_size 16 --accumulate_steps 2}"
@@ -48,8 +55,7 @@ folder)
     : "${DOMAIN_TEST:=val}"
   fi
   : "${DOMAIN_TRAIN:=train}"; : "${DOMAIN_TEST:=$DOMAIN_TRAIN}"
-  if [[ -d "$DATA_DIR/masks" ]]; then : "${DOMAIN_EVAL=train}" "${DOMAIN_SCORE=$DOMAIN_TEST}"; fi
-  : "${DOMAIN_EVAL=}" "${DOMAIN_SCORE=}"
+  if [[ -d "$DATA_DIR/masks" ]]; then : "${DOMAIN_EVAL=$DOMAIN_TRAIN}" "${DOMAIN_SCORE=$DOMAIN_TEST}"; fi
   LABEL_FLAGS="--c2s_fg auto --c2s_bg auto --self_training auto --teacher_labels relative --s2c_sigma 0.6 --w_s2c 0.15 --w_contra 0.1"
   # L_c2s learns the prior's CAMs, which are means over scales, instead of CSRM's own of one view: then self-training pays
   # (docs/log.md). Weights of others as PRIOR have made no CAM files.
@@ -91,7 +97,7 @@ shapes)
   TAKES="about 8 minutes on two CPU cores"; DONE_BEFORE=([3]=71 [4]=76)  # per cent of that
   : "${DATA_DIR:=data/shapes}" 
   REPORTS=experiments/demo${NAME#shapes}
-  : "${DOMAIN_TRAIN:=train}" "${DOMAIN_EVAL=train}" "${DOMAIN_TEST:=val}" "${DOMAIN_SCORE=val}"
+  : "${DOMAIN_TRAIN:=train}" "${DOMAIN_EVAL=$DOMAIN_TRAIN}"; test_on val
   : "${IMAGE_FLAGS:=--image_size 97 --min_image_size 73 --max_image_size 129 --optimizer adamw --wd 0.01}"
   : "${BACKBONE:=--architecture test_resnet --backbone_weights none --trainable_stem --dilated}"
   : "${BACKBONE_SEG:=$BACKBONE --decoder_channels 64 --restore experiments/models/$TAG_CSRM.pth}"
@@ -105,7 +111,7 @@ shapes)
 deepglobe)
   # Neither published nor measured: the settings are a guess.
   : "${DATA_DIR:=data/deepglobe}"
-  : "${DOMAIN_TRAIN:=train}" "${DOMAIN_EVAL=train}" "${DOMAIN_TEST:=val}" "${DOMAIN_SCORE=val}"
+  : "${DOMAIN_TRAIN:=train}" "${DOMAIN_EVAL=$DOMAIN_TRAIN}"; test_on val
   : "${IMAGE_FLAGS:=--image_size 512 --min_image_size 448 --max_image_size 640}"
   : "${BACKBONE:=--architecture resnet50}" "${BACKBONE_SEG:=--architecture resnet50}"
   # 46 steps per epoch as for VOC, however many images there are: the segmentation branch needs its warm-up.
@@ -117,6 +123,7 @@ deepglobe)
   ;;
 esac
 
+: "${DOMAIN_EVAL=}" "${DOMAIN_SCORE=}"
 : "${TAKES:=not measured yet}"                # stage 0 says it of all stages
 : "${VIEW_FLAGS:=}"                           # test-time scales and flip
 : "${PREDICT_FLAGS:=}"                        # where the final model predicts without labels
