@@ -36,8 +36,7 @@ vanilla | puzzle | poc | pnoc)
   ;;
 *)
   if [[ ! -f "$PRIOR" ]]; then
-    echo "PRIOR=$PRIOR: no such file. Choose vanilla, puzzle, poc, pnoc or a file of weights." >&2
-    exit 2
+    refuse "PRIOR=$PRIOR: no such file. Choose vanilla, puzzle, poc, pnoc or a file of weights."
   fi
   ;;
 esac

@@ -1,6 +1,6 @@
 # One block of settings per dataset; every variable can be set in the environment. The numbers of voc12 and coco14 are
 # the published ones. Variables that end in _FLAGS, and BACKBONE*, are lists of flags, split at blanks: a path with blanks
-# in them needs a link without (ln -s "/content/drive/My Drive" drive). All other paths may have blanks.
+# in them needs a link without (ln -s "/content/drive/My Drive" drive). All other paths may have blanks; NAME and DOMAIN_* may not.
 #
 # DOMAIN_TRAIN  images and labels to learn from        DOMAIN_EVAL   the part of it whose masks score the pseudo masks
 # DOMAIN_TEST   images the final model segments        DOMAIN_SCORE  DOMAIN_TEST if it has masks
@@ -81,10 +81,7 @@ folder)
     : "${PRIOR_FLAGS:=--max_epoch 15 --max_steps 46 --lr 0.01}" "${SEG_FLAGS:=--max_epoch 15 --max_steps 46}"
     : "${CSRM_FLAGS:=--max_epoch 15 --max_steps 46 --warmup_epochs 8 $LABEL_FLAGS}"
     ;;
-  *)
-    echo "PRESET=$PRESET: choose small or standard" >&2
-    exit 2
-    ;;
+  *) refuse "PRESET=$PRESET: choose small or standard" ;;
   esac
   : "${PREDICT_FLAGS:=--reading relative}"  # .5 to 4 points above argmax for models of pseudo masks (docs/log.md)
   choose PSEUDOS_FROM masks; choose THRESHOLD auto
@@ -117,13 +114,15 @@ deepglobe)
   # 46 steps per epoch as for VOC, however many images there are: the segmentation branch needs its warm-up.
   : "${PRIOR_FLAGS:=--lr 0.01}" "${CSRM_FLAGS:=--max_steps 46}" "${SEG_FLAGS:=}"
   ;;
-*)
-  echo "DATASET=$DATASET: choose voc12, coco14, folder, shapes or deepglobe" >&2
-  exit 2
-  ;;
+*) refuse "DATASET=$DATASET: choose voc12, coco14, folder, shapes or deepglobe" ;;
 esac
 
 : "${DOMAIN_EVAL=}" "${DOMAIN_SCORE=}"
+for variable in NAME DOMAIN_TRAIN DOMAIN_EVAL DOMAIN_TEST DOMAIN_SCORE; do  # they get into lists of flags
+  if [[ "${!variable}" == *[[:space:]]* ]]; then
+    refuse "$variable=${!variable}: blanks are not possible in it. Choose a name without."
+  fi
+done
 : "${TAKES:=not measured yet}"                # stage 0 says it of all stages
 : "${VIEW_FLAGS:=}"                           # test-time scales and flip
 : "${PREDICT_FLAGS:=}"                        # where the final model predicts without labels

@@ -29,6 +29,9 @@ TAG_PRIOR=$NAME-prior TAG_CSRM=$NAME-csrm TAG_SEG=$NAME-deeplab  # checkpoints a
 PYTHON=python3
 if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; fi
 
+# refuse LINE: what is wrong with a variable or file, and the remedy.
+refuse() { echo "$1" >&2; exit 2; }
+
 # stage NUMBER TITLE: the heading of a runner. In the demo also how long the rest takes, by what is done already.
 stage() {
   printf '\n== Stage %s of 4: %s ==\n' "$1" "$2"
