@@ -334,6 +334,24 @@ def test_the_page_reviews_the_masks_that_the_final_model_learns(tmp_path):
         assert f"--review {name} " in page
 
 
+def test_the_page_reviews_the_masks_that_are_given_instead(tmp_path):
+    """The user's own, unless a further round makes others of them."""
+    refined, relabelled = (f"experiments/predictions/voc12-{tag}@train_aug/sam-regions-max_iou_imp2"
+                           for tag in ("csrm", "deeplab-hand-rounds2-round1"))  # fmt: skip
+    for path in ("my hand", "hand", refined, relabelled):
+        (tmp_path / path).mkdir(parents=True)
+    for flags, columns in (
+        ({"MASKS": "my hand"}, f"Refined={refined} Learnt=my hand --review Learnt "),
+        (
+            {"MASKS": "hand", "ROUNDS": "2"},
+            f"Refined={refined} Learnt=hand Relabelled={relabelled} --review Relabelled ",
+        ),
+        ({"MASKS": ""}, f"Refined={refined} --review Refined "),
+    ):
+        commands(tmp_path, "4-segmentation", **flags)
+        assert f" --columns {columns}" in (tmp_path / "calls.txt").read_text().splitlines()[-1]
+
+
 @pytest.mark.parametrize("masks", [True, False])
 @pytest.mark.parametrize("has_val", [True, False])
 def test_a_folder_without_a_val_split_is_segmented_itself(tmp_path, masks, has_val):

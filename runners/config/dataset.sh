@@ -162,4 +162,5 @@ PSEUDOS=$PREDICTIONS/$TAG_CSRM@$DOMAIN_TRAIN/pseudos-$PSEUDOS-c$CRF_T
 # merged TAG: where refine_sam.py puts the masks that it makes of those of TAG.
 merged() { printf %s "$PREDICTIONS/$1@$DOMAIN_TRAIN/sam-$PROPOSALS-$MERGE_MODE"; }
 REFINED=$(merged "$TAG_REFINED")
+LEARNT=${MASKS:-}  # if these are no masks of the runners
 RELABELLED=$(merged "$TAG_ROUND$((ROUNDS - 1))")  # with ROUNDS above 1

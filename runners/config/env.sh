@@ -107,15 +107,15 @@ report() {
     if [[ -d "experiments/logs/$tag" ]]; then tags+=("$tag"); fi
   done
   show() { if [[ -d "$2" ]]; then columns+=("$1=$2${3:-}"); fi; }
+  # The last of them are the ones that the final model learns.
+  show_masks() { show "$@"; if [[ -d "$2" ]]; then review=(--review "$1"); fi; }
   show "CAM prior" "$PREDICTIONS/$TAG_PRIOR@$DOMAIN_TRAIN/cams" :0.3
   show "CSRM CAM" "$PREDICTIONS/$TAG_CSRM@$DOMAIN_TRAIN/cams" ":${THRESHOLD/auto/0.4}"
-  show "Pseudo mask" "$PSEUDOS"
-  show "Refined" "$REFINED"
-  show "Relabelled" "$RELABELLED"
+  show_masks "Pseudo mask" "$PSEUDOS"
+  show_masks "Refined" "$REFINED"
+  show_masks "Learnt" "$LEARNT"
+  show_masks "Relabelled" "$RELABELLED"
   show "DeepLabV3+" "$PREDICTIONS/$TAG_SEG@$SHEET/masks"
-  if [[ -d "$RELABELLED" ]]; then review=(--review Relabelled)
-  elif [[ -d "$REFINED" ]]; then review=(--review Refined)
-  elif [[ -d "$PSEUDOS" ]]; then review=(--review "Pseudo mask"); fi
   run report.py --domain "$SHEET" --output_dir "$REPORT" --num_workers "$WORKERS" --summary ${scores[@]+"${scores[@]}"} \
     --tags ${tags[@]+"${tags[@]}"} --columns ${columns[@]+"${columns[@]}"} ${review[@]+"${review[@]}"}
 }
