@@ -20,8 +20,11 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# tarfile's data filter: 3.10.12, 3.11.4
 .venv/bin/python:
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -c "import sys, tarfile; sys.exit(sys.version_info < (3, 10) or not hasattr(tarfile, 'data_filter'))" 2>/dev/null || \
+	  { echo "$(PYTHON): no Python 3.10.12, 3.11.4 or newer. Install one, and name it: export PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 2; }
 
 .venv/installed: requirements.txt | .venv/bin/python
 	runners/install.sh requirements.txt

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import http.server
+import os
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,3 +86,49 @@ def test_uv_where_it_is(install, works):
     called, _ = install("", uv=f'echo uv "$@" >> calls.txt; exit {int(not works)}')
     uv = "uv pip install --quiet --python .venv/bin/python -r requirements.txt"
     assert called == [uv] + [ALL] * (not works)
+
+
+@pytest.fixture
+def make_venv(tmp_path: Path):
+    """Runs a command where PYTHON is such a program, which notes its arguments."""
+
+    def run(*command: str, python: str) -> tuple[list[str], subprocess.CompletedProcess]:
+        shutil.copy(ROOT / "Makefile", tmp_path)
+        (tmp_path / "requirements.txt").touch()
+        shutil.copytree(ROOT / "runners", tmp_path / "runners", dirs_exist_ok=True)
+        program(tmp_path / "python3.9", f'echo "$@" >> calls.txt\n{python}')
+        environment = {"PATH": os.environ["PATH"], "PYTHON": str(tmp_path / "python3.9"), "TORCH_INDEX": ""}
+        process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        calls = tmp_path / "calls.txt"
+        return calls.read_text().splitlines() if calls.exists() else [], process
+
+    return run
+
+
+BROKEN = "case $2 in venv) mkdir -p .venv/bin; touch .venv/bin/python; echo no ensurepip; exit 1;; esac"
+
+
+def test_a_venv_that_could_not_be_made_is_removed(make_venv, tmp_path):
+    """So that the next try makes it anew."""
+    for _ in range(2):
+        called, process = make_venv("make", ".venv/bin/python", python=BROKEN)
+        assert process.returncode == 2 and "no ensurepip" in process.stdout and not (tmp_path / ".venv").exists()
+    assert called.count("-m venv .venv") == 2
+
+
+@pytest.mark.parametrize(
+    "fault", ["import sys; sys.version_info = (3, 9, 18)", "import tarfile; del tarfile.data_filter"]
+)
+def test_an_older_python_is_refused_before_anything_is_installed(make_venv, tmp_path, fault):
+    called, process = make_venv("make", ".venv/installed", python=f'exec {sys.executable} -c "{fault}\n$2"')
+    line = (
+        f"{tmp_path}/python3.9: no Python 3.10.12, 3.11.4 or newer. Install one, and name it: export PYTHON=python3.12"
+    )
+    assert process.returncode == 2 and process.stderr.splitlines()[0] == line and process.stdout == ""
+    assert "-m venv .venv" not in called
+
+
+def test_the_first_stage_installs_with_the_python_that_is_named(make_venv, tmp_path):
+    (tmp_path / "images").mkdir()
+    called, process = make_venv("env", "DATASET=folder", "DATA_DIR=.", "bash", "runners/0-setup.sh", python=BROKEN)
+    assert called[-1] == "-m venv .venv" and process.returncode == 2

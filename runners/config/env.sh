@@ -26,7 +26,7 @@ TAG_VANILLA=$NAME-prior  # poc and pnoc need a vanilla classifier, and find the 
 case "$PRIOR" in puzzle | poc | pnoc) NAME=$NAME-$PRIOR ;; esac
 TAG_PRIOR=$NAME-prior TAG_CSRM=$NAME-csrm TAG_SEG=$NAME-deeplab  # checkpoints and predictions are called after these
 
-PYTHON=python3
+: "${PYTHON:=python3}"
 if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; fi
 
 # refuse LINE: what is wrong with a variable or file, and the remedy.
