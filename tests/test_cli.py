@@ -163,6 +163,21 @@ def test_the_automatic_device(monkeypatch, available, expected):
     assert devices.select_device("auto").type == expected
 
 
+@pytest.mark.parametrize(
+    "build, found, warned", [(None, "/bin/nvidia-smi", True), (None, None, False), ("12.8", "/", False)]
+)
+def test_a_gpu_that_pytorch_is_not_built_for(monkeypatch, capsys, build, found, warned):
+    """As after an installation on a machine without one. Where the CPU is asked for, nothing is said."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", build)
+    monkeypatch.setattr(shutil, "which", lambda name: found if name == "nvidia-smi" else None)
+    line = "Warning: a GPU is here, but PyTorch's build is for CPUs. "
+    line += "Replace it: rm -r .venv; TORCH_INDEX= make .venv/installed"
+    assert devices.select_device("cpu").type == "cpu" and capsys.readouterr().out == ""
+    assert devices.select_device("auto").type == "cpu"
+    assert capsys.readouterr().out == (line + "\n") * warned
+
+
 def test_mixed_precision_follows_the_device():
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     assert devices.autocast_dtype("auto", gpu) is torch.bfloat16 and devices.autocast_dtype("auto", cpu) is None

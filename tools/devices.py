@@ -6,6 +6,7 @@ dtype = autocast_dtype("auto", device)       # bfloat16 on GPUs, None (full prec
 
 import ctypes
 import re
+import shutil
 
 import torch
 
@@ -21,6 +22,11 @@ def select_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and torch.version.cuda is None and shutil.which("nvidia-smi"):
+            print(
+                "Warning: a GPU is here, but PyTorch's build is for CPUs. "
+                "Replace it: rm -r .venv; TORCH_INDEX= make .venv/installed"
+            )
     match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
     if not match:
         raise UserError(f"--device {name}: not a device. Use auto, cpu, cuda or cuda:N.")
