@@ -12,6 +12,9 @@ source "$here/config/env.sh"
 source runners/config/dataset.sh
 stage 4 "the final model"
 : "${MASKS:=$REFINED}"
+if [[ ! -d "$MASKS" ]]; then
+  refuse "$MASKS: no such folder of masks. Run ./runners/3-sam-refinement.sh first, or set MASKS to another."
+fi
 
 CORRECTIONS=()
 if [[ -n "$CORRECTED" ]]; then CORRECTIONS=(--corrected_dir "$CORRECTED"); fi

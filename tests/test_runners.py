@@ -13,15 +13,16 @@ import pytest
 from tools.history import read_commands
 
 ROOT = Path(__file__).parent.parent
+REFINE = 'source runners/config/env.sh; source runners/config/dataset.sh; mkdir -p "${MASKS:-$REFINED}"'
 LAUNCHER = r"-m torch.distributed.run --nproc_per_node (\d) --max_restarts 0 --standalone"
 
 
 def commands(
-    folder: Path, runner: str = "1-csrm", **environment: str | None
+    folder: Path, runner: str = "1-csrm", *, refined: bool = True, **environment: str | None
 ) -> tuple[list[str], subprocess.CompletedProcess]:
     """Run the runner in `folder`; returns "[torchrun N] script.py [tag] [method] [oc_weights] [restore]" of each.
 
-    A variable that is None is not set.
+    A variable that is None is not set. Stage 4 finds a folder of masks, if stage 3 has `refined` them.
     """
     if not (folder / "runners").exists():
         shutil.copytree(ROOT / "runners", folder / "runners")
@@ -31,16 +32,12 @@ def commands(
         python.chmod(0o755)
     (folder / "calls.txt").unlink(missing_ok=True)
     environment = {"DATASET": "voc12", "DOMAIN_EVAL": "", **environment}
-    process = subprocess.run(
-        ["bash", f"runners/{runner}.sh"],
-        cwd=folder,
-        env={
-            "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
-            **{name: value for name, value in environment.items() if value is not None},
-        },
-        capture_output=True,
-        text=True,
-    )
+    environment = {name: value for name, value in environment.items() if value is not None}
+    environment["PATH"] = f"{folder / 'bin'}:{os.environ['PATH']}"
+    options = {"cwd": folder, "env": environment, "capture_output": True, "text": True}
+    if runner == "4-segmentation" and refined:
+        subprocess.run(["bash", "-c", REFINE], **options)
+    process = subprocess.run(["bash", f"runners/{runner}.sh"], **options)
     calls = (folder / "calls.txt").read_text().splitlines() if (folder / "calls.txt").exists() else []
     flags = "tag", "method", "oc_weights", "restore"
     calls = [re.sub(LAUNCHER, r"torchrun \1", call) for call in calls]
@@ -186,16 +183,20 @@ def test_the_report_shows_what_there_is_after_every_stage(tmp_path):
     columns = (
         f"CSRM CAM={predictions}-csrm@train_aug/cams:0.4 Pseudo mask={predictions}-csrm@train_aug/pseudos-t0.4-c10"
     )
-    columns += f" DeepLabV3+={predictions}-deeplab@train_aug/masks"
-    for runner in ("1-csrm", "3-sam-refinement", "4-segmentation"):
+    last = f" DeepLabV3+={predictions}-deeplab@train_aug/masks"
+    refined = f"{predictions}-csrm@train_aug/sam-regions-max_iou_imp2"
+    for runner, more, reviewed in (
+        ("1-csrm", "", "Pseudo mask"),
+        ("3-sam-refinement", "", "Pseudo mask"),
+        ("4-segmentation", f" Refined={refined}", "Refined"),
+    ):
         called, process = commands(tmp_path, runner, DOMAIN_SCORE="", WORKERS="3")
         assert process.returncode == 0 and "evaluate.py" not in called
         assert (tmp_path / "calls.txt").read_text().splitlines()[-1] == (
             "report.py --domain train_aug --output_dir experiments/reports/voc12 --num_workers 3 --summary "
-            f"pseudo=experiments/reports/voc12/pseudo.json --tags voc12-csrm --columns {columns} "
-            "--review Pseudo mask --dataset voc12 --data_dir data/voc12"
+            f"pseudo=experiments/reports/voc12/pseudo.json --tags voc12-csrm --columns {columns}{more}{last} "
+            f"--review {reviewed} --dataset voc12 --data_dir data/voc12"
         )
-    (tmp_path / f"{predictions}-csrm@train_aug/sam-regions-max_iou_imp2").mkdir()
     commands(tmp_path, "3-sam-refinement")
     assert "--review Refined --dataset" in (tmp_path / "calls.txt").read_text()
 
@@ -411,6 +412,34 @@ def test_another_test_split_is_scored_only_where_that_is_wanted(tmp_path, datase
         commands(tmp_path, "4-segmentation", DATASET=dataset, DOMAIN_TEST=test, DOMAIN_SCORE=score)
         calls = (tmp_path / "calls.txt").read_text().splitlines()
         assert [call.split()[2] for call in calls if call.startswith("evaluate.py")] == scored
+
+
+@pytest.mark.parametrize("flags", [{}, {"MASKS": "my hand"}])
+def test_masks_that_are_not_there_are_missed_before_the_training(tmp_path, flags):
+    called, process = commands(tmp_path, "4-segmentation", refined=False, **flags)
+    folder = flags.get("MASKS", "experiments/predictions/voc12-csrm@train_aug/sam-regions-max_iou_imp2")
+    line = f"{folder}: no such folder of masks. Run ./runners/3-sam-refinement.sh first, or set MASKS to another.\n"
+    assert (called, process.returncode, process.stderr) == ([], 2, line)
+
+
+@pytest.mark.parametrize("variable", ["ROUNDS", "GPUS", "NODES"])
+def test_numbers_that_are_none_are_refused(tmp_path, variable):
+    for value in ("abc", "0", "-1", "1.5", "2 3", "08"):
+        called, process = commands(tmp_path, "4-segmentation", refined=False, **{variable: value})
+        line = f"{variable}={value}: must be a whole number from 1.\n"
+        assert (called, process.returncode, process.stderr, process.stdout) == ([], 2, line, "")
+
+
+@pytest.mark.parametrize("flags, report", [
+    ({}, "demo"),
+    ({"SEED": "1"}, "demo-seed1"),
+    ({"PRIOR": "puzzle"}, "demo-puzzle"),
+    ({"NAME": "x"}, "reports/x"),
+    ({"NAME": "shapes2"}, "reports/shapes2"),
+])  # fmt: skip
+def test_the_demo_has_a_page_of_its_own_and_experiments_with_its_data_another(tmp_path, flags, report):
+    commands(tmp_path, DATASET="shapes", **flags)
+    assert f" --output_dir experiments/{report} " in (tmp_path / "calls.txt").read_text()
 
 
 @pytest.mark.parametrize("preset, network", [("", "mobilenetv2_100"), ("standard", "resnet50")])

@@ -93,7 +93,7 @@ shapes)
   # A tiny network without pretrained weights, and schedules for two CPU cores and ten minutes.
   TAKES="about 8 minutes on two CPU cores"; DONE_BEFORE=([3]=71 [4]=76)  # per cent of that
   : "${DATA_DIR:=data/shapes}" 
-  REPORTS=experiments/demo${NAME#shapes}
+  case "$NAME" in shapes | shapes-*) REPORTS=experiments/demo${NAME#shapes} ;; esac
   : "${DOMAIN_TRAIN:=train}" "${DOMAIN_EVAL=$DOMAIN_TRAIN}"; test_on val
   : "${IMAGE_FLAGS:=--image_size 97 --min_image_size 73 --max_image_size 129 --optimizer adamw --wd 0.01}"
   : "${BACKBONE:=--architecture test_resnet --backbone_weights none --trainable_stem --dilated}"
@@ -133,6 +133,7 @@ choose CRF_T 10                               # dense CRF iterations of the pseu
 : "${SAM_CHECKPOINT:=}" "${SAM_TYPE:=vit_h}"  # Segment Anything's weights, and, of the first, the network
 choose MERGE_MODE max_iou_imp2; : "${REFINE_FLAGS:=}"
 choose ROUNDS 1                               # stage 4: models in a row, each on masks that the one before made
+check_count ROUNDS
 : "${CORRECTED:=}"                            # stage 4: folder of corrected masks (docs/review.md)
 if [[ -n "$SAM_CHECKPOINT" ]]; then : "${PROPOSALS:=sam}"; fi
 choose PROPOSALS regions                      # regions, sam (where there is a checkpoint), sam2, sam3 or files

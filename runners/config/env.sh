@@ -4,12 +4,19 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
+# refuse LINE: what is wrong with a variable or file, and the remedy.
+refuse() { echo "$1" >&2; exit 2; }
+
+# check_count NAME: the variable counts something.
+check_count() { if [[ ! "${!1}" =~ ^[1-9][0-9]*$ ]]; then refuse "$1=${!1}: must be a whole number from 1."; fi; }
+
 : "${DATASET:=voc12}"       # voc12, coco14, folder, shapes or deepglobe: picks a block in dataset.sh
 : "${DEVICE:=auto}"         # auto, cpu, cuda or cuda:N
 if [[ "$DEVICE" == cpu ]] || ! command -v nvidia-smi >/dev/null; then : "${PRESET:=small}"; fi
 : "${PRESET:=standard}"     # of DATASET=folder: small (two CPU cores) or standard (a GPU)
 : "${GPUS:=1}"              # of a machine; above 1, all but the report is shared by as many processes
 : "${NODES:=1}" "${NODE:=${SLURM_NODEID:-0}}"  # machines that run this runner together, and which of them this is
+check_count GPUS; check_count NODES
 if ((NODES > 1)); then
   : "${MASTER_ADDR:?set it to the host name of machine 0}" "${MASTER_PORT:=29400}"
   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # with PyTorch's shared store, a machine that comes again is not told of it
@@ -28,9 +35,6 @@ TAG_PRIOR=$NAME-prior TAG_CSRM=$NAME-csrm TAG_SEG=$NAME-deeplab  # checkpoints a
 
 : "${PYTHON:=python3}"
 if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; fi
-
-# refuse LINE: what is wrong with a variable or file, and the remedy.
-refuse() { echo "$1" >&2; exit 2; }
 
 # stage NUMBER TITLE: the heading of a runner. In the demo also how long the rest takes, by what is done already.
 stage() {
