@@ -414,6 +414,18 @@ def test_another_test_split_is_scored_only_where_that_is_wanted(tmp_path, datase
         assert [call.split()[2] for call in calls if call.startswith("evaluate.py")] == scored
 
 
+def test_a_checkpoint_that_is_not_named_is_no_flag(tmp_path):
+    """So that refine_sam.py says what it misses, not that it misses a file called `.`."""
+    for proposals, checkpoint, flags in (
+        ("sam", "", "--proposals sam --mode max_iou_imp2 --model_type vit_b "),
+        ("", "my sam", "--proposals sam --mode max_iou_imp2 --checkpoint my sam --model_type vit_b "),
+        ("sam3", "my/sam", "--proposals sam3 --mode max_iou_imp2 --checkpoint my/sam --model_type vit_b "),
+        ("regions", "my/sam", "--proposals regions --mode max_iou_imp2 --dataset "),
+    ):
+        commands(tmp_path, "3-sam-refinement", PROPOSALS=proposals, SAM_CHECKPOINT=checkpoint, SAM_TYPE="vit_b")
+        assert flags in (tmp_path / "calls.txt").read_text().splitlines()[0]
+
+
 @pytest.mark.parametrize("flags", [{}, {"MASKS": "my hand"}])
 def test_masks_that_are_not_there_are_missed_before_the_training(tmp_path, flags):
     called, process = commands(tmp_path, "4-segmentation", refined=False, **flags)

@@ -93,7 +93,7 @@ score() {
 # refine TAG FOLDER: proposals of the training images, made once, and the masks in FOLDER merged with them.
 refine() {
   local sam=()
-  if [[ "$PROPOSALS" == sam* ]]; then sam=(--checkpoint "$SAM_CHECKPOINT" --model_type "$SAM_TYPE"); fi
+  if [[ "$PROPOSALS" == sam* ]]; then sam=(${SAM_CHECKPOINT:+--checkpoint "$SAM_CHECKPOINT"} --model_type "$SAM_TYPE"); fi
   if [[ "$1" != "$TAG_CSRM" ]]; then
     sam+=(--proposals_dir "$PREDICTIONS/$TAG_CSRM@$DOMAIN_TRAIN/proposals-$PROPOSALS")
   fi
