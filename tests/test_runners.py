@@ -426,6 +426,17 @@ def test_a_checkpoint_that_is_not_named_is_no_flag(tmp_path):
         assert flags in (tmp_path / "calls.txt").read_text().splitlines()[0]
 
 
+def test_helper_processes_are_as_many_as_cores_however_many_threads_each_has(tmp_path):
+    """nproc counts OpenMP's threads where they are limited."""
+    commands(tmp_path)
+    nproc = tmp_path / "bin" / "nproc"
+    nproc.write_text("#!/bin/sh\necho ${OMP_NUM_THREADS:-${OMP_THREAD_LIMIT:-7}}\n")
+    nproc.chmod(0o755)
+    commands(tmp_path, OMP_NUM_THREADS="1", OMP_THREAD_LIMIT="2")
+    calls = (tmp_path / "calls.txt").read_text().splitlines()
+    assert all(" --num_workers 7 " in call for call in calls) and len(calls) == 5
+
+
 @pytest.mark.parametrize("flags", [{}, {"MASKS": "my hand"}])
 def test_masks_that_are_not_there_are_missed_before_the_training(tmp_path, flags):
     called, process = commands(tmp_path, "4-segmentation", refined=False, **flags)

@@ -24,7 +24,8 @@ else
   NODE=0
 fi
 : "${RESTARTS:=0}"          # how often processes start again, at the last checkpoint, after one of them has died
-: "${WORKERS:=$(nproc 2>/dev/null || sysctl -n hw.ncpu)}"  # loader and helper processes: one per core (Linux, macOS)
+# Loader and helper processes: one per core (Linux, macOS), however many threads OpenMP may have, which nproc would count.
+: "${WORKERS:=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || sysctl -n hw.ncpu)}"
 : "${SEED:=0}"
 : "${PRIOR:=vanilla}"       # CAM prior that CSRM starts from: vanilla, puzzle, poc or pnoc, or a file of weights
 
