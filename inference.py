@@ -297,10 +297,11 @@ def main(args: argparse.Namespace) -> None:
         )
     for kind in outputs.wanted:
         print(f"{kind}: {predict.folders[kind]}")
-    print(
-        f"Next: python refine_sam.py --tag {args.tag} --domain {args.domain} --pseudo_dir {predict.folders['pseudos']}"
-        "   (plus the data flags; --proposals regions without Segment Anything)"
-    )
+    if "pseudos" in outputs.wanted:
+        print(
+            f"Next: python refine_sam.py --tag {args.tag} --domain {args.domain} --pseudo_dir "
+            f"{predict.folders['pseudos']}   (plus the data flags; --proposals regions without Segment Anything)"
+        )
     left_out.finish(ids)
 
 

@@ -195,6 +195,19 @@ def test_what_is_kept_of_an_inference_follows_the_flags(folder_root, folder, mon
     assert seen[0] == inference.Outputs(("cams", "masks", "pseudos"), "npy", views, "present", "cams", 0.25, True, crf)
 
 
+def test_only_pseudo_masks_are_to_be_refined_next(folder_root, folder, capsys):
+    """A run that makes none names no folder of them."""
+    folder("next")
+    write_checkpoint("t", "classifier")
+    flags = ["--domain", "val", "--scales", 1, "--crf_t", 0, "--num_workers", 0]
+    run("inference", *data_flags(folder_root), "--tag", "t", *flags, "--save_pseudos", "false")
+    printed = capsys.readouterr().out
+    assert "cams: experiments/predictions/t@val/cams" in printed and "Next" not in printed and "pseudos" not in printed
+    run("inference", *data_flags(folder_root), "--tag", "t", *flags)
+    folder = "experiments/predictions/t@val/pseudos-t0.4-c0"
+    assert f"Next: python refine_sam.py --tag t --domain val --pseudo_dir {folder} " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("reading", options.READINGS)
 def test_an_image_without_classes_has_no_maps_of_the_segmentation_branch(reading):
     keys, low, high = inference.segmentation_maps(torch.randn(1, 4, 5, 6), torch.zeros(3), (9, 8), reading)
