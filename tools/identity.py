@@ -179,9 +179,11 @@ def _products(folder: Path) -> dict[str, list[Path]]:
     """The files in a folder by the id of their image, without the record."""
     products = defaultdict(list)
     for place, _, names in os.walk(folder):
-        for path in (Path(place, name) for name in names):
-            if path != folder / RECORD:
-                products[path.relative_to(folder).with_suffix("").as_posix()].append(path)
+        inside = Path(place).relative_to(folder) if place != str(folder) else ""
+        for name in names:
+            if inside or name != RECORD:
+                image_id = os.path.splitext(name)[0]
+                products[f"{inside}/{image_id}" if inside else image_id].append(Path(place, name))
     return products
 
 
