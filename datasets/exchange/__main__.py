@@ -127,7 +127,8 @@ def import_masks(source: DataSource, path: Path, tool: str, folder: Path) -> Non
     emptied = sum(not mask.any() for mask in changed.values())
     told = f", {emptied} of them show nothing now" if emptied else ""
     print(f"{path}: {len(changed)} of {len(seen)} masks differ{told}; written to {folder}")
-    print(f"Next: CORRECTED={folder} ./runners/4-segmentation.sh   (plus DATASET and DATA_DIR)")
+    if changed:
+        print(f"Next: CORRECTED={folder} ./runners/4-segmentation.sh   (plus DATASET and DATA_DIR)")
 
 
 def find_id(source: DataSource, name: str, path: Path) -> str:
