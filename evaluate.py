@@ -136,7 +136,7 @@ def provenance(args: argparse.Namespace, source: DataSource, ids: Sequence[str],
     """The identities of the predictions (`made_by`; {} if unknown) and of this evaluation, for FILE.json."""
     harmless = ("output", "pred_dir")
     ours = identity.describe("evaluate.py", vars(args), inputs=source.fingerprints(ids, masks=True), harmless=harmless)
-    return {"made_by": identity.digest(made_by) if "inputs" in made_by else made_by, "identity": identity.digest(ours)}
+    return {"made_by": identity.digest(made_by), "identity": identity.digest(ours)}
 
 
 def select_thresholds(args: argparse.Namespace) -> np.ndarray | None:

@@ -134,8 +134,7 @@ def predictions_fault(score: Mapping) -> str:
     folder = Path(score["pred_dir"])
     if not folder.is_dir():
         return "no longer exist"
-    now = identity.read_record(folder / identity.RECORD)
-    now = identity.digest(now) if "inputs" in now else now
+    now = identity.digest(identity.read_record(folder / identity.RECORD))
     return "have changed since" if score.get("made_by", now) != now else ""
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from tools.cli import STOPPING
 from tools.errors import UserError
 
 ORDER_STREAM, ITEM_STREAM = 0, 1  # keep the two uses of one seed independent
@@ -180,7 +181,7 @@ def _leave_ending_to_main(worker: int) -> None:
 
     A worker ends with the main process. Nor does its thread that hands tensors over complain then.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -259,6 +259,18 @@ def test_files_of_another_suffix_are_of_the_same_record(data, capsys):
     assert not list(CAMS.glob("*.npz")) and load_cams(CAMS / "c.npy")[0].tolist() == [0, 1]
 
 
+def test_an_empty_file_beside_a_whole_one_of_another_suffix_is_made_again(data):
+    """A power cut leaves it."""
+    run("train_classifier", *data_flags(data), "--tag", "t", *TRAINING)
+    for form in ("npz", "npy"):
+        infer(data, "--cam_format", form)
+    for path in (CAMS / "a.npy", CAMS / "b.npz"):
+        whole = path.read_bytes()
+        path.write_bytes(b"")
+        infer(data, "--cam_format", path.suffix[1:])
+        assert path.read_bytes() == whole
+
+
 def test_a_file_that_the_record_does_not_list_is_not_taken(data, capsys):
     run("train_classifier", *data_flags(data), "--tag", "t", *TRAINING)
     infer(data)

@@ -82,7 +82,12 @@ def describe(
 
 
 def digest(made_by: dict[str, Any]) -> dict[str, Any]:
-    """The identity with one hash for each kind of input, {"images", "sha256"}, over all images in their order."""
+    """The identity with one hash for each kind of input, {"images", "sha256"}, over all images in their order.
+
+    That of a version of the code that did not note what it read, or an empty one, stays as it is.
+    """
+    if "inputs" not in made_by:
+        return made_by
     inputs = {
         kind: {"images": len(each), "sha256": hashlib.sha256(json.dumps(list(each.items())).encode()).hexdigest()[:16]}
         for kind, each in made_by["inputs"].items()
@@ -159,7 +164,8 @@ def claim_folder(folder: Path, made_by: dict[str, Any], *, overwrite: bool = Fal
     with locked(folder):
         products = _products(folder)
         ids = _ids(made_by)
-        made = {image_id for image_id in ids & products.keys() if any(map(_is_made, products[image_id]))}
+        # A sum, which looks at all of them: an empty file may lie beside a whole one of another suffix.
+        made = {image_id for image_id in ids & products.keys() if sum(map(_is_made, products[image_id]))}
         stored, fault = _examine(record, made_by, made)
         if fault and not overwrite:
             raise UserError(f"{folder}: {fault}. Choose another --tag, or pass --overwrite to make it anew.")
