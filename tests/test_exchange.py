@@ -206,7 +206,7 @@ def test_what_datumaro_writes_for_cvat_comes_back(folder_root, masks, tmp_path, 
     )
     archive = shutil.make_archive(tmp_path / "cvat", "zip", tmp_path / "again")
     call(folder_root, "import", "cvat", masks, tmp_path / "corrected", "--input", archive)
-    assert "0 of" in capsys.readouterr().out
+    assert "0 of 3" in capsys.readouterr().out
 
 
 def test_label_studio_accepts_our_tasks(folder_root, masks, tmp_path):
@@ -480,6 +480,16 @@ def test_a_label_map_may_have_the_mark_of_windows_and_a_label_twice(folder_root,
     path = cvat_zip(tmp_path / "x.zip", label_map, b=(1, 2, 3), c=(4, 5, 6))
     call(folder_root, "import", "cvat", masks, tmp_path / "out", "--input", path)
     assert [np.unique(load_mask(tmp_path / "out" / f"{i}.png")).tolist() for i in "bc"] == [[2], [1]]
+
+
+def test_what_cvat_lists_without_a_picture_shows_nothing_now(folder_root, masks, tmp_path, capsys):
+    """So it exports a photograph whose last object was deleted; b was empty before, and d is not in the export."""
+    path = cvat_zip(tmp_path / "x.zip", "background:0,0,0::\ndog:1,2,3::\n", c=(1, 2, 3))
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("ImageSets/Segmentation/default.txt", "a\r\nb\r\nc\r\n")
+    call(folder_root, "import", "cvat", masks, tmp_path / "out", "--input", path)
+    assert "2 of 3 masks differ, 1 of them show nothing now" in capsys.readouterr().out
+    assert [np.unique(load_mask(file)).tolist() for file in sorted((tmp_path / "out").iterdir())] == [[0], [2]]
 
 
 def test_folders_a_tool_puts_before_an_id_are_overlooked(folder_root):

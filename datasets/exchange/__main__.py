@@ -116,6 +116,7 @@ def import_masks(source: DataSource, path: Path, tool: str, folder: Path) -> Non
         seen.add(image_id)
         before = folder / f"{image_id}.png"
         old = load_mask(before) if before.is_file() else source.mask(image_id)
+        mask = np.zeros_like(old) if mask is None else mask
         check_size(path / name, mask.shape, old.shape)
         if not np.array_equal(mask, old):
             changed[image_id] = mask

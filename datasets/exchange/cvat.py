@@ -22,6 +22,7 @@ from tools.errors import UserError
 from tools.files import atomic_write, mask_image, reading, save_json
 
 CLASSES, OBJECTS, LABEL_MAP = "SegmentationClass/", "SegmentationObject/", "labelmap.txt"
+LISTS = "ImageSets/Segmentation/"
 
 
 def write(folder: Path, items: Sequence[Item], labels: Labels) -> list[Path]:
@@ -37,7 +38,7 @@ def write(folder: Path, items: Sequence[Item], labels: Labels) -> list[Path]:
     palette = np.array(labels.colours, dtype=np.uint8)
     with atomic_write(folder / "masks.zip") as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as file:
         file.writestr(LABEL_MAP, "\n".join(["# label:color_rgb:parts:actions", *lines]) + "\n")
-        file.writestr("ImageSets/Segmentation/default.txt", "".join(f"{item.image_id}\n" for item in items))
+        file.writestr(f"{LISTS}default.txt", "".join(f"{item.image_id}\n" for item in items))
         for item in items:
             indices = labels.indices(item.mask)
             file.writestr(f"{CLASSES}{item.image_id}.png", _png(indices, palette))
@@ -56,8 +57,10 @@ def _png(indices: np.ndarray, palette: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def read(path: Path, labels: Labels) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, mask uint8 [H, W]) of each picture in a zip that CVAT, or `write`, made.
+def read(path: Path, labels: Labels) -> Iterator[tuple[str, np.ndarray | None]]:
+    """(name, mask uint8 [H, W]) of each picture in a zip that CVAT, or `write`, made; None if nothing is drawn.
+
+    CVAT lists a photograph without objects, and writes no picture of it.
 
     Raises:
         UserError: no such zip, without a label map, with a colour that is not in it, or there for two labels.
@@ -65,11 +68,21 @@ def read(path: Path, labels: Labels) -> Iterator[tuple[str, np.ndarray]]:
     remedy = "Export the task again, as 'Segmentation mask 1.1'."
     with reading(path, "zip of masks", remedy), zipfile.ZipFile(path) as file:
         index_of = _read_label_map(path, file.read(LABEL_MAP).decode("utf-8-sig"), labels)
-        for name in sorted(file.namelist()):
-            if name.startswith(CLASSES) and name.endswith(".png"):
-                with Image.open(io.BytesIO(file.read(name))) as picture:
-                    indices = _indices(f"{path}: {name}", picture, index_of)
-                yield name.removeprefix(CLASSES).removesuffix(".png"), labels.values(indices)
+        names = file.namelist()
+        drawn = {name.removeprefix(CLASSES).removesuffix(".png") for name in names if _is_in(CLASSES, name, ".png")}
+        lists = "\n".join(file.read(name).decode("utf-8-sig") for name in names if _is_in(LISTS, name, ".txt"))
+        for image_id in sorted(drawn.union(filter(None, map(str.strip, lists.splitlines())))):
+            if image_id not in drawn:
+                yield image_id, None
+                continue
+            name = f"{CLASSES}{image_id}.png"
+            with Image.open(io.BytesIO(file.read(name))) as picture:
+                indices = _indices(f"{path}: {name}", picture, index_of)
+            yield image_id, labels.values(indices)
+
+
+def _is_in(folder: str, name: str, suffix: str) -> bool:
+    return name.startswith(folder) and name.endswith(suffix)
 
 
 def _read_label_map(path: Path, text: str, labels: Labels) -> dict[int, int]:
