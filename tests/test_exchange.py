@@ -475,11 +475,15 @@ def test_two_labels_of_one_colour_are_refused(folder_root, masks, tmp_path, line
     assert str(caught.value) == told + "Give one another colour in CVAT, and export the task again."
 
 
-def test_a_label_map_may_have_the_mark_of_windows_and_a_label_twice(folder_root, masks, tmp_path):
+def test_a_label_map_may_have_the_mark_of_windows_a_label_twice_and_one_of_no_object(folder_root, masks, tmp_path):
     label_map = "\ufeff# label:color_rgb\r\nbackground:0,0,0::\r\ndog:1,2,3::\r\ndog:1,2,3::\r\ncat:4,5,6::\r\n"
+    label_map += "unsure:7,8,9::\r\n"
     path = cvat_zip(tmp_path / "x.zip", label_map, b=(1, 2, 3), c=(4, 5, 6))
     call(folder_root, "import", "cvat", masks, tmp_path / "out", "--input", path)
     assert [np.unique(load_mask(tmp_path / "out" / f"{i}.png")).tolist() for i in "bc"] == [[2], [1]]
+    cvat_zip(path, label_map, b=(7, 8, 9))
+    with pytest.raises(UserError, match="label 'unsure' is no class of the dataset"):
+        call(folder_root, "import", "cvat", masks, tmp_path / "out", "--input", path)
 
 
 def test_what_cvat_lists_without_a_picture_shows_nothing_now(folder_root, masks, tmp_path, capsys):

@@ -67,7 +67,7 @@ def read(path: Path, labels: Labels) -> Iterator[tuple[str, np.ndarray | None]]:
     """
     remedy = "Export the task again, as 'Segmentation mask 1.1'."
     with reading(path, "zip of masks", remedy), zipfile.ZipFile(path) as file:
-        index_of = _read_label_map(path, file.read(LABEL_MAP).decode("utf-8-sig"), labels)
+        name_of = _read_label_map(path, file.read(LABEL_MAP).decode("utf-8-sig"))
         names = file.namelist()
         drawn = {name.removeprefix(CLASSES).removesuffix(".png") for name in names if _is_in(CLASSES, name, ".png")}
         lists = "\n".join(file.read(name).decode("utf-8-sig") for name in names if _is_in(LISTS, name, ".txt"))
@@ -77,7 +77,7 @@ def read(path: Path, labels: Labels) -> Iterator[tuple[str, np.ndarray | None]]:
                 continue
             name = f"{CLASSES}{image_id}.png"
             with Image.open(io.BytesIO(file.read(name))) as picture:
-                indices = _indices(f"{path}: {name}", picture, index_of)
+                indices = _indices(path, name, picture, name_of, labels)
             yield image_id, labels.values(indices)
 
 
@@ -85,30 +85,30 @@ def _is_in(folder: str, name: str, suffix: str) -> bool:
     return name.startswith(folder) and name.endswith(suffix)
 
 
-def _read_label_map(path: Path, text: str, labels: Labels) -> dict[int, int]:
-    """The index of our label for each colour, r * 65536 + g * 256 + b, and for each grey value."""
+def _read_label_map(path: Path, text: str) -> dict[int, str]:
+    """The name of the label of each colour, r * 65536 + g * 256 + b."""
     rows = [line.strip().split(":") for line in text.splitlines() if line.strip() and not line.startswith("#")]
-    index_of: dict[int, int] = {}
+    name_of: dict[int, str] = {}
     for row in rows:
         try:
             red, green, blue = map(int, row[1].split(","))
         except (IndexError, ValueError) as error:
             raise UserError(f"{path}: {LABEL_MAP} has a line without a colour: '{':'.join(row)}'.") from error
-        index = labels.index(row[0], path)
-        first = index_of.setdefault(red << 16 | green << 8 | blue, index)
-        if first != index:
+        first = name_of.setdefault(red << 16 | green << 8 | blue, row[0])
+        if first != row[0]:
             raise UserError(
-                f"{path}: {LABEL_MAP} gives '{labels.names[first]}' and '{labels.names[index]}' the colour {row[1]}. "
+                f"{path}: {LABEL_MAP} gives '{first}' and '{row[0]}' the colour {row[1]}. "
                 "Give one another colour in CVAT, and export the task again."
             )
-    return index_of
+    return name_of
 
 
-def _indices(place: str, picture: Image.Image, index_of: dict[int, int]) -> np.ndarray:
+def _indices(path: Path, name: str, picture: Image.Image, name_of: dict[int, str], labels: Labels) -> np.ndarray:
     pixels = np.asarray(picture.convert("RGB")).astype(np.int32)
     colours, which = np.unique(pixels @ [1 << 16, 1 << 8, 1], return_inverse=True)
-    unknown = [colour for colour in colours.tolist() if colour not in index_of]
+    unknown = [colour for colour in colours.tolist() if colour not in name_of]
     if unknown:
         rgb = ",".join(map(str, unknown[0].to_bytes(3, "big")))
-        raise UserError(f"{place} has the colour {rgb}, which is not in {LABEL_MAP}. Export the task again.")
-    return np.array([index_of[colour] for colour in colours.tolist()], np.uint8)[which].reshape(pixels.shape[:2])
+        raise UserError(f"{path}: {name} has the colour {rgb}, which is not in {LABEL_MAP}. Export the task again.")
+    indices = [labels.index(name_of[colour], path) for colour in colours.tolist()]  # other labels are of no object
+    return np.array(indices, np.uint8)[which].reshape(pixels.shape[:2])
