@@ -298,6 +298,18 @@ def test_boxes_without_an_outline_are_refused_before_they_erase_masks(folder_roo
     assert list((tmp_path / "back").iterdir()) == []
 
 
+def test_a_brush_stroke_lies_on_a_larger_polygon(folder_root, masks, tmp_path):
+    """CVAT writes brush strokes as run lengths of "crowds"."""
+    path = drawn(tmp_path / "x.json", "b.png")
+    content = json.loads(path.read_text())
+    square = {"size": [31, 31], "counts": [33, 3, 31 * 31 - 36]}
+    content["annotations"].append({"image_id": 0, "category_id": 2, "iscrowd": 1, "segmentation": square})
+    content["categories"].append({"id": 2, "name": "dog"})
+    path.write_text(json.dumps(content))
+    call(folder_root, "import", "coco", masks, tmp_path / "back", "--input", path)
+    assert load_mask(tmp_path / "back" / "b.png")[:6, 1].tolist() == [1, 1, 2, 2, 2, 1]
+
+
 def test_run_lengths_cut_short_are_refused(folder_root, masks, tmp_path):
     call(folder_root, "export", "coco", masks, tmp_path / "out")
     path = tmp_path / "out" / "instances.json"

@@ -1,7 +1,8 @@
 """COCO's json of objects (`instances.json`): one object per class and image, its pixels as compressed RLE.
 
 Read back are polygons and both kinds of RLE, several objects per class, smaller ones painted over larger ones.
-Boxes are refused. Polygons of one or two points are stray clicks, and paint nothing.
+`iscrowd` does not count: CVAT sets it for every brush stroke. Boxes are refused. Polygons of one or two points are
+stray clicks, and paint nothing.
 """
 
 import json
@@ -64,7 +65,7 @@ def read(path: Path, labels: Labels) -> Iterator[tuple[str, np.ndarray]]:
                 )
             if (shape := outline(one["segmentation"])) is not None:
                 index = labels.index(name_of[one["category_id"]], path)
-                objects[one["image_id"]].append((index, bool(one.get("iscrowd")), shape))
+                objects[one["image_id"]].append((index, False, shape))
         for image in content["images"]:
             indices = paint(objects[image["id"]], image["height"], image["width"])
             yield PureWindowsPath(image["file_name"]).with_suffix("").as_posix(), labels.values(indices)
