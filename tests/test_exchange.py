@@ -144,6 +144,9 @@ def test_the_first_of_the_queue_are_exported_with_their_photographs(folder_copy,
     assert Image.open(tmp_path / "out" / "images" / "c.png").size == (18, 50)
     copied, original = tmp_path / "out" / "images" / "a.jpg", folder_copy / "images" / "a.jpg"
     assert copied.read_bytes() == original.read_bytes()
+    call(folder_copy, "export", "coco", masks, tmp_path / "out", *flags)
+    with pytest.raises(UserError, match="out/images/a.jpg: of another export. Choose another --output_dir."):
+        call(folder_copy, "export", "coco", masks, tmp_path / "out", *flags[:-1], 1)
 
 
 def test_cvat_is_given_indices_without_gaps(folder_root, masks, tmp_path):

@@ -29,7 +29,7 @@ from datasets import build_source
 from datasets.base import DataSource
 from datasets.exchange import coco, cvat, label_studio
 from datasets.exchange.labels import Item, Labels
-from datasets.listing import clean_id, first_repeated
+from datasets.listing import IMAGE_SUFFIXES, clean_id, first_repeated, index_files
 from tools import cli, options
 from tools.errors import UserError
 from tools.files import atomic_write, check_size, check_writable, load_mask, save_mask, save_png
@@ -79,12 +79,21 @@ def chosen_ids(source: DataSource, args: argparse.Namespace) -> list[str]:
 
 
 def export_masks(source: DataSource, ids: list[str], tool: str, folder: Path) -> None:
-    """Write photographs and masks for a tool."""
+    """Write photographs and masks for a tool.
+
+    Raises:
+        UserError: `folder` has photographs of another export, whose masks the tool would lack, and give back as empty;
+            or a mask is missing or does not fit.
+    """
     labels = Labels(source.info)
+    images = folder / "images"
+    there = index_files([images] if images.is_dir() else [], IMAGE_SUFFIXES).files
+    if others := sorted(there.keys() - set(ids)):
+        raise UserError(f"{there[others[0]]}: of another export. Choose another --output_dir.")
     masks = {image_id: source.mask(image_id) for image_id in ids}
-    items = [Item(image_id, save_photograph(source, image_id, folder / "images"), masks[image_id]) for image_id in ids]
+    items = [Item(image_id, save_photograph(source, image_id, images), masks[image_id]) for image_id in ids]
     written = FORMATS[tool].write(folder, items, labels)
-    print(f"{len(items)} photographs: {folder / 'images'}")
+    print(f"{len(items)} photographs: {images}")
     print(f"Their masks: {', '.join(map(str, written))}")
     print("Next: correct them in the tool (docs/review.md), and import what it exports")
 
