@@ -34,6 +34,7 @@ class Server:
         cut: bytes after which each answer breaks off.
         ranges: whether Range is understood.
         status: answer everything with this error instead.
+        page: answer everything with this web page, of unknown length.
         asked: (path, Range header) of the requests so far.
     """
 
@@ -41,6 +42,7 @@ class Server:
     cut: int | None = None
     ranges: bool = True
     status: int | None = None
+    page: bytes | None = None
     asked: list[tuple[str, str | None]] = field(default_factory=list)
 
     def __enter__(self) -> Server:
@@ -66,6 +68,12 @@ class Server:
         """One GET."""
         wanted = request.headers.get("Range")
         self.asked.append((request.path, wanted))
+        if self.page:
+            request.send_response(200)
+            request.send_header("Content-Type", "text/html; charset=utf-8")
+            request.end_headers()
+            request.wfile.write(self.page)
+            return
         path = self.folder / request.path.lstrip("/")
         if self.status or not path.is_file():
             request.send_error(self.status or 404)

@@ -135,6 +135,17 @@ def test_another_page_in_place_of_the_file_is_refused_at_once(server, archive, d
     assert len(server.asked) == 1
 
 
+def test_a_page_of_unknown_length_costs_nothing_of_what_is_there(server, archive, downloads):
+    """As a network answers that wants a login."""
+    downloads.mkdir()
+    (downloads / "a.bin.part").write_bytes(CONTENT[:1_000_000])
+    server.page = b"<html>Please log in</html>"
+    with pytest.raises(UserError, match=rf"{archive.url}: a web page, not the official file\. Or put the file at"):
+        fetch(archive, downloads)
+    server.page = None
+    assert fetch(archive, downloads).read_bytes() == CONTENT and ranges(server)[-1] == "bytes=1000000-"
+
+
 @pytest.mark.parametrize(("status", "requests"), [(404, 1), (403, 1), (503, download.ATTEMPTS)])
 def test_an_error_of_the_server_is_one_line(server, archive, downloads, status, requests):
     server.status = status

@@ -158,13 +158,15 @@ def _continue(url: str, part: Path, size: int | None) -> bool:
     """One connection: append what `part` lacks; whether it is complete now.
 
     Raises:
-        UserError: the server has a file of another size, or the disk is full.
+        UserError: the server has a file of another size or answers with a web page, or the disk is full.
     """
     start = _length(part)
     if start and start == size:
         return True
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+        if response.headers.get_content_type() == "text/html":  # a login or an error; it would replace what we have
+            raise UserError(f"{url}: a web page, not the official file. {_by_hand(part)}")
         if response.status != 206:
             start = 0  # a server that cannot continue: from the beginning
         length = None if response.length is None else start + response.length
