@@ -38,6 +38,10 @@ def build_source(dataset: str, data_dir: str | Path, masks_dir: str | Path | Non
     """
     data_dir = Path(data_dir)
     masks_dir = None if masks_dir is None else Path(masks_dir)
+    if dataset in ("coco14", "deepglobe") and data_dir.is_dir() and not (data_dir / "classes.txt").exists():
+        raise UserError(
+            f"{data_dir}: not converted. Run python -m datasets.prepare --dataset {dataset} --data_dir {data_dir}."
+        )
     if dataset == "voc12":
         source = VOC12Source(data_dir, masks_dir)
     elif dataset == "shapes":

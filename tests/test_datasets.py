@@ -353,6 +353,13 @@ def test_missing_folder_says_what_was_looked_for(dataset: str, tmp_path: Path):
         build_source(dataset, tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("dataset", ["coco14", "deepglobe"])
+def test_official_files_that_are_not_converted(dataset: str, folder_copy: Path):
+    (folder_copy / "classes.txt").unlink()
+    with pytest.raises(UserError, match=f"{folder_copy}: not converted.*--dataset {dataset} --data_dir"):
+        build_source(dataset, folder_copy)
+
+
 def test_missing_masks_dir_and_unknown_dataset(folder_root: Path, tmp_path: Path):
     with pytest.raises(UserError, match="pseudo: no such folder of masks"):
         build_source("folder", folder_root, tmp_path / "pseudo")
