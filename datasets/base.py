@@ -100,8 +100,8 @@ class DataSource(ABC):
             raise UserError(f"{self.root}: no domain '{domain}'. Choose one of: {', '.join(self.domains())}.")
         if not self.splits:
             return sorted(i for i in self.images.files if not self.parts or i.startswith(f"{domain}/"))
-        lines = read_lines(self.splits[domain])
-        return [self._id_of_line(clean_id(line)) for line in lines]
+        lines = map(clean_id, read_lines(self.splits[domain]))
+        return [self._id_of_line(line) for line in lines if line]  # some hold nothing that can be seen
 
     def advice(self, text: str) -> str:
         """What to write instead of an id without photograph: ": ..."; "" if no id is like it."""

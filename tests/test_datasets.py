@@ -63,6 +63,12 @@ def test_voc_lists_may_hold_paths(voc_root: Path):
     assert build_source("voc12", voc_root).ids("train_aug") == ["a", "b", "c", "d"]
 
 
+def test_lines_of_a_list_that_hold_nothing_visible_are_passed_over(source: DataSource, tmp_path: Path):
+    (tmp_path / "list.txt").write_text("a\n\u200b\nb\n\ufeff\n", encoding="utf-8")
+    source.splits["train"] = tmp_path / "list.txt"
+    assert source.ids("train") == ["a", "b"]
+
+
 def test_folder_without_splits_is_one_domain(folder_copy: Path):
     for path in (folder_copy / "splits").iterdir():
         path.unlink()
