@@ -66,7 +66,7 @@ def test_lines(tmp_path):
     assert read_lines(path) == ["a", "b"]
     path.write_bytes(b"\xff\xfe\x00")
     (tmp_path / "table.csv").write_bytes(b"PK\3\4\xff")
-    with pytest.raises(UserError, match=r"table\.csv: not UTF-8 text\. It is a spreadsheet: save it as CSV\."):
+    with pytest.raises(UserError, match=r"table\.csv: not UTF-8 text\. Unpack a zip; save a spreadsheet as CSV\."):
         read_lines(tmp_path / "table.csv")
     for bad, reason in ((path, "not UTF-8"), (tmp_path / "none", "no such file"), (tmp_path, "cannot be read")):
         with pytest.raises(UserError, match=reason):

@@ -171,7 +171,7 @@ def read_text(path: str | os.PathLike) -> str:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Check that it is a file you may read.") from error
     except UnicodeError as error:
-        remedy = "It is a spreadsheet: save it as CSV." if data.startswith(b"PK") else "Save it as UTF-8."
+        remedy = "Unpack a zip; save a spreadsheet as CSV." if data.startswith(b"PK") else "Save it as UTF-8."
         raise UserError(f"{path}: not UTF-8 text. {remedy}") from error
     return text
 
