@@ -270,6 +270,19 @@ def test_a_submission_without_strokes_is_told_and_changes_nothing(folder_root, m
     assert "submitted" not in capsys.readouterr().out
 
 
+def test_what_is_not_drawn_with_the_brush_is_named(folder_root, masks, tmp_path):
+    """A choice about the whole photograph, which has no size, too."""
+    pytest.importorskip("label_studio_sdk")
+    call(folder_root, "export", "labelstudio", masks, tmp_path / "out")
+    path = finish(tmp_path / "out" / "tasks.json")
+    tasks = json.loads(path.read_text())
+    choice = {"type": "choices", "from_name": "quality", "to_name": "image", "value": {"choices": ["good"]}}
+    tasks[0]["annotations"][0]["result"].insert(0, choice)
+    path.write_text(json.dumps(tasks))
+    with pytest.raises(UserError, match="tasks.json: choices of 'image'. Use the brush only."):
+        call(folder_root, "import", "labelstudio", masks, tmp_path / "back", "--input", path)
+
+
 def test_what_other_tools_add_to_coco_json_does_no_harm(folder_root, masks, tmp_path):
     """A category of no object (Roboflow), two points (a box to pycocotools), folders of Windows, a mark of UTF-8."""
     call(folder_root, "export", "coco", masks, tmp_path / "out")

@@ -86,10 +86,10 @@ def read(path: Path, labels: Labels) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _paint(path: Path, result: Sequence[dict], labels: Labels, decode: Callable[[list[int]], np.ndarray]) -> np.ndarray:
+    for other in (one for one in result if one["type"] != "brushlabels"):  # it may lack a size
+        raise UserError(f"{path}: {other['type']} of '{other.get('to_name')}'. Use the brush only.")
     indices = np.zeros((result[0]["original_height"], result[0]["original_width"]), dtype=np.uint8)
     for stroke in result:
-        if stroke["type"] != "brushlabels":
-            raise UserError(f"{path}: {stroke['type']} of '{stroke.get('to_name')}'. Use the brush only.")
         (name,) = stroke["value"]["brushlabels"]
         opacity = decode(stroke["value"]["rle"]).reshape(*indices.shape, 4)[..., 3]
         indices[opacity >= OPAQUE] = labels.index(name, path)
