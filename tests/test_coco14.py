@@ -191,6 +191,10 @@ MISTAKES: dict[str, tuple[Callable[[dict], object], str]] = {
         lambda c: c["annotations"][0].update(segmentation="x"),
         r"COCO_train2014_\d+\.jpg: an object of this image is dam",
     ),
+    "no number": (
+        lambda c: c["annotations"][0].update(segmentation=[[1, 1, 9, 1, 9, float("nan")]]),
+        r"COCO_train2014_\d+\.jpg: an object of this image is damaged .*: a coordinate is no number",
+    ),
     "size of a mask": (
         lambda c: c["annotations"][0].update(segmentation={"counts": [4], "size": [2, 2]}),
         r"is for 2x2 pixels, not 50x40",

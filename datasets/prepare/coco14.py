@@ -44,6 +44,8 @@ FIELDS = {
 }
 """The lists of a json, and what each of their elements must have."""
 
+FAR = 1e6  # pixels; pycocotools crashes at a coordinate that is no number, and walks along every outline
+
 
 def convert(root: Path, workers: int) -> None:
     """Write everything the reader needs besides the photographs. Masks that are there already are kept.
@@ -142,6 +144,8 @@ def _run_lengths(shape: Any, height: int, width: int) -> dict[str, Any]:
     """A COCO `segmentation` as compressed RLE, by pycocotools' own rules."""
     try:
         if isinstance(shape, list):
+            if not all((np.abs(np.asarray(part, float)) < FAR).all() for part in shape if isinstance(part, list)):
+                raise ValueError("a coordinate is no number, or far outside of the image")
             return coco_mask.merge(coco_mask.frPyObjects(shape, height, width))
         code = coco_mask.frPyObjects(shape, height, width) if isinstance(shape["counts"], list) else shape
     except Exception as error:  # pycocotools raises nothing more specific
