@@ -33,6 +33,7 @@ class Server:
         folder: what to serve.
         cut: bytes after which each answer breaks off.
         ranges: whether Range is understood.
+        lengths: whether answers say how long they are.
         status: answer everything with this error instead.
         page: answer everything with this web page, of unknown length.
         asked: (path, Range header) of the requests so far.
@@ -41,6 +42,7 @@ class Server:
     folder: Path
     cut: int | None = None
     ranges: bool = True
+    lengths: bool = True
     status: int | None = None
     page: bytes | None = None
     asked: list[tuple[str, str | None]] = field(default_factory=list)
@@ -86,7 +88,8 @@ class Server:
         request.send_response(206 if start else 200)
         if start:
             request.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        request.send_header("Content-Length", str(len(content) - start))
+        if self.lengths:
+            request.send_header("Content-Length", str(len(content) - start))
         request.end_headers()
         request.wfile.write(content[start:][: self.cut])
 

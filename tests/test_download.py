@@ -62,8 +62,9 @@ def test_a_mirror_replaces_the_official_address(server, archive, downloads):
     assert server.asked == [("/a.bin", None)]
 
 
-def test_a_connection_that_breaks_off_is_continued(server, archive, downloads):
-    server.cut = 1_250_000
+@pytest.mark.parametrize("lengths", [True, False])
+def test_a_connection_that_breaks_off_is_continued(server, archive, downloads, lengths):
+    server.cut, server.lengths = 1_250_000, lengths
     assert fetch(archive, downloads).read_bytes() == CONTENT
     assert ranges(server) == [None, "bytes=1250000-", "bytes=2500000-"]
 

@@ -169,7 +169,7 @@ def _continue(url: str, part: Path, size: int | None) -> bool:
             raise UserError(f"{url}: a web page, not the official file. {_by_hand(part)}")
         if response.status != 206:
             start = 0  # a server that cannot continue: from the beginning
-        length = None if response.length is None else start + response.length
+        length = size if response.length is None else start + response.length
         if size is not None and length not in (None, size):
             raise UserError(f"{url}: {length} bytes, but the official file has {size}. {_by_hand(part)}")
         if length is not None:
@@ -177,7 +177,7 @@ def _continue(url: str, part: Path, size: int | None) -> bool:
         counts = {"unit": "B", "unit_scale": True, "total": length, "initial": start}
         with parallel.progress((), desc=part.stem, **counts) as bar:
             _pour(response, part, "ab" if start else "wb", bar)
-    return length in (None, _length(part))
+    return length is None or _length(part) >= length
 
 
 def _pour(source: IO[bytes], path: Path, mode: str, bar: tqdm | None = None) -> None:
