@@ -379,7 +379,7 @@ def test_an_id_may_be_a_number(folder_copy, masks, tmp_path):
     path = finish(tmp_path / "out" / "tasks.json")
     (task,) = json.loads(path.read_text())
     task["data"]["id"] = 7
-    path.write_text(json.dumps([task]))
+    path.write_text(json.dumps([task]), encoding="utf-8-sig")  # and saved again by an editor of Windows
     save_mask(masks / "7.png", np.zeros(SIZES["a"]), voc_palette())
     call(folder_copy, "import", "labelstudio", masks, tmp_path / "back", "--input", path)
     assert [file.name for file in (tmp_path / "back").iterdir()] == ["7.png"]

@@ -14,7 +14,7 @@ import numpy as np
 
 from datasets.exchange.labels import IGNORED, Item, Labels, hexadecimal
 from tools.errors import UserError, require
-from tools.files import reading, save_json, save_text
+from tools.files import read_text, reading, save_json, save_text
 
 CODEC = ("label_studio_sdk.converter.brush", "label-studio-sdk")
 OPAQUE = 128  # a pixel belongs to a brush stroke from this opacity on; its edge may be blurred
@@ -74,7 +74,7 @@ def read(path: Path, labels: Labels) -> Iterator[tuple[str, np.ndarray]]:
     """
     codec, unpainted = require(*CODEC), 0
     with reading(path, "export of Label Studio", "Export it as JSON."):
-        for task in json.loads(path.read_text(encoding="utf-8")):
+        for task in json.loads(read_text(path)):
             done = [one for one in task["annotations"] if not one.get("was_cancelled")]
             if done and done[-1]["result"]:
                 yield str(task["data"]["id"]), labels.values(_paint(path, done[-1]["result"], labels, codec.decode_rle))
