@@ -18,8 +18,8 @@ often each class occurs to OUTPUT_DIR/classes.png. Columns of the table:
 Exit code 2 if there is an error: a photograph, label or mask is missing, unreadable or bad; a list is empty, repeats an
 id, or is not as long as the published one; no file of masks belongs to a photograph; a third of the masks contradict
 their labels (`masks.py`), or a third of the photographs are nearly black. The last two columns are warnings. Warnings,
-too: label rows without a photograph, photographs in no list, files that are not read, classes without an image, and
-lists that share ids (not train and trainval, whose names say so).
+too: label rows without a photograph, photographs in no list, files that are not read, classes that no or every training
+label names, and lists that share ids (not train and trainval, whose names say so).
 """
 
 from __future__ import annotations
@@ -224,11 +224,16 @@ def verify(
 
 
 def no_label(splits: dict[str, Split]) -> Iterable[str]:
-    """The sentence on a dataset without any label."""
-    if not any(split.counts["labels"] for split in splits.values()):
-        yield "no image has a label, so nothing can be learnt"
-    elif not any(split.label_counts.any() for split in splits.values()):
-        yield "no image label names a class, so nothing can be learnt"
+    """The sentence on training images without any label."""
+    if not any(split.counts["labels"] for split in to_learn(splits)):
+        yield "no training image has a label, so nothing can be learnt"
+    elif not any(split.label_counts.any() for split in to_learn(splits)):
+        yield "no training label names a class, so nothing can be learnt"
+
+
+def to_learn(splits: dict[str, Split]) -> list[Split]:
+    """The splits of training images: those called so (train, train_aug, ...); if there are none, all."""
+    return [split for domain, split in splits.items() if "train" in domain] or list(splits.values())
 
 
 def add_incomplete(domain: str, split: Split, findings: dict[str, list[str]], *, scored: bool) -> None:
@@ -242,14 +247,14 @@ def add_incomplete(domain: str, split: Split, findings: dict[str, list[str]], *,
 
 
 def unlearnable(info: DatasetInfo, splits: dict[str, Split]) -> Iterable[str]:
-    """A sentence on every class that no image label names, or that all name; none if there are no labels."""
-    counts = sum(split.label_counts for split in splits.values())
-    labelled = sum(split.counts["labels"] for split in splits.values())
+    """A sentence on every class that no training label names, or that all name; none if there are no labels."""
+    counts = sum(split.label_counts for split in to_learn(splits))
+    labelled = sum(split.counts["labels"] for split in to_learn(splits))
     for name, count in zip(info.classes[1:], counts[1:], strict=True) if counts.any() else ():
         if count == 0:
-            yield f"class '{name}' is in no label"
+            yield f"class '{name}' is in no training label"
         elif count == labelled:
-            yield f"class '{name}' is in every label, so labels cannot tell where it is. Add images without it"
+            yield f"class '{name}' is in every training label, so labels cannot tell where it is. Add images without it"
 
 
 def add_copies(

@@ -604,8 +604,8 @@ def test_files_and_classes_that_belong_to_nothing_are_warned_of(tmp_path):
         "unread": [f"{root / 'images' / 'b.heic'}: a kind that is not read (.heic). Convert photographs to JPEG"],
         "stray": [f"{root / 'masks' / name}: no ID.png of a photograph" for name in ("b.png", "notes.txt")],
         "unused": [
-            "class 'cat' is in every label, so labels cannot tell where it is. Add images without it",
-            "class 'dog' is in no label",
+            "class 'cat' is in every training label, so labels cannot tell where it is. Add images without it",
+            "class 'dog' is in no training label",
         ],
     }
 

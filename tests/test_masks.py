@@ -143,7 +143,7 @@ def test_masks_of_photographs_that_exif_turns(tmp_path, orientation, size, mask_
     root = dataset(tmp_path / "data", [square(1, size)], ["cat"], classes=("cat",), exif=exif)
     Image.fromarray(square(1, mask_size)).save(root / "masks" / "0.png")
     found = findings(root)
-    assert "is in every label" in found.pop("unused")[0]
+    assert "is in every training label" in found.pop("unused")[0]
     texts = found.pop("mask", []) + found.pop("turned", [])
     assert (finding in texts[0] and len(texts) == 1) if finding else texts == []
     assert found == {} and load_image(root / "images" / "0.png").shape[:2] in (size, size[::-1])

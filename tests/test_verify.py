@@ -75,13 +75,24 @@ def test_labels_are_not_asked_of_a_test_split(folder_copy):
 
 def test_a_folder_without_any_label_teaches_nothing(folder_copy):
     (folder_copy / "labels.csv").unlink()
-    assert found(look(folder_copy)[1]) == SHARED | {"label": ["no image has a label, so nothing can be learnt"]}
+    assert found(look(folder_copy)[1]) == SHARED | {
+        "label": ["no training image has a label, so nothing can be learnt"]
+    }
 
 
 def test_a_class_that_is_everywhere_cannot_be_told_from_the_background(folder_copy):
     (folder_copy / "labels.csv").write_text("id,labels\na,cat\nb,cat;dog\nc,cat\nd,cat\n")
-    everywhere = "class 'cat' is in every label, so labels cannot tell where it is. Add images without it"
+    everywhere = "class 'cat' is in every training label, so labels cannot tell where it is. Add images without it"
     assert look(folder_copy)[1]["unused"] == [everywhere]
+
+
+def test_a_class_that_only_val_shows_cannot_be_learnt(folder_copy):
+    """As lists are that were cut from a table sorted by class."""
+    (folder_copy / "splits" / "train.txt").write_text("a\n")
+    (folder_copy / "splits" / "val.txt").write_text("b\nc\nd\n")
+    assert "class 'dog' is in no training label" in look(folder_copy)[1]["unused"]
+    (folder_copy / "labels.csv").write_text("id,labels\nb,cat;dog\nc,dog\nd,\n")
+    assert look(folder_copy)[1]["label"] == ["no training image has a label, so nothing can be learnt"]
 
 
 def test_a_leak_from_val_into_train_is_a_copy_of_two_splits(folder_copy):
@@ -92,7 +103,7 @@ def test_a_leak_from_val_into_train_is_a_copy_of_two_splits(folder_copy):
 
 def test_labels_that_name_no_class_teach_nothing(folder_copy):
     (folder_copy / "labels.csv").write_text("id,labels\na,\nb,background\nc,\nd,\n")
-    assert look(folder_copy)[1]["label"] == ["no image label names a class, so nothing can be learnt"]
+    assert look(folder_copy)[1]["label"] == ["no training label names a class, so nothing can be learnt"]
 
 
 @pytest.mark.parametrize("brightest", [0, 16, 17])
