@@ -34,7 +34,7 @@ from datasets.prepare import deepglobe, download
 from datasets.prepare.sbd import read_mat
 from datasets.verify import Published
 from tools.errors import UserError
-from tools.files import load_mask, read_lines
+from tools.files import load_mask, locked, read_lines
 
 TRAIN_AUG = sorted({*VOC_SPLITS["train"], *VOC_OTHERS})
 
@@ -256,6 +256,14 @@ def test_mistakes_on_the_way_are_one_line(voc, coco, capsys):
     line = refusal(capsys, "datasets.prepare.__main__", "--dataset", "coco14", "--num_workers", "0")
     assert "val2014.zip: not the official file: checksum" in line
     assert (Path("data/coco14/train2014")).is_dir() and not Path("data/coco14/val2014").exists()
+
+
+def test_two_at_once_are_one(voc, capsys):
+    Path("data/voc12").mkdir(parents=True)
+    with locked(Path("data/voc12")):
+        line = refusal(capsys, "datasets.prepare.__main__", "--dataset", "voc12")
+    assert "data/voc12: another process prepares it. Wait for it" in line and voc.asked == []
+    prepare_and_verify("voc12")
 
 
 def test_a_corrupt_image_and_a_wrong_count_are_found(voc, capsys):

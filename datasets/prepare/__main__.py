@@ -16,6 +16,8 @@ from datasets.prepare import coco14, deepglobe, sbd
 from datasets.prepare.download import Archive, fetch, unpack
 from datasets.voc12 import find_devkit
 from tools import cli, options
+from tools.errors import UserError
+from tools.files import check_writable, locked
 
 VOC12 = Archive(
     name="VOCtrainval_11-May-2012.tar",
@@ -81,10 +83,19 @@ def make_parser() -> cli.Parser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Make the dataset complete and say where it is."""
+    """Make the dataset complete and say where it is.
+
+    Raises:
+        UserError: another process is at it; or see what is called here.
+    """
     data_dir = options.data_dir(args)
     downloads = args.download_dir or data_dir / "downloads"
-    PREPARE[args.dataset](data_dir, downloads, args.mirror, args.num_workers)
+    if not data_dir.is_dir():  # one that is complete need not be writable
+        check_writable(data_dir)
+    with locked(data_dir, seconds=0) as mine:
+        if not mine:
+            raise UserError(f"{data_dir}: another process prepares it. Wait for it, then run this again.")
+        PREPARE[args.dataset](data_dir, downloads, args.mirror, args.num_workers)
     print(f"{data_dir}: ready. Next: python -m datasets.verify --dataset {args.dataset} --data_dir {data_dir}")
 
 
