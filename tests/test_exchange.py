@@ -246,6 +246,23 @@ def test_what_nobody_has_looked_at_or_cancelled_is_left_out(folder_root, masks, 
     assert "0 of 1 masks differ" in told and "CORRECTED" not in told
 
 
+def test_of_several_annotations_the_one_changed_last_counts(folder_root, masks, tmp_path):
+    pytest.importorskip("label_studio_sdk")
+    call(folder_root, "export", "labelstudio", masks, tmp_path / "out")
+    path = finish(tmp_path / "out" / "tasks.json")
+    tasks = json.loads(path.read_text())
+    (new,) = tasks[2]["annotations"]
+    old = json.loads(json.dumps(new))
+    old["result"][0]["value"]["brushlabels"] = ["cat"]
+    for one, day in ((old, 1), (new, 2)):
+        one["updated_at"] = f"2026-01-0{day}T10:00:00.000000Z"
+    for order in ([old, new], [new, old]):
+        tasks[2]["annotations"] = order
+        path.write_text(json.dumps(tasks))
+        call(folder_root, "import", "labelstudio", masks, tmp_path / "back", "--input", path)
+        assert list((tmp_path / "back").iterdir()) == []
+
+
 def test_a_submission_without_strokes_is_told_and_changes_nothing(folder_root, masks, tmp_path, capsys):
     """It may be a slip: a new annotation does not show the pre-annotations. The dot that is asked for does its work."""
     brush = pytest.importorskip("label_studio_sdk.converter.brush")

@@ -66,8 +66,9 @@ def _config(labels: Labels) -> str:
 def read(path: Path, labels: Labels) -> Iterator[tuple[str, np.ndarray]]:
     """(name, mask uint8 [H, W]) of each task of a JSON export that somebody has looked over.
 
-    Of several annotations the last counts; cancelled ones do not. Later strokes are painted over earlier ones. How many
-    tasks are without strokes is printed: a new annotation begins so, without what was predicted, and is soon submitted.
+    Of several annotations the one changed last counts; cancelled ones do not. Later strokes are painted over earlier
+    ones. How many tasks are without strokes is printed: a new annotation begins so, without what was predicted, and is
+    soon submitted.
 
     Raises:
         UserError: no such export, something else than brush strokes in it, or the SDK is not installed.
@@ -76,6 +77,7 @@ def read(path: Path, labels: Labels) -> Iterator[tuple[str, np.ndarray]]:
     with reading(path, "export of Label Studio", "Export it as JSON."):
         for task in json.loads(read_text(path)):
             done = [one for one in task["annotations"] if not one.get("was_cancelled")]
+            done.sort(key=lambda one: one.get("updated_at") or "")  # the export is in no particular order
             if done and done[-1]["result"]:
                 yield str(task["data"]["id"]), labels.values(_paint(path, done[-1]["result"], labels, codec.decode_rle))
             elif done:
