@@ -120,6 +120,16 @@ def test_only_what_was_changed_is_written(folder_root, masks, tmp_path, tool):
     assert np.array_equal(load_mask(tmp_path / "corrected" / "c.png"), expected)
 
 
+def test_a_folder_of_a_stage_takes_no_corrections(folder_root, masks, tmp_path):
+    call(folder_root, "export", "coco", masks, tmp_path / "out")
+    path = repaint(tmp_path / "out" / "instances.json", "coco")
+    before = (masks / "c.png").read_bytes()
+    (masks / "settings.json").write_text("{}")
+    with pytest.raises(UserError, match="masks: holds what a stage made. Choose another --output_dir"):
+        call(folder_root, "import", "coco", masks, masks, "--input", path)
+    assert (masks / "c.png").read_bytes() == before
+
+
 def test_a_correction_taken_back_is_taken_back(folder_root, masks, tmp_path):
     call(folder_root, "export", "coco", masks, tmp_path / "out")
     original = (tmp_path / "out" / "instances.json").read_text()

@@ -33,6 +33,7 @@ from datasets.listing import IMAGE_SUFFIXES, clean_id, first_repeated, index_fil
 from tools import cli, options
 from tools.errors import UserError
 from tools.files import atomic_write, check_size, check_writable, load_mask, save_mask, save_png
+from tools.identity import RECORD
 from tools.review import load_queue
 
 FORMATS = {"cvat": cvat, "coco": coco, "labelstudio": label_studio}
@@ -115,8 +116,10 @@ def import_masks(source: DataSource, path: Path, tool: str, folder: Path) -> Non
 
     Raises:
         UserError: a mask of another size, or of an image that is not in the dataset, has another mask, or may be meant
-            for another (`check_folders`); or there is none. Nothing is written then.
+            for another (`check_folders`); or there is none; or `folder` is a stage's. Nothing is written then.
     """
+    if (folder / RECORD).exists():  # its masks would pass for those of the stage
+        raise UserError(f"{folder}: holds what a stage made. Choose another --output_dir for corrected masks.")
     seen, changed = set(), {}
     for name, mask in FORMATS[tool].read(path, Labels(source.info)):
         image_id = find_id(source, name, path)
