@@ -88,8 +88,9 @@ def read(path: Path, labels: Labels) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _paint(path: Path, result: Sequence[dict], labels: Labels, decode: Callable[[list[int]], np.ndarray]) -> np.ndarray:
-    for other in (one for one in result if one["type"] != "brushlabels"):  # it may lack a size
-        raise UserError(f"{path}: {other['type']} of '{other.get('to_name')}'. Use the brush only.")
+    others = [one for one in result if one["type"] != "brushlabels"]
+    if others:  # they may lack a size
+        raise UserError(f"{path}: {others[0]['type']} of '{others[0].get('to_name')}'. Use the brush only.")
     indices = np.zeros((result[0]["original_height"], result[0]["original_width"]), dtype=np.uint8)
     for stroke in result:
         (name,) = stroke["value"]["brushlabels"]
