@@ -285,7 +285,8 @@ def main(args: argparse.Namespace) -> None:
         pseudos["settings"]["threshold"] = outputs.threshold  # of `auto`: its value, or two could mix
     for kind in outputs.wanted:
         made_by = pseudos if kind == "pseudos" else maps
-        identity.claim_folder(predict.folders[kind], made_by, overwrite=args.overwrite)
+        another = f"--tag (with --weights {weights})"
+        identity.claim_folder(predict.folders[kind], made_by, another=another, overwrite=args.overwrite)
     pending = parallel.pending(ids, predict.is_done, f"{len(ids)} images of '{args.domain}'", folder)
     mine = parallel.share(ids, pending)
     left_out = LeftOut(folder, "inference", skip=args.on_error == "skip")

@@ -163,7 +163,8 @@ def main(args: argparse.Namespace) -> None:
     if args.stage != "merge":
         backend = select_backend(args)
         made_by = proposals_identity(backend, source, listed)
-        identity.claim_folder(folders.proposals, made_by, overwrite=args.overwrite)
+        another = "--proposals_dir (or --stage merge, to take what it holds)" if args.proposals_dir else "--tag"
+        identity.claim_folder(folders.proposals, made_by, another=another, overwrite=args.overwrite)
         propose(backend, source, ids, folders.proposals, workers, left_out)
         distributed.wait_for_shares()
     if args.stage == "propose":
@@ -173,7 +174,8 @@ def main(args: argparse.Namespace) -> None:
     rule = options.from_flags(Rule, args)
     check_present(folders.proposals, ids, ".json", "Run the same flags with --stage propose first.", some=left_out.skip)
     made_by = merged_identity(rule, folders, listed, source.info)
-    identity.claim_folder(folders.refined, made_by, overwrite=args.overwrite)
+    another = f"--tag (with --proposals_dir {folders.proposals})"
+    identity.claim_folder(folders.refined, made_by, another=another, overwrite=args.overwrite)
     merge(rule, source.info, ids, folders, workers, left_out)
     left_out.finish(listed, args.shard)
 

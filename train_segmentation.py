@@ -385,7 +385,8 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
     made_by = identity.describe("train_segmentation.py", flags, inputs=inputs)
     old = [kind for kind in ("overlays", "confidence") if args.overwrite and (predictor.folder / kind).is_dir()]
     for kind in dict.fromkeys([*predictor.suffixes, *old]):  # those of the old masks go with them
-        identity.claim_folder(predictor.folder / kind, made_by, overwrite=args.overwrite)
+        another = f"--tag (with --weights {weights})"
+        identity.claim_folder(predictor.folder / kind, made_by, another=another, overwrite=args.overwrite)
     what, threads = f"{len(ids)} images of '{name}'", parallel.own_workers(args.num_workers)
     pending = parallel.pending(ids, lambda i: not predictor.missing(i), what, predictor.folder)
     left_out = LeftOut(predictor.folder, "train_segmentation", skip=args.on_error == "skip")

@@ -223,7 +223,8 @@ def test_a_damaged_record_is_one_line(data, capsys, damage):
     before = (CAMS / "a.npz").read_bytes()
     (CAMS / "settings.json").write_bytes(damage)
     line = refusal(capsys, "inference", *data_flags(data), *INFERENCE)
-    assert f"{CAMS}: its settings.json is damaged. Choose another --tag, or pass --overwrite to make it anew." in line
+    remedy = f"Choose another --tag (with --weights {MODEL}), or pass --overwrite to make it anew."
+    assert f"{CAMS}: its settings.json is damaged. {remedy}" in line
     infer(data, "--overwrite")
     assert (CAMS / "a.npz").read_bytes() == before
     (CAMS / "settings.json").unlink()
@@ -359,6 +360,35 @@ def test_a_photograph_called_settings(data, capsys):
     flags = ["--tag", "t", "--domain", "train", "--proposals", "regions", "--num_workers", 0]
     line = refusal(capsys, "refine_sam", *data_flags(data), *flags, "--pseudo_dir", data / "masks")
     assert f"{data}/images/settings.jpg: settings.json is taken in each folder. Rename the photograph." in line
+
+
+def test_another_folder_is_chosen_as_the_line_says(data, capsys):
+    """A script that reads a model does not find one by another --tag alone."""
+    run("train_segmentation", *data_flags(data), *SEGMENTATION)
+    again = ["--tag", "o", "--weights", MODEL]
+    maps = ["--save_cams", "false", "--pseudos_from", "masks"]
+    for script, flags in (("inference", [*INFERENCE, *maps]), ("train_segmentation", [*INFERENCE, "--predict"])):
+        flags = [*data_flags(data), *flags, "--num_workers", 0]
+        run(script, *flags)
+        line = refusal(capsys, script, *flags, "--scales", 2)
+        assert f"Choose another --tag (with --weights {MODEL}), or pass --overwrite" in line
+        run(script, *flags, "--scales", 2, *again)
+
+
+def test_another_folder_of_proposals_or_of_refined_masks(data, capsys):
+    flags = [*data_flags(data), "--tag", "t", "--domain", "train", "--proposals", "regions", "--num_workers", 0]
+    flags += ["--pseudo_dir", data / "masks"]
+    run("refine_sam", *flags)
+    proposals = Path("experiments/predictions/t@train/proposals-regions")
+    line = refusal(capsys, "refine_sam", *flags, "--inside_threshold", 0.7)
+    assert f"Choose another --tag (with --proposals_dir {proposals}), or pass --overwrite" in line
+    run("refine_sam", *flags, "--inside_threshold", 0.7, "--tag", "o", "--proposals_dir", proposals)
+    assert "Proposals: 3 images, 3 done already" in capsys.readouterr().out
+    (proposals / "settings.json").unlink()
+    shared = [*flags, "--tag", "s", "--proposals_dir", proposals]
+    line = refusal(capsys, "refine_sam", *shared)
+    assert "Choose another --proposals_dir (or --stage merge, to take what it holds), or pass --overwrite" in line
+    run("refine_sam", *shared, "--stage", "merge")
 
 
 def test_refined_masks_of_other_pseudo_masks(data, capsys):

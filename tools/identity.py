@@ -147,7 +147,7 @@ def _first_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return f"of {len(changed)} images, the first is {first} ({before[first]!r}, not {now[first]!r})"
 
 
-def claim_folder(folder: Path, made_by: dict[str, Any], *, overwrite: bool = False) -> None:
+def claim_folder(folder: Path, made_by: dict[str, Any], *, another: str = "--tag", overwrite: bool = False) -> None:
     """Make or reuse a folder with a file per image, ID.SUFFIX. Other processes may do so at the same time.
 
     Its settings.json holds the identity of its files. So a stage that is started again with other settings or inputs
@@ -155,6 +155,7 @@ def claim_folder(folder: Path, made_by: dict[str, Any], *, overwrite: bool = Fal
 
     Args:
         made_by: the identity of the files to make (`describe`); its inputs name the images.
+        another: the flag that names another folder, and what that flag needs besides; for the error.
         overwrite: delete the files of another identity: those of its images and of these, nothing else.
 
     Raises:
@@ -168,7 +169,7 @@ def claim_folder(folder: Path, made_by: dict[str, Any], *, overwrite: bool = Fal
         made = {image_id for image_id in ids & products.keys() if sum(map(_is_made, products[image_id]))}
         stored, fault = _examine(record, made_by, made)
         if fault and not overwrite:
-            raise UserError(f"{folder}: {fault}. Choose another --tag, or pass --overwrite to make it anew.")
+            raise UserError(f"{folder}: {fault}. Choose another {another}, or pass --overwrite to make it anew.")
         if fault:
             for image_id in (ids | _ids(stored)) & products.keys():
                 for path in products[image_id]:
