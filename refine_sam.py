@@ -231,7 +231,7 @@ def select_backend(args: argparse.Namespace) -> Backend:
         return lambda image_ids, images: generator(images)
 
     return Backend(
-        name | weights | dataclasses.asdict(sought) | {"precision": str(dtype)},
+        name | weights | dataclasses.asdict(sought) | {"mixed_precision": args.mixed_precision},
         build,
         images_per_call=args.images_per_batch,
         # While one thread uses the GPU, another reads and writes files.

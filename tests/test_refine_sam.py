@@ -121,10 +121,16 @@ def test_sam_from_a_checkpoint(project, monkeypatch):
     monkeypatch.setitem(segment_anything.sam_model_registry, "vit_b", build_tiny_sam)
     torch.save(build_tiny_sam().state_dict(), "sam.pth")
     flags = ["--proposals", "sam", "--checkpoint", "sam.pth", "--model-type", "vit_b", "--device", "cpu"]
-    run(*flags, "--points-per-side", "2", "--pred-iou-thresh", "0", "--stability-score-thresh", "0")
+    flags += ["--points-per-side", "2", "--pred-iou-thresh", "0", "--stability-score-thresh", "0"]
+    run(*flags)
     assert load_mask("experiments/predictions/t@train/sam-sam-max_iou_imp2/a.png").shape == (96, 96)
     settings = json.loads((proposals_folder("sam") / "settings.json").read_text())
     assert settings["settings"]["points_per_side"] == 2 and settings["files"]["checkpoint"]["file"] == "sam.pth"
+    # As if they had been made on a GPU: the same flags take them.
+    monkeypatch.setattr(refine_sam.devices, "autocast_dtype", lambda *args: torch.bfloat16)
+    run(*flags)
+    with pytest.raises(UserError, match=r"made with --mixed_precision auto, not bf16\."):
+        run(*flags, "--mixed_precision", "bf16")
 
 
 def test_other_settings_do_not_mix_in_one_folder(project):
