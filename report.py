@@ -98,6 +98,8 @@ def main(args: argparse.Namespace) -> None:
         print(f"\nSummary: {args.output_dir / 'summary.json'}")
     if columns:
         source = build_source(args.dataset, options.data_dir(args))
+        for folder, _ in itertools.chain.from_iterable(column.folders for column in columns):
+            identity.check_classes(folder, source.info.classes[1:])
         shown = {domain: complete(source.ids(domain), columns) for domain in args.domain}
         blocks = {domain: pick_images(source, ids, args.num_images) for domain, ids in shown.items()}
         save_png(args.output_dir / "gallery.png", gallery(source, blocks, columns))
