@@ -6,6 +6,7 @@ import importlib
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from command import DECODER, TRAINING, data_flags, refusal, run
 
@@ -185,6 +186,31 @@ def test_a_run_killed_within_an_epoch_ends_with_the_same_bytes(folder_root, fold
     run(script, *flags)
     assert CHECKPOINT.read_bytes() == expected
     assert logged
+
+
+@pytest.mark.parametrize("script, flags", RUNS, ids=[script for script, _ in RUNS])
+def test_a_run_goes_on_where_imagenets_weights_cannot_be_had(folder_root, folder, monkeypatch, capsys, script, flags):
+    create, known = timm.create_model, ["resnet"]
+
+    def create_model(*args, pretrained=False, **arguments):
+        if pretrained and not known:
+            raise OSError("no route to host")
+        return create(*args, **arguments)
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    flags = [*data_flags(folder_root), *flags, "--backbone_weights", "imagenet"]
+    folder("whole")
+    run(script, *flags)
+    expected = CHECKPOINT.read_bytes()
+    folder("stopped")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        change_steps(patch, script, kill_at(3))
+        run(script, *flags)
+    known.clear()
+    run(script, *flags)
+    run(script, *flags)
+    assert "already trained" in capsys.readouterr().out and CHECKPOINT.read_bytes() == expected
+    assert "timm could not download" in refusal(capsys, script, *flags, "--seed", 1, "--overwrite")
 
 
 def test_a_training_anew_replaces_the_log_and_a_resumed_one_goes_on_with_it(folder_root, folder):

@@ -232,7 +232,10 @@ def network_arguments(args: argparse.Namespace) -> dict[str, object]:
     decoder = ("use_gn", "dropout", "decoder_channels")
     given = {name: getattr(args, name) for name in (*names, *decoder) if hasattr(args, name)}
     stride = 8 if args.dilated else 16
-    return {**given, "weights": args.backbone_weights, "batch_norm": args.mode, "output_stride": stride}
+    # What a checkpoint replaces need not be had, as where there is no network.
+    goes_on = model_path(args.tag).exists() and not args.overwrite
+    weights = "none" if goes_on else args.backbone_weights
+    return {**given, "weights": weights, "batch_norm": args.mode, "output_stride": stride}
 
 
 def loader_arguments(args: argparse.Namespace) -> dict[str, object]:
