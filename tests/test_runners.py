@@ -201,6 +201,26 @@ def test_the_report_shows_what_there_is_after_every_stage(tmp_path):
     assert "--review Refined --dataset" in (tmp_path / "calls.txt").read_text()
 
 
+def test_what_a_refusal_of_a_script_means_for_the_runner(tmp_path):
+    commands(tmp_path)
+    python = tmp_path / "bin" / "python3"
+    line = "--tag comes from NAME, other flags from other variables, such as PRESET (SETUP.md). Or run the command"
+    for runner, code, told in (("1-csrm", 2, True), ("1-csrm", 3, False), ("0-setup", 2, False)):
+        python.write_text(f"#!/bin/sh\nexit {code}\n")
+        _, process = commands(tmp_path, runner)
+        assert process.returncode == code and (line in process.stderr) == told, process.stderr
+
+
+@pytest.mark.parametrize("runner", ["0-setup", "1-csrm", "3-sam-refinement", "4-segmentation"])
+def test_flags_of_a_runner_are_refused(tmp_path, runner):
+    commands(tmp_path)
+    command = ["bash", f"runners/{runner}.sh", "--overwrite"]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    line = "--overwrite: the runners take variables, no flags (SETUP.md). Instead of --tag or --overwrite: export "
+    line += "NAME=another\n"
+    assert (process.returncode, process.stdout, process.stderr) == (2, "", line)
+
+
 def test_commands_are_listed_with_their_time_and_exit_code(tmp_path):
     commands(tmp_path, DATA_DIR="my data", PRIOR="puzle")
     commands(tmp_path, "3-sam-refinement", DATA_DIR="my data")

@@ -7,6 +7,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 # refuse LINE: what is wrong with a variable or file, and the remedy.
 refuse() { echo "$1" >&2; exit 2; }
 
+if (($#)); then refuse "$1: the runners take variables, no flags (SETUP.md). Instead of --tag or --overwrite: export NAME=another"; fi
+
 # check_count NAME: the variable counts something.
 check_count() { if [[ ! "${!1}" =~ ^[1-9][0-9]*$ ]]; then refuse "$1=${!1}: must be a whole number from 1."; fi; }
 
@@ -75,6 +77,9 @@ run() {
   if ((NODE == 0)); then
     mkdir -p "$REPORT"
     { printf '%s\t%d\t%d\t' "$start" $((SECONDS - began)) "$code"; printf '%q ' "${command[@]}"; echo; } >> "$REPORT/commands.tsv"
+  fi
+  if ((code == 2)) && [[ " $* " == *" --tag "* ]]; then
+    printf -- '--tag comes from NAME, other flags from other variables, such as PRESET (SETUP.md). Or run the command above with --overwrite.\n' >&2
   fi
   if ((code && NODES > 1)); then
     printf '%s: exit code %d on machine %d of %d. To continue, start the runner again on all of them.\n' \
