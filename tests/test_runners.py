@@ -297,7 +297,7 @@ def test_a_second_round_learns_what_the_first_model_says_of_its_own_photographs(
         *("train_segmentation.py", "inference.py", "evaluate.py", "refine_sam.py", "train_segmentation.py"),
         *("train_segmentation.py", "evaluate.py", "train_segmentation.py", "report.py"),
     ]
-    first_tag, folder = "voc12-deeplab-rounds2-round1", "experiments/predictions/voc12-deeplab-rounds2-round1@train_aug"
+    first_tag, folder = "voc12-deeplab-round1", "experiments/predictions/voc12-deeplab-round1@train_aug"
     first, relabel, score, refine, second, predict, final, *_ = calls
     assert f"--tag {first_tag} " in first
     assert "--masks_dir experiments/predictions/voc12-csrm@train_aug/sam-regions-max_iou_imp2" in first
@@ -312,6 +312,7 @@ def test_a_second_round_learns_what_the_first_model_says_of_its_own_photographs(
 @pytest.mark.parametrize("rounds, tags", [
     ({}, ["folder-deeplab-round1", "folder-deeplab"]),
     ({"ROUNDS": "1"}, ["folder-deeplab-rounds1"]),
+    ({"ROUNDS": "3"}, ["folder-deeplab-round1", "folder-deeplab-round2", "folder-deeplab-rounds3"]),
 ])  # fmt: skip
 def test_a_folder_has_two_rounds_and_its_last_model_the_plain_name(tmp_path, rounds, tags):
     (tmp_path / "birds" / "images" / "robin").mkdir(parents=True)
@@ -358,7 +359,7 @@ def test_the_page_reviews_the_masks_that_the_final_model_learns(tmp_path):
 def test_the_page_reviews_the_masks_that_are_given_instead(tmp_path):
     """The user's own, unless a further round makes others of them."""
     refined, relabelled = (f"experiments/predictions/voc12-{tag}@train_aug/sam-regions-max_iou_imp2"
-                           for tag in ("csrm", "deeplab-hand-rounds2-round1"))  # fmt: skip
+                           for tag in ("csrm", "deeplab-hand-round1"))  # fmt: skip
     for path in ("my hand", "hand", refined, relabelled):
         (tmp_path / path).mkdir(parents=True)
     for flags, columns in (

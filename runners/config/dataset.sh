@@ -149,10 +149,10 @@ VARIANT=$PSEUDO_VARIANT
 if [[ "$PROPOSALS" != "$CHOSEN_PROPOSALS" ]]; then VARIANT+=-$PROPOSALS; fi
 if [[ "$MERGE_MODE" != "$CHOSEN_MERGE_MODE" ]]; then VARIANT+=-$MERGE_MODE; fi
 if [[ -n "${MASKS:-}" ]]; then VARIANT=-$(basename "$MASKS"); fi
+TAG_ROUND=$TAG_SEG$VARIANT-round  # and a number: the models before the final one, the same for more rounds and for fewer
 if [[ "$ROUNDS" != "$CHOSEN_ROUNDS" ]]; then VARIANT+=-rounds$ROUNDS; fi
 : "${REPORT:=$REPORTS$VARIANT}"  # scores of every stage, their table, the picture sheet
 TAG_SEG=$TAG_SEG$VARIANT TAG_REFINED=$TAG_CSRM$PSEUDO_VARIANT
-TAG_ROUND=$TAG_SEG-round  # and a number: the models before the final one
 CORRECTION=""  # -corrected, and the folder's name if that is another
 if [[ -n "$CORRECTED" ]]; then CORRECTION=-corrected-$(basename "$CORRECTED"); fi
 if [[ "$CORRECTION" == -corrected-corrected ]]; then CORRECTION=-corrected; fi
