@@ -466,11 +466,13 @@ def test_masks_that_are_not_there_are_missed_before_the_training(tmp_path, flags
     assert (called, process.returncode, process.stderr) == ([], 2, line)
 
 
-@pytest.mark.parametrize("variable", ["ROUNDS", "GPUS", "NODES"])
+@pytest.mark.parametrize("variable", ["ROUNDS", "GPUS", "NODES", "THRESHOLD"])
 def test_numbers_that_are_none_are_refused(tmp_path, variable):
-    for value in ("abc", "0", "-1", "1.5", "2 3", "08"):
+    values = ("abc", "0,3") if variable == "THRESHOLD" else ("abc", "0", "-1", "1.5", "2 3", "08")
+    needed = "auto, or a number such as 0.3" if variable == "THRESHOLD" else "a whole number from 1"
+    for value in values:
         called, process = commands(tmp_path, "4-segmentation", refined=False, **{variable: value})
-        line = f"{variable}={value}: must be a whole number from 1.\n"
+        line = f"{variable}={value}: must be {needed}.\n"
         assert (called, process.returncode, process.stderr, process.stdout) == ([], 2, line, "")
 
 

@@ -138,7 +138,9 @@ check_count ROUNDS
 if [[ -n "$SAM_CHECKPOINT" ]]; then : "${PROPOSALS:=sam}"; fi
 choose PROPOSALS regions                      # regions, sam (where there is a checkpoint), sam2, sam3 or files
 
-if [[ "$THRESHOLD" != auto ]]; then THRESHOLD=$(LC_ALL=C; printf %g "$THRESHOLD"); fi  # as inference.py names the folder
+if [[ "$THRESHOLD" != auto ]]; then  # as inference.py names the folder
+  THRESHOLD=$(LC_ALL=C; printf %g "$THRESHOLD" 2>/dev/null || refuse "THRESHOLD=$THRESHOLD: must be auto, or a number such as 0.3.")
+fi
 
 # What is not as chosen above is part of the names, so that experiments that differ in it do not meet.
 PSEUDO_VARIANT="" VARIANT=""
