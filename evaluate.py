@@ -74,7 +74,7 @@ from tools.cam_files import read_cams
 from tools.files import atomic_write, check_present, check_size, check_writable, save_json
 from tools.metrics import Scores, confusion_counts, scores, sweep_counts, threshold_range
 
-PREDICT = "Finish the stage that writes the predictions, or check --pred_dir, --mode and --domain."
+PREDICT = "Finish the stage that writes the predictions, or check --pred_dir, --mode, --cam_format and --domain."
 IDS_PER_JOB = 16  # small, so that the progress bar moves; not 1, because every job sends all counts between processes
 
 

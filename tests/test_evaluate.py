@@ -146,7 +146,7 @@ def test_pickled_cams_are_read_on_request(data, cams, tmp_path):
     run(data, tmp_path / "pickled", "--mode", "cams", "--cam_format", "npy", "--output", tmp_path / "npy.json")
     results = [json.loads((tmp_path / f"{kind}.json").read_text())["curve"] for kind in ("npz", "npy")]
     assert results[0] == results[1]
-    with pytest.raises(UserError, match=r"a\.npz is missing \(4 of 4"):
+    with pytest.raises(UserError, match=r"a\.npz is missing \(4 of 4.* or check .*--cam_format"):
         run(data, tmp_path / "pickled", "--mode", "cams")
 
 
@@ -161,6 +161,14 @@ def test_masks_dir_replaces_the_ground_truth(data, masks, tmp_path):
     run(data, masks, "--masks_dir", masks, "--output", tmp_path / "self.json")
     iou = json.loads((tmp_path / "self.json").read_text())["iou"]
     assert iou == {"background": 100, "cat": 100, "dog": 100, "owl": 0}
+
+
+def test_a_settings_file_of_another_program_is_moved_away(data, masks, tmp_path):
+    (masks / "settings.json").write_text("[]")
+    with pytest.raises(UserError, match="Make .*masks again; or, if this file is another program's, move it away"):
+        run(data, masks)
+    (masks / "settings.json").rename(tmp_path / "settings.json")
+    run(data, masks)
 
 
 def test_missing_predictions_are_counted_and_named(data, masks):

@@ -225,7 +225,7 @@ def read_record(record: Path) -> dict[str, Any]:
     """The identity in a folder's settings.json; {} if there is none (UserError: the file is damaged)."""
     if not record.exists():
         return {}
-    remedy = f"Delete {record.parent} and make it again."
+    remedy = f"Make {record.parent} again; or, if this file is another program's, move it away."
     content = read_json(record, remedy)
     if not _is_identity(content):
         raise UserError(f"{record}: holds no settings. {remedy}")
