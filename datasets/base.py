@@ -71,7 +71,7 @@ class DataSource(ABC):
     def __post_init__(self) -> None:
         for folder in self.masks_dirs:
             if not folder.is_dir():
-                raise UserError(f"{folder}: no such folder of masks (ID.png).")
+                raise UserError(f"{folder}: no such folder of masks (ID.png). Make it first, or pass another.")
         self.unread = self.images.others
         self._labels: dict[str, np.ndarray] = {}
 
@@ -247,7 +247,7 @@ class DataSource(ABC):
         if missing:
             raise UserError(
                 f"{path}: {len(missing)} of {len(ids)} ids have no image in {self.root}, the first is "
-                f"'{missing[0]}'{self.advice(missing[0])}."
+                f"'{missing[0]}'{self.advice(missing[0]) or '. Remove them from the list, or add their photographs'}."
             )
 
 

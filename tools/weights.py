@@ -106,7 +106,7 @@ def _read(path: Path) -> Any:
         with torch.serialization.safe_globals(_BLANKS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file of weights.") from error
+        raise UserError(f"{path}: no such file of weights. Make it first, or pass another.") from error
     except pickle.UnpicklingError as error:
         foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
         if foreign is None:
