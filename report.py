@@ -98,8 +98,11 @@ def main(args: argparse.Namespace) -> None:
         print(f"\nSummary: {args.output_dir / 'summary.json'}")
     if columns:
         source = build_source(args.dataset, options.data_dir(args))
-        for folder, _ in itertools.chain.from_iterable(column.folders for column in columns):
-            identity.check_classes(folder, source.info.classes[1:])
+        for column in columns:
+            for folder, _ in column.folders:
+                identity.check_classes(folder, source.info.classes[1:])
+            if not any(column.file(image_id) for domain in args.domain for image_id in source.ids(domain)):
+                print(f"Warning: column '{column.title}': no image's ID.png or ID.npz is in {column.folders[0][0]}.")
         shown = {domain: complete(source.ids(domain), columns) for domain in args.domain}
         blocks = {domain: pick_images(source, ids, args.num_images) for domain, ids in shown.items()}
         save_png(args.output_dir / "gallery.png", gallery(source, blocks, columns))

@@ -116,6 +116,13 @@ def test_masks_of_a_turned_photograph_are_those_of_the_upright_one(data, tmp_pat
         run(data, tmp_path / "out", "--domain", "test", "--columns", f"Mine={tmp_path / 'pseudo'}")
 
 
+def test_a_column_without_any_image_is_named(data, tmp_path, capsys):
+    """As of the folder above."""
+    run(data, tmp_path / "report", "--columns", f"Mask={data / 'masks'}", f"Truth={data}")
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Warning")]
+    assert warnings == [f"Warning: column 'Truth': no image's ID.png or ID.npz is in {data}."]
+
+
 def test_images_that_every_column_has_are_preferred(tmp_path):
     for folder, names in (("one", "abc"), ("two", "bc")):
         for name in names:
