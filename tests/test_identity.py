@@ -58,8 +58,8 @@ def test_inputs_of_single_images_and_of_all():
     assert identity.difference(described(), described(labels={"c": "dog"})) == "", "a list may grow"
     whole = [identity.digest(each) for each in (described(), other, described(labels={"a": "cat"}))]
     assert identity.difference(whole[0], identity.digest(described())) == ""
-    assert "other labels: (2 images, content " in identity.difference(whole[0], whole[1])
-    assert "other labels: (2 images" in identity.difference(whole[0], whole[2]), "and where it has grown"
+    assert "other labels, or in another order: (2 images, content " in identity.difference(whole[0], whole[1])
+    assert "other labels, or in another order" in identity.difference(whole[0], whole[2]), "and where it has grown"
     assert identity.difference(described(), described(masks={"a": "1"})) == "no masks"
     assert identity.difference(described(masks={"a": "1"}), described()) == "masks, not without"
     turned = {kind: dict(reversed(each.items())) for kind, each in INPUTS.items()}
@@ -115,9 +115,9 @@ def change_a_photograph(data):
 
 
 @pytest.mark.parametrize("change, words", [
-    (add_an_image, "other photographs: --data_dir {0} (3 images, content "),
-    (change_a_label, "other labels: --data_dir {0} (3 images, content "),
-    (change_a_photograph, "other photographs: --data_dir"),
+    (add_an_image, "other photographs, or in another order: --data_dir {0} (3 images, content "),
+    (change_a_label, "other labels, or in another order: --data_dir {0} (3 images, content "),
+    (change_a_photograph, "other photographs, or in another order: --data_dir"),
 ])  # fmt: skip
 def test_a_run_is_its_data(data, capsys, change, words):
     flags = [*data_flags(data), "--tag", "t", *TRAINING]
@@ -142,7 +142,7 @@ def test_a_run_is_its_masks(data, capsys, tmp_path):
     save_mask(masks / "b.png", load_mask(masks / "b.png"), np.zeros((256, 3), np.uint8))
     assert path.stat().st_size == size
     line = refusal(capsys, "train_segmentation", *flags, copied)
-    assert f"t.pth: made with other masks: --masks_dir {masks} (3 images, content " in line
+    assert f"t.pth: made with other masks, or in another order: --masks_dir {masks} (3 images, content " in line
     assert f", not --masks_dir {copied} (3 images, content " in line
     run("train_segmentation", *flags, copied, "--overwrite")
     anew = MODEL.read_bytes()

@@ -113,7 +113,8 @@ def difference(stored: Mapping[str, Any], made_by: Mapping[str, Any]) -> str:
     for kind, each in made_by["inputs"].items():
         before = stored["inputs"][kind]
         if "sha256" in each and before != each:
-            return f"other {kind}: {_digest_in_words(stored, kind)}, not {_digest_in_words(made_by, kind)}"
+            theirs, ours = (_digest_in_words(identity, kind) for identity in (stored, made_by))
+            return f"other {kind}, or in another order: {theirs}, not {ours}"
         if "sha256" not in each and (text := _first_changed(before, each)):
             return f"other {kind} {text}"
     return ""
