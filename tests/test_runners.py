@@ -204,7 +204,7 @@ def test_the_report_shows_what_there_is_after_every_stage(tmp_path):
 def test_what_a_refusal_of_a_script_means_for_the_runner(tmp_path):
     commands(tmp_path)
     python = tmp_path / "bin" / "python3"
-    line = "--tag comes from NAME, other flags from other variables, such as PRESET (SETUP.md). Or run the command"
+    line = "In a runner --tag comes from NAME, other flags from other variables (SETUP.md)."
     for runner, code, told in (("1-csrm", 2, True), ("1-csrm", 3, False), ("0-setup", 2, False)):
         python.write_text(f"#!/bin/sh\nexit {code}\n")
         _, process = commands(tmp_path, runner)
