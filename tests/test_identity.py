@@ -404,3 +404,21 @@ def test_refined_masks_of_other_pseudo_masks(data, capsys):
     assert f"{refined}: made with other pseudo masks of 1 images, the first is c (" in line
     run("refine_sam", *flags, "--overwrite")
     assert set(np.unique(load_mask(refined / "c.png"))) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("flag", "place", "fault"),
+    [
+        ("--proposals_dir", "masks", "holds files, but no settings.json that says what made them."),
+        ("--pseudo_dir", "experiments/predictions/t@train/sam-regions-max_iou_imp2", "read and written by this"),
+    ],
+)
+def test_overwrite_deletes_no_input(data, capsys, flag, place, fault):
+    """Neither files that somebody else made, nor those that are to be refined."""
+    flags = [*data_flags(data), "--tag", "t", "--domain", "train", "--proposals", "regions", "--num_workers", 0]
+    flags += ["--pseudo_dir", data / "masks"]
+    run("refine_sam", *flags)
+    folder = data / "masks" if place == "masks" else Path(place)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert fault in refusal(capsys, "refine_sam", *flags, flag, folder, "--overwrite")
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before

@@ -157,11 +157,15 @@ def claim_folder(folder: Path, made_by: dict[str, Any], *, another: str = "--tag
     Args:
         made_by: the identity of the files to make (`describe`); its inputs name the images.
         another: the flag that names another folder, and what that flag needs besides; for the error.
-        overwrite: delete the files of another identity: those of its images and of these, nothing else.
+        overwrite: delete the files of another identity: those of its images and of these, nothing else. Files
+            without a record may be a user's own: they stay.
 
     Raises:
-        UserError: the files have another identity, or none; or the folder cannot be written to.
+        UserError: the files have another identity, or none; the folder is one that is read; or it cannot be written to.
     """
+    for flag, place in made_by["folders"].items():
+        if folder.resolve() == Path(place).resolve():
+            raise UserError(f"--{flag} {place}: read and written by this command. Choose another --tag or folder.")
     record = check_writable(folder) / RECORD
     with locked(folder):
         products = _products(folder)
@@ -169,6 +173,8 @@ def claim_folder(folder: Path, made_by: dict[str, Any], *, another: str = "--tag
         # A sum, which looks at all of them: an empty file may lie beside a whole one of another suffix.
         made = {image_id for image_id in ids & products.keys() if sum(map(_is_made, products[image_id]))}
         stored, fault = _examine(record, made_by, made)
+        if fault and not record.exists():
+            raise UserError(f"{folder}: {fault}. Choose another --tag or folder, or move these files away.")
         if fault and not overwrite:
             raise UserError(f"{folder}: {fault}. Choose another {another}, or pass --overwrite to make it anew.")
         if fault:
