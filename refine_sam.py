@@ -172,6 +172,8 @@ def main(args: argparse.Namespace) -> None:
         left_out.finish(listed, args.shard)
         return
     rule = options.from_flags(Rule, args)
+    if args.stage == "merge" and args.proposals != "files":
+        check_made_by(args, folders.proposals, source, listed)
     check_present(folders.proposals, ids, ".json", "Run the same flags with --stage propose first.", some=left_out.skip)
     made_by = merged_identity(rule, folders, listed, source.info)
     another = f"--tag (with --proposals_dir {folders.proposals})"
@@ -203,23 +205,55 @@ def select_folders(args: argparse.Namespace) -> Folders:
     )
 
 
-def select_backend(args: argparse.Namespace) -> Backend:
-    """The backend that --proposals names."""
+def region_generator(args: argparse.Namespace) -> RegionGenerator:
+    """What --proposals regions is."""
+    return RegionGenerator(max_size=args.region_max_size, min_contrast=args.region_min_contrast)
+
+
+def proposal_settings(args: argparse.Namespace) -> dict[str, object]:
+    """The flags that change the proposals, on any machine."""
     name = {"proposals": args.proposals}
     if args.proposals == "regions":
-        regions = RegionGenerator(max_size=args.region_max_size, min_contrast=args.region_min_contrast)
-        settings = {f"region_{key}": value for key, value in dataclasses.asdict(regions).items()}  # as the flags
-        return Backend(name | settings, lambda: regions)
+        return name | {f"region_{key}": value for key, value in dataclasses.asdict(region_generator(args)).items()}
     if args.proposals == "files":
-        return Backend(name, lambda: functools.partial(read_masks, args.mask_files), mask_files=args.mask_files)
+        return name
+    weights = {"checkpoint": args.checkpoint, "model_type": args.model_type}
+    if args.proposals != "sam":
+        weights = {"checkpoint": args.checkpoint and weights_file(args.checkpoint)}
+    return name | weights | dataclasses.asdict(options.from_flags(MaskOptions, args))
+
+
+def check_made_by(args: argparse.Namespace, folder: Path, source: DataSource, ids: Sequence[str]) -> None:
+    """Refuse to merge proposals of other flags or photographs (UserError), if their record says so.
+
+    They may come from another machine: their precision is not compared, nor weights that are not on this one.
+    """
+    if not (stored := identity.read_record(folder / identity.RECORD)):
+        return
+    flags = proposal_settings(args)
+    weights = flags.get("checkpoint")
+    if weights is None or ("checkpoint" in stored.get("files", {}) and not weights.is_file()):
+        flags.pop("checkpoint", None)
+    made = [image_id for image_id in ids if (folder / f"{image_id}.json").is_file()]
+    made_by = identity.describe("refine_sam.py", flags, inputs=source.fingerprints(made))
+    if other := identity.difference(stored, made_by):
+        raise UserError(
+            f"{folder}: made with {other}. Pass the flags that made them, make them again (--stage all --overwrite), "
+            f"or take them as they are (--proposals files --proposals_dir {folder})."
+        )
+
+
+def select_backend(args: argparse.Namespace) -> Backend:
+    """The backend that --proposals names."""
+    settings = proposal_settings(args)
+    if args.proposals == "regions":
+        return Backend(settings, lambda: region_generator(args))
+    if args.proposals == "files":
+        return Backend(settings, lambda: functools.partial(read_masks, args.mask_files), mask_files=args.mask_files)
     sought = options.from_flags(MaskOptions, args)
     device = devices.select_device(args.device)
     dtype = devices.autocast_dtype(args.mixed_precision, device)
     running = {"images_per_batch": args.images_per_batch, "points_per_batch": args.points_per_batch, "dtype": dtype}
-    if args.proposals == "sam":
-        weights = {"checkpoint": args.checkpoint, "model_type": args.model_type}
-    else:
-        weights = {"checkpoint": weights_file(args.checkpoint)}
 
     def build() -> Propose:
         if args.proposals == "sam":
@@ -231,7 +265,7 @@ def select_backend(args: argparse.Namespace) -> Backend:
         return lambda image_ids, images: generator(images)
 
     return Backend(
-        name | weights | dataclasses.asdict(sought) | {"mixed_precision": args.mixed_precision},
+        settings | {"mixed_precision": args.mixed_precision},
         build,
         images_per_call=args.images_per_batch,
         # While one thread uses the GPU, another reads and writes files.

@@ -131,6 +131,14 @@ def test_sam_from_a_checkpoint(project, monkeypatch):
     run(*flags)
     with pytest.raises(UserError, match=r"made with --mixed_precision auto, not bf16\."):
         run(*flags, "--mixed_precision", "bf16")
+    made = [*flags, "--points-per-side", "2", "--pred-iou-thresh", "0", "--stability-score-thresh", "0"]
+    torch.save({}, "other.pth")
+    with pytest.raises(UserError, match=r"made with --checkpoint sam.pth \(content \w+\), not other.pth"):
+        run("--stage", "merge", *made, "--checkpoint", "other.pth")
+    Path("sam.pth").unlink()  # as on a machine without the weights
+    run("--stage", "merge", *made, "--mixed_precision", "bf16")
+    with pytest.raises(UserError, match=r"made with --points_per_side 2, not 3\. Pass the flags"):
+        run("--stage", "merge", *made, "--points-per-side", "3")
 
 
 def test_other_settings_do_not_mix_in_one_folder(project):
@@ -139,6 +147,22 @@ def test_other_settings_do_not_mix_in_one_folder(project):
         run("--inside_threshold", "0.7")
     run("--mode", "max_iou", "--order", "largest_overlap")
     assert (refined_folder("regions-max_iou-largest_overlap") / "c.png").exists()
+
+
+def test_proposals_of_other_flags_or_photographs_are_not_merged(project):
+    run("--stage", "propose", "--region_max_size", "0.3")
+    with pytest.raises(UserError, match=r"proposals-regions: made with --region_max_size 0.3, not 0.15\."):
+        run("--stage", "merge")
+    with pytest.raises(UserError, match=r"made with --proposals regions, not sam\."):
+        run("--stage", "merge", "--proposals", "sam", "--proposals_dir", str(proposals_folder()))
+    assert not refined_folder().exists()
+    run("--stage", "merge", "--region_max_size", "0.3")
+    with open("data/images/a.png", "ab") as photograph:
+        photograph.write(b"edited")
+    with pytest.raises(UserError, match=r"made with other photographs of 1 images, the first is a"):
+        run("--stage", "merge", "--region_max_size", "0.3")
+    run("--stage", "merge", "--proposals", "files", "--proposals_dir", str(proposals_folder()))
+    assert (refined_folder("files-max_iou_imp2") / "a.png").exists()
 
 
 def test_ignored_pixels_are_kept_on_request(project):
