@@ -104,6 +104,13 @@ class Trap:
         return (eval, ("1/0",))  # would raise ZeroDivisionError if the file were unpickled
 
 
+def test_weights_of_sam_hq_are_not_said_to_be_of_another_model_type(checkpoint):
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save({**state, "mask_decoder.hf_token.weight": torch.zeros(1, 256)}, checkpoint)
+    with pytest.raises(UserError, match=r"tensors fit\)\. Pass weights of the first SAM; those of SAM-HQ, "):
+        load_sam(checkpoint, "vit_b", torch.device("cpu"))
+
+
 @pytest.mark.parametrize("content", [{"pos": torch.zeros(1)}, torch.zeros(2), [1, 2], Trap(), b"noise", b""])
 def test_wrong_checkpoints_are_one_line(tmp_path, registry, content):
     path = tmp_path / "wrong.pth"

@@ -51,7 +51,8 @@ def load_sam(checkpoint: str | os.PathLike, model_type: str, device: torch.devic
     from segment_anything import sam_model_registry
 
     if not Path(checkpoint).is_file():
-        raise UserError(f"{checkpoint}: no such checkpoint. Download one, or use --proposals regions.")
+        remedy = "Download one, or use --proposals regions (or sam2, for a folder or a name on the hub)."
+        raise UserError(f"{checkpoint}: no such checkpoint. {remedy}")
     tensors = load_weights(checkpoint).tensors
     model = sam_model_registry[model_type](checkpoint=None)
     wanted = model.state_dict()
@@ -61,9 +62,11 @@ def load_sam(checkpoint: str | os.PathLike, model_type: str, device: torch.devic
     if fits < len(wanted) or len(state) > len(wanted):
         position = state.get("image_encoder.pos_embed", torch.zeros(1))
         other = SAM_WIDTHS.get(position.shape[-1], model_type)
-        remedy = f"--model_type {other}" if other != model_type else "--model_type to match the file"
+        remedy = "Pass weights of the first SAM; those of SAM-HQ, MobileSAM, SAM 2 and others cannot be used."
+        if other != model_type:
+            remedy = f"Set --model_type {other}."
         raise UserError(
-            f"{checkpoint}: not the weights of SAM {model_type} ({fits} of {len(wanted)} tensors fit). Set {remedy}."
+            f"{checkpoint}: not the weights of SAM {model_type} ({fits} of {len(wanted)} tensors fit). {remedy}"
         )
     model.load_state_dict(state)
     return model.to(device).eval()
