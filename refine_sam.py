@@ -51,7 +51,8 @@ def add_proposals(parser: cli.Parser) -> None:
     add("--proposals_dir", type=Path, help="their folder, if runs share it (default: see above)")
     add("--mask_files", type=Path, help="files: folder of ID/metadata.csv and ID/*.png, or of ID.json")
     add("--region_max_size", type=cli.fraction, default=0.15, help="regions: largest area, as a fraction of the image")
-    add("--region_min_contrast", type=float, default=0.0, help="regions: least edge strength at a border (grey levels)")
+    contrast = "regions: least edge strength at a border (grey levels)"
+    add("--region_min_contrast", type=cli.non_negative, default=0.0, help=contrast)
 
 
 def add_merging(parser: cli.Parser) -> None:

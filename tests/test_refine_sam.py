@@ -198,11 +198,15 @@ def test_masks_of_another_size_or_dataset_are_named(project):
         run()
 
 
-@pytest.mark.parametrize("text", ["4/4", "1", "a/2", "-1/2", "1/0"])
-def test_a_wrong_shard_exits_with_2(text, capsys):
+WRONG_VALUES = [*(("--shard", text, "I/N") for text in ("4/4", "1", "a/2", "-1/2", "1/0"))]
+WRONG_VALUES += [("--region_min_contrast", "nan", "not finite"), ("--region_min_contrast", "-5", "below 0")]
+
+
+@pytest.mark.parametrize(("flag", "text", "fault"), WRONG_VALUES)
+def test_a_wrong_value_exits_with_2(flag, text, fault, capsys):
     with pytest.raises(SystemExit) as stop:
-        refine_sam.make_parser().parse_args(["--tag", "t", f"--shard={text}"])
-    assert stop.value.code == 2 and "I/N" in capsys.readouterr().err
+        refine_sam.make_parser().parse_args(["--tag", "t", f"{flag}={text}"])
+    assert stop.value.code == 2 and fault in capsys.readouterr().err
 
 
 def proposals_folder(backend="regions"):
