@@ -164,7 +164,10 @@ def main(args: argparse.Namespace) -> None:
     if args.stage != "merge":
         backend = select_backend(args)
         made_by = proposals_identity(backend, source, listed)
-        another = "--proposals_dir (or --stage merge, to take what it holds)" if args.proposals_dir else "--tag"
+        if args.overwrite or not all((folders.proposals / f"{image_id}.json").exists() for image_id in ids):
+            backend.build()  # before anything is recorded or deleted: wrong weights are refused here
+        taken = "--proposals_dir (or --stage merge --proposals files, to take what it holds)"
+        another = taken if args.proposals_dir else "--tag"
         identity.claim_folder(folders.proposals, made_by, another=another, overwrite=args.overwrite)
         propose(backend, source, ids, folders.proposals, workers, left_out)
         distributed.wait_for_shares()
@@ -256,6 +259,7 @@ def select_backend(args: argparse.Namespace) -> Backend:
     dtype = devices.autocast_dtype(args.mixed_precision, device)
     running = {"images_per_batch": args.images_per_batch, "points_per_batch": args.points_per_batch, "dtype": dtype}
 
+    @functools.cache
     def build() -> Propose:
         if args.proposals == "sam":
             sam = load_sam(args.checkpoint, args.model_type, device)

@@ -121,6 +121,11 @@ def test_sam_from_a_checkpoint(project, monkeypatch):
     monkeypatch.setitem(segment_anything.sam_model_registry, "vit_b", build_tiny_sam)
     torch.save(build_tiny_sam().state_dict(), "sam.pth")
     flags = ["--proposals", "sam", "--checkpoint", "sam.pth", "--model-type", "vit_b", "--device", "cpu"]
+    with pytest.raises(UserError, match=r"other.pth: no such checkpoint"):
+        run(*flags, "--checkpoint", "other.pth")  # which leaves nothing that the next run would differ from
+    torch.save({"pos": torch.zeros(1)}, "other.pth")
+    with pytest.raises(UserError, match=r"other.pth: not the weights"):
+        run(*flags, "--checkpoint", "other.pth")
     flags += ["--points-per-side", "2", "--pred-iou-thresh", "0", "--stability-score-thresh", "0"]
     run(*flags)
     assert load_mask("experiments/predictions/t@train/sam-sam-max_iou_imp2/a.png").shape == (96, 96)
@@ -131,14 +136,12 @@ def test_sam_from_a_checkpoint(project, monkeypatch):
     run(*flags)
     with pytest.raises(UserError, match=r"made with --mixed_precision auto, not bf16\."):
         run(*flags, "--mixed_precision", "bf16")
-    made = [*flags, "--points-per-side", "2", "--pred-iou-thresh", "0", "--stability-score-thresh", "0"]
-    torch.save({}, "other.pth")
     with pytest.raises(UserError, match=r"made with --checkpoint sam.pth \(content \w+\), not other.pth"):
-        run("--stage", "merge", *made, "--checkpoint", "other.pth")
+        run("--stage", "merge", *flags, "--checkpoint", "other.pth")
     Path("sam.pth").unlink()  # as on a machine without the weights
-    run("--stage", "merge", *made, "--mixed_precision", "bf16")
+    run("--stage", "merge", *flags, "--mixed_precision", "bf16")
     with pytest.raises(UserError, match=r"made with --points_per_side 2, not 3\. Pass the flags"):
-        run("--stage", "merge", *made, "--points-per-side", "3")
+        run("--stage", "merge", *flags, "--points-per-side", "3")
 
 
 def test_other_settings_do_not_mix_in_one_folder(project):

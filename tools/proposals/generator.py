@@ -170,8 +170,8 @@ class MaskGenerator:
                 found.cat(self._stable(view, logits[part], scores[part]))
         if not torch.stack(finite).all():
             raise UserError(
-                "--mixed_precision, --compile: SAM's predicted IoUs are not finite numbers. Try --mixed_precision off, "
-                "then --compile false."
+                "--mixed_precision, --compile: SAM's predicted IoUs are not finite numbers. Try --overwrite "
+                "--mixed_precision off, then --compile false."
             )
         found.filter(nms(found["boxes"].float(), found["scores"], self.options.box_nms_thresh))
         return found
