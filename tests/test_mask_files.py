@@ -109,6 +109,7 @@ def test_damaged_rle_is_named(tmp_path, text):
 
 def test_another_table_is_named(tmp_path):
     write_folder(tmp_path / "a", MASKS)
-    (tmp_path / "a" / "metadata.csv").write_text("name\n0\n")
-    with pytest.raises(UserError, match=r"metadata.csv: not a readable list of masks"):
-        read(tmp_path)
+    for text in ("name\n0\n", ""):
+        (tmp_path / "a" / "metadata.csv").write_text(text)
+        with pytest.raises(UserError, match=r"metadata.csv: not a readable list of masks"):
+            read(tmp_path)

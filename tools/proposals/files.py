@@ -67,7 +67,10 @@ def _read_pictures(folder: Path, size: tuple[int, int]) -> np.ndarray:
     """The masks that metadata.csv lists; `amg.py` writes it last, so they should all be there."""
     path = folder / "metadata.csv"
     with reading(path, "list of masks", "Run amg.py again."):
-        names = [row["id"] for row in csv.DictReader(io.StringIO(read_text(path), newline=""))]
+        table = csv.DictReader(io.StringIO(read_text(path), newline=""))
+        if "id" not in (table.fieldnames or ()):  # an empty file is not a list of no masks
+            raise ValueError("no column id")
+        names = [row["id"] for row in table]
     masks = np.zeros((len(names), *size), dtype=bool)
     for mask, name in zip(masks, names, strict=True):
         picture = load_mask(folder / f"{name}.png")
