@@ -424,6 +424,7 @@ def test_generators_differ_by_rank_where_they_should():
 def test_another_process_than_the_first_says_only_what_stopped_it(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("WORLD_SIZE", "2")
 
     def main(args):
@@ -449,7 +450,7 @@ def test_processes_that_do_not_see_one_checkpoint(folder_root, tmp_path, monkeyp
 @pytest.mark.parametrize("device, message", [("cuda:0", "gives each of its processes a GPU"), ("cuda", "sees 1 GPUs")])
 def test_a_gpu_for_each_process(monkeypatch, device, message):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for name in ("LOCAL_RANK", "RANK"):
+    for name in ("LOCAL_RANK", "RANK", "MASTER_ADDR"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert devices.select_device("cuda") == torch.device("cuda:1")

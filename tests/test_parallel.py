@@ -106,26 +106,30 @@ def test_workers_end_when_nobody_wants_more():
 def test_shares_are_disjoint_and_whole(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert parallel.share("abcdefg") == "be"
     assert parallel.share("abcdefg", ["e", "c"]) == ["e"]
     assert [parallel.share("abcdefg", shard=(index, 2)) for index in range(2)] == ["aceg", "bdf"]  # counts for more
 
 
-@pytest.mark.parametrize("names", [["WORLD_SIZE"], ["WORLD_SIZE", "RANK"], ["RANK"]])
+@pytest.mark.parametrize("names", ["WORLD_SIZE", "WORLD_SIZE RANK", "RANK", "WORLD_SIZE RANK LOCAL_RANK"])
 def test_variables_that_torchrun_did_not_set_are_ignored_with_a_line(monkeypatch, names):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+    for name in parallel.LAUNCHER:
         monkeypatch.delenv(name, raising=False)
     assert parallel.left_over() == ""
+    names = names.split()
     for name in names:
         monkeypatch.setenv(name, "4")
     assert (parallel.rank(), parallel.world_size(), parallel.share("abcdef")) == (0, 1, "abcdef")
-    found = " ".join(f"{name}=4" for name in names)
-    assert parallel.left_over().startswith(f"{found} in the environment is ignored: no LOCAL_RANK")
+    found = " ".join(f"{name}=4" for name in names[:2])
+    missing = "MASTER_ADDR" if "LOCAL_RANK" in names else "LOCAL_RANK and MASTER_ADDR"
+    fault = parallel.left_over()
+    assert re.match(rf"{found} in the environment is ignored: no {missing}( and |,)", fault), fault
 
 
 def test_each_process_says_which_share_it_does(monkeypatch, capsys):
-    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "4")):
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "4"), ("MASTER_ADDR", "localhost")):
         monkeypatch.setenv(name, value)
     assert parallel.share("abcdef") == "bf" and parallel.left_over() == ""
     assert capsys.readouterr().err == "part 2 of 4: 2 of 6 images\n"

@@ -276,6 +276,7 @@ def test_images_in_folders(project):
 def test_torchrun_ranks_share_the_images(project, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setattr(refine_sam.distributed, "start", lambda *args: None)
     run("--stage", "propose")

@@ -24,6 +24,7 @@ from tqdm import tqdm
 Item = TypeVar("Item")
 
 CHUNK = 4  # jobs handed to a worker at a time
+LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"}  # variables that torchrun sets, among others
 READERS = 16  # threads that read small files, which cost latency on a network disk
 
 
@@ -32,7 +33,7 @@ def launched() -> bool:
 
     Clusters and batch scripts export WORLD_SIZE or RANK for other programs' use.
     """
-    return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
+    return os.environ.keys() >= LAUNCHER
 
 
 def left_over() -> str:
@@ -40,7 +41,8 @@ def left_over() -> str:
     found = [f"{name}={os.environ[name]}" for name in ("WORLD_SIZE", "RANK") if name in os.environ]
     if launched() or not found:
         return ""
-    return f"{' '.join(found)} in the environment is ignored: no LOCAL_RANK, so this is not started by torchrun."
+    missing = " and ".join(sorted(LAUNCHER - os.environ.keys()))
+    return f"{' '.join(found)} in the environment is ignored: no {missing}, so this is not started by torchrun."
 
 
 def rank() -> int:
