@@ -71,7 +71,7 @@ from datasets.base import DatasetInfo, DataSource, read_mask
 from datasets.exchange.voc_server import write_package
 from tools import identity
 from tools.cam_files import read_cams
-from tools.files import atomic_write, check_present, check_size, check_writable, save_json
+from tools.files import atomic_write, check_present, check_size, check_writable, file_of, save_json
 from tools.metrics import Scores, confusion_counts, scores, sweep_counts, threshold_range
 
 PREDICT = "Finish the stage that writes the predictions, or check --pred_dir, --mode, --cam_format and --domain."
@@ -195,7 +195,7 @@ def count_part(
     """`count` of some images, in this process."""
     counts, classes = 0, source.info.num_classes
     for image_id in ids:
-        truth, path = source.mask(image_id), pred_dir / f"{image_id}{suffix}"
+        truth, path = source.mask(image_id), file_of(pred_dir, image_id, suffix)
         if thresholds is None:
             prediction = read_mask(path, source.info)
             check_size(path, prediction.shape, truth.shape)

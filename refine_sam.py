@@ -104,7 +104,7 @@ import numpy as np
 from datasets import DataSource, build_source
 from datasets.base import DatasetInfo, check_shown, read_mask
 from tools import devices, distributed, identity
-from tools.files import check_present, load_image, save_mask
+from tools.files import check_present, file_of, load_image, save_mask
 from tools.left_out import LeftOut
 from tools.merging import merge_masks
 from tools.proposals import Propose, load_proposals, load_sam, save_proposals
@@ -160,7 +160,8 @@ def main(args: argparse.Namespace) -> None:
         remedy = "Pass the pseudo masks of inference.py with --pseudo_dir."
         identity.check_classes(args.pseudo_dir, source.info.classes[1:])
         check_present(args.pseudo_dir, ids, ".png", remedy, some=left_out.skip)
-        check_shown(filter(Path.is_file, (args.pseudo_dir / f"{image_id}.png" for image_id in listed)), source.info)
+        paths = (file_of(args.pseudo_dir, image_id, ".png") for image_id in listed)
+        check_shown(filter(Path.is_file, paths), source.info)
     if args.stage != "merge":
         backend = select_backend(args)
         made_by = proposals_identity(backend, source, listed)
@@ -320,7 +321,7 @@ def proposals_identity(backend: Backend, source: DataSource, ids: Sequence[str])
 def merged_identity(rule: Rule, folders: Folders, ids: Sequence[str], info: DatasetInfo) -> dict:
     """The identity of the refined masks of these images. Proposals are compared by the size of their files."""
     inputs = {
-        "pseudo masks": identity.contents({i: folders.pseudo_masks / f"{i}.png" for i in ids}),
+        "pseudo masks": identity.contents({i: file_of(folders.pseudo_masks, i, ".png") for i in ids}),
         "proposals": identity.sizes({i: folders.proposals / f"{i}.json" for i in ids}),
     }
     flags = {**dataclasses.asdict(rule), "pseudo_dir": folders.pseudo_masks, "proposals_dir": folders.proposals}
@@ -348,7 +349,7 @@ def merge_file(rule: Rule, info: DatasetInfo, folders: Folders, image_id: str) -
     Raises:
         UserError: a file cannot be used, the two differ in size, or the mask has a class that the dataset lacks.
     """
-    pseudo_mask = read_mask(folders.pseudo_masks / f"{image_id}.png", info)
+    pseudo_mask = read_mask(file_of(folders.pseudo_masks, image_id, ".png"), info)
     path = folders.refined / f"{image_id}.png"
     if not path.exists():
         masks = load_proposals(folders.proposals / f"{image_id}.json", pseudo_mask.shape)

@@ -69,7 +69,7 @@ from datasets.base import DatasetInfo, DataSource, read_mask
 from tools import identity
 from tools.cam_files import cam_labels, load_cams, read_cams
 from tools.drawing import legend, overlay
-from tools.files import check_size, check_writable, save_json, save_png, save_text, upright_size
+from tools.files import check_size, check_writable, file_of, save_json, save_png, save_text, upright_size
 from tools.history import read_commands, read_run
 from tools.metrics import load_scores
 from tools.page import Card, Layer, Page, heat_uri, mask_uri, photograph_uri, render, shares_text
@@ -167,7 +167,7 @@ class Column:
     def file(self, image_id: str) -> tuple[Path, float] | None:
         """The file that holds this image's mask or CAMs, and the folder's threshold; None if no folder has it."""
         for folder, threshold in self.folders:
-            for path in (folder / f"{image_id}.png", folder / f"{image_id}.npz"):
+            for path in (file_of(folder, image_id, suffix) for suffix in (".png", ".npz")):
                 if path.is_file():
                     return path, threshold
         return None

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
+import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,7 @@ from torch import nn
 
 import inference
 import refine_sam
+import report
 import train_classifier
 import train_csrm
 import train_segmentation
@@ -32,7 +36,9 @@ from tools.files import load_mask, save_mask
 from tools.optim import Update
 from tools.options import CRF, Optimization, Views
 from tools.priors import Opponent
+from tools.proposals.files import mask_file
 from tools.pseudo_labels import reliable_cam_labels
+from tools.seeds import label_files
 from train_segmentation import Segmentation
 
 MEAN, DEVIATION = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # of ImageNet
@@ -587,3 +593,24 @@ def test_labels_of_windows(folder_copy):
     table.write_bytes(b"\xef\xbb\xbf" + re.sub("\n", "\r\n", table.read_text()).encode())
     source = build_source("folder", folder_copy)
     assert source.image_labels(["a", "b", "c", "d"]).tolist() == [[1, 0], [1, 1], [0, 1], [0, 0]]
+
+
+def test_folders_that_a_mac_has_copied(folder_copy, tmp_path, monkeypatch):
+    """An é is one character in the lists, and two in the names of files."""
+    monkeypatch.chdir(tmp_path)
+    one, two = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+    for path in folder_copy.glob("*/a.*"):
+        path.rename(path.with_stem(two))
+    for name, line in (("labels.csv", "\na,"), ("splits/train.txt", "a\n")):
+        text = (folder_copy / name).read_text().replace(line, line.replace("a", one), 1)
+        (folder_copy / name).write_text(text)
+    copied = shutil.copytree(folder_copy / "masks", tmp_path / "copied")
+    (copied / f"{two}.json").write_text("[]")
+    flags = [*data_flags(folder_copy), "--domain", "train"]
+    run("evaluate", *flags, "--pred_dir", copied, "--output", "scores.json")
+    assert json.loads(Path("scores.json").read_text())["miou"] == 100
+    run("refine_sam", *flags, "--tag", "t", "--proposals", "regions", "--num_workers", 0, "--pseudo_dir", copied)
+    assert len(list(Path("experiments/predictions/t@train/sam-regions-max_iou_imp2").glob("*.png"))) == 3
+    assert label_files(copied, [one]) == {one: copied / f"{two}.png"}
+    assert mask_file(copied, one) == copied / f"{two}.json"
+    assert report.Column("", ((copied, 0.4),)).file(one) == (copied / f"{two}.png", 0.4)

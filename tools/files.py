@@ -13,6 +13,7 @@ import os
 import re
 import tempfile
 import time
+import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -107,9 +108,16 @@ def check_writable(folder: str | os.PathLike) -> Path:
     return folder
 
 
+def file_of(folder: Path, image_id: str, suffix: str) -> Path:
+    """The file of an image in a folder that people may have copied, where a Mac writes é as two characters (NFD)."""
+    name = f"{image_id}{suffix}"
+    spellings = (folder / name, folder / unicodedata.normalize("NFD", name))
+    return spellings[0] if name.isascii() or not spellings[1].is_file() else spellings[1]
+
+
 def check_present(folder: Path, ids: Sequence[str], suffix: str, remedy: str, *, some: bool = False) -> None:
     """Raise UserError unless `folder` has a file of every id, or of at least one if `some` are enough."""
-    missing = [image_id for image_id in ids if not (folder / f"{image_id}{suffix}").is_file()]
+    missing = [image_id for image_id in ids if not file_of(folder, image_id, suffix).is_file()]
     if missing and (not some or len(missing) == len(ids)):
         raise UserError(f"{folder}: {missing[0]}{suffix} is missing ({len(missing)} of {len(ids)} are). {remedy}")
 

@@ -21,7 +21,7 @@ from tools import distributed, identity, parallel
 from tools.cam import Forward, multi_scale_cams, working_photograph
 from tools.cam_files import read_cams
 from tools.errors import FileError
-from tools.files import check_present, save_mask
+from tools.files import check_present, file_of, save_mask
 from tools.maps import normalize, resize_labels, resize_maps
 from tools.options import CRF, PSEUDO_MASK_THRESHOLD, Views
 from tools.pseudo_labels import reliable_cam_labels
@@ -82,10 +82,10 @@ def label_files(folder: Path, ids: Sequence[str]) -> dict[str, Path]:
     Raises:
         UserError: one is missing.
     """
-    suffix = next((s for s in (".png", ".npz", ".npy") if (folder / f"{ids[0]}{s}").is_file()), ".png")
+    suffix = next((s for s in (".png", ".npz", ".npy") if file_of(folder, ids[0], s).is_file()), ".png")
     remedy = "--c2s_labels needs ID.png or ID.npz of every image of --domain_train: make them."
     check_present(folder, ids, suffix, remedy)
-    return {image_id: folder / f"{image_id}{suffix}" for image_id in ids}
+    return {image_id: file_of(folder, image_id, suffix) for image_id in ids}
 
 
 def write_labels(

@@ -18,15 +18,15 @@ from pathlib import Path
 import numpy as np
 
 from tools.errors import FileError, UserError
-from tools.files import check_size, load_mask, read_text, reading
+from tools.files import check_size, file_of, load_mask, read_text, reading
 from tools.identity import contents
 from tools.proposals import load_proposals
 
 
 def mask_file(root: Path, image_id: str) -> Path:
     """The file that lists an image's masks, or holds them."""
-    pictures = root / image_id / "metadata.csv"
-    return pictures if pictures.is_file() else root / f"{image_id}.json"
+    pictures = file_of(root, image_id, "/metadata.csv")
+    return pictures if pictures.is_file() else file_of(root, image_id, ".json")
 
 
 def fingerprints(root: Path, image_ids: Sequence[str]) -> dict[str, str]:
