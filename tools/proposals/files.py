@@ -21,6 +21,7 @@ from tools.errors import FileError, UserError
 from tools.files import check_size, file_of, load_mask, read_text, reading
 from tools.identity import contents
 from tools.proposals import load_proposals
+from tools.rle import encode
 
 
 def mask_file(root: Path, image_id: str) -> Path:
@@ -40,8 +41,8 @@ def _sizes(folder: Path) -> Iterator[int]:
     return (entry.stat().st_size for entry in os.scandir(folder) if entry.name.endswith(".png"))
 
 
-def read_masks(root: Path, image_ids: Sequence[str], images: Sequence[np.ndarray]) -> list[np.ndarray | list[dict]]:
-    """The masks of each image, uint8 RGB HxWx3: bool [N, H, W] from pictures, COCO RLE from JSON.
+def read_masks(root: Path, image_ids: Sequence[str], images: Sequence[np.ndarray]) -> list[list[dict]]:
+    """The masks of each image, uint8 RGB HxWx3, as COCO RLE.
 
     Args:
         root: the folder with an ID/ or an ID.json for every image.
@@ -54,7 +55,7 @@ def read_masks(root: Path, image_ids: Sequence[str], images: Sequence[np.ndarray
     return [_read(root, image_id, image.shape[:2]) for image_id, image in zip(image_ids, images, strict=True)]
 
 
-def _read(root: Path, image_id: str, size: tuple[int, int]) -> np.ndarray | list[dict]:
+def _read(root: Path, image_id: str, size: tuple[int, int]) -> list[dict]:
     file = mask_file(root, image_id)
     if file.suffix == ".csv":
         return _read_pictures(file.parent, size)
@@ -63,7 +64,7 @@ def _read(root: Path, image_id: str, size: tuple[int, int]) -> np.ndarray | list
     raise FileError(f"{root}: no masks of {image_id}: neither {image_id}/metadata.csv nor {image_id}.json.")
 
 
-def _read_pictures(folder: Path, size: tuple[int, int]) -> np.ndarray:
+def _read_pictures(folder: Path, size: tuple[int, int]) -> list[dict]:
     """The masks that metadata.csv lists; `amg.py` writes it last, so they should all be there."""
     path = folder / "metadata.csv"
     with reading(path, "list of masks", "Run amg.py again."):
@@ -71,9 +72,9 @@ def _read_pictures(folder: Path, size: tuple[int, int]) -> np.ndarray:
         if "id" not in (table.fieldnames or ()):  # an empty file is not a list of no masks
             raise ValueError("no column id")
         names = [row["id"] for row in table]
-    masks = np.zeros((len(names), *size), dtype=bool)
-    for mask, name in zip(masks, names, strict=True):
+    masks = []
+    for name in names:
         picture = load_mask(folder / f"{name}.png")
         check_size(folder / f"{name}.png", picture.shape, size)
-        mask[:] = picture > 0
+        masks += encode(picture[None] > 0)
     return masks
