@@ -385,11 +385,13 @@ def test_another_folder_of_proposals_or_of_refined_masks(data, capsys):
     assert f"Choose another --tag (with --proposals_dir {proposals}), or pass --overwrite" in line
     run("refine_sam", *flags, "--inside_threshold", 0.7, "--tag", "o", "--proposals_dir", proposals)
     assert "Proposals: 3 images, 3 done already" in capsys.readouterr().out
-    (proposals / "settings.json").unlink()
     shared = [*flags, "--tag", "s", "--proposals_dir", proposals]
-    line = refusal(capsys, "refine_sam", *shared)
-    assert "Choose another --proposals_dir (or --stage merge, to take what it holds), or pass --overwrite" in line
-    run("refine_sam", *shared, "--stage", "merge")
+    line = refusal(capsys, "refine_sam", *shared, "--region_max_size", 0.1)
+    assert "Choose another --proposals_dir (or --stage merge --proposals files, to take what it holds), or pass" in line
+    (proposals / "settings.json").unlink()
+    line = refusal(capsys, "refine_sam", *shared, "--overwrite")
+    assert line.endswith("what made them. Choose another --tag or folder, or move these files away.")
+    run("refine_sam", *shared, "--stage", "merge", "--proposals", "files")
 
 
 def test_refined_masks_of_other_pseudo_masks(data, capsys):
