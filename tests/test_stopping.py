@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -48,6 +49,19 @@ def test_a_signal_ends_a_run_in_one_line_that_continues_it(folder_root, tmp_path
     )
     assert line.endswith("--num_workers 1") and "--tag 'a b'" in line
     assert torch.load(model, weights_only=True)["epoch"] >= 1
+
+
+def test_a_module_that_is_stopped_names_a_command_that_continues_it(tmp_path):
+    command = [sys.executable, "-m", "datasets.prepare.shapes", "--data_dir", str(tmp_path), "--num_workers", "0"]
+    process = subprocess.Popen([*command, "--num_train", "100000"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.rglob("*.jpg")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.terminate()
+    line = process.communicate(timeout=30)[1].rstrip("\n").split("\n")[-1]
+    assert line.startswith("python -m datasets.prepare.shapes: stopped by SIGTERM.")
+    again = shlex.split(line.split("again: ")[1])
+    assert again == ["python", *command[1:], "--num_train", "100000"]
 
 
 def stopped(monkeypatch, capsys, main) -> tuple[int, str]:

@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
     """`argparse` with both spellings of a flag, the docstring as the manual, and one-line errors (exit code 2)."""
 
     def __init__(self, description: str) -> None:
-        super().__init__(description=description, formatter_class=_ManualFormatter, allow_abbrev=False)
+        super().__init__(prog=_name(), description=description, formatter_class=_ManualFormatter, allow_abbrev=False)
 
     def parse_known_args(self, args=None, namespace=None):
         tokens = sys.argv[1:] if args is None else args
@@ -70,6 +70,19 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         line = f"{self.prog}: error: {message} (see {self.prog} --help)\n"
         self.exit(2, line if parallel.is_main() else None)  # all processes were given the same flags
+
+
+def _program() -> list[str]:
+    """What follows `python` on the command line: a script; or -m and a module, of which sys.argv has the file only."""
+    spec = sys.modules["__main__"].__spec__
+    is_module = spec is not None and spec.origin == sys.argv[0]
+    return ["-m", spec.name.removesuffix(".__main__")] if is_module else sys.argv[:1]
+
+
+def _name() -> str:
+    """What usage and errors call the program: train_csrm.py, or python -m datasets.verify."""
+    program = _program()
+    return " ".join(["python", *program]) if program[1:] else Path(program[0]).name
 
 
 def _underscored(token: str) -> str:
@@ -119,7 +132,7 @@ def _ending(error: BaseException, args: argparse.Namespace) -> tuple[int, str] |
     if isinstance(error, UserError):
         return 2, f"error: {error}"
     if isinstance(error, Stopped):
-        command = shlex.join(["python", *sys.argv])
+        command = shlex.join(["python", *_program(), *sys.argv[1:]])
         line = f"stopped by {error}. To continue where it was, run the same command again: {command}"
         return 130 if str(error) == "SIGINT" else 143, line
     if not isinstance(error, (RuntimeError, OSError, MemoryError, ValueError)):
@@ -136,8 +149,7 @@ def _ending(error: BaseException, args: argparse.Namespace) -> tuple[int, str] |
 def _end(status: int, message: str) -> NoReturn:
     """Print the message on stderr, with the name of the script, and exit."""
     start = "" if parallel.is_main() else "\n"  # another process does not know whether the first has a bar open
-    script = Path(sys.argv[0]).name
-    name = f"{script} (process {parallel.rank()})" if parallel.world_size() > 1 else script
+    name = f"{_name()} (process {parallel.rank()})" if parallel.world_size() > 1 else _name()
     print(f"{start}{name}: {message}", file=sys.stderr)
     sys.exit(status)
 
