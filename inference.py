@@ -299,10 +299,9 @@ def main(args: argparse.Namespace) -> None:
     for kind in outputs.wanted:
         print(f"{kind}: {predict.folders[kind]}")
     if "pseudos" in outputs.wanted:
-        print(
-            f"Next: python refine_sam.py --tag {args.tag} --domain {args.domain} --pseudo_dir "
-            f"{predict.folders['pseudos']}   (plus the data flags; --proposals regions without Segment Anything)"
-        )
+        flags = ["--tag", args.tag, "--domain", args.domain, "--pseudo_dir", predict.folders["pseudos"]]
+        note = "or --checkpoint FILE instead: Segment Anything"
+        print(options.next_step(args, "refine_sam.py", *flags, "--proposals", "regions", note=note))
     left_out.finish(ids)
 
 

@@ -184,6 +184,8 @@ def main(args: argparse.Namespace) -> None:
     another = f"--tag (with --proposals_dir {folders.proposals})"
     identity.claim_folder(folders.refined, made_by, another=another, overwrite=args.overwrite)
     merge(rule, source.info, ids, folders, workers, left_out)
+    flags = ["--tag", f"{args.tag}-deeplab", "--domain_train", args.domain, "--masks_dir", folders.refined]
+    print(options.next_step(args, "train_segmentation.py", *flags, note="and the flags of network and images"))
     left_out.finish(listed, args.shard)
 
 
@@ -337,7 +339,6 @@ def merge(rule: Rule, info: DatasetInfo, ids: Sequence[str], folders: Folders, w
     changes = sum(changes, start=np.zeros((info.num_classes + 1,) * 2, np.int64))
     print_changes(info, distributed.sum_of_shares(changes))
     print(f"Refined masks are in {folder}")
-    print(f"Next: python train_segmentation.py --tag TAG --masks_dir {folder}   (plus the data flags)")
 
 
 def merge_file(rule: Rule, info: DatasetInfo, folders: Folders, image_id: str) -> np.ndarray:

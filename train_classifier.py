@@ -207,7 +207,7 @@ def main(args: argparse.Namespace) -> None:
         if args.domain_valid:
             network = average.module if args.ema else model
             trainer.log(epoch, validate(network, source, args.domain_valid, device, options.long_side(vars(args))))
-    print(f"Next: python inference.py --tag {args.tag} --domain {args.domain_train}   (its CAMs)")
+    print(options.next_step(args, "inference.py", "--tag", args.tag, "--domain", args.domain_train, note="its CAMs"))
 
 
 if __name__ == "__main__":

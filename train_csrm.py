@@ -547,7 +547,7 @@ def main(args: argparse.Namespace) -> None:
         report_health(health, trainer, epoch)
         if args.domain_valid:
             trainer.log(epoch, validate(teacher.module, source, args.domain_valid, device, long_side))
-    print(f"Next: python inference.py --tag {args.tag} --domain {args.domain_train}   (plus the data flags)")
+    print(options.next_step(args, "inference.py", "--tag", args.tag, "--domain", args.domain_train))
 
 
 if __name__ == "__main__":

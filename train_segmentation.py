@@ -184,9 +184,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             trainer.step(losses)
         if args.domain_valid:
             trainer.log(epoch, validate(model, truth, args.domain_valid, device, options.long_side(vars(args))))
-    print(
-        f"Next: python train_segmentation.py --tag {args.tag} --predict --domain {args.domain}   (plus the data flags)"
-    )
+    domain = next((name for name in truth.domains() if name.startswith(args.domain)), args.domain_train)  # or val2014
+    print(options.next_step(args, "train_segmentation.py", "--tag", args.tag, "--predict", "--domain", domain))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -396,9 +395,9 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
         print(f"{kind}: {predictor.folder / kind}")
     if args.images:
         print(f"areas: {predictor.save_areas(ids, threads)}")
-    else:
+    elif args.max_images is None and all(map(source.has_mask, ids)):
         masks = predictor.folder / "masks"
-        print(f"Next: python evaluate.py --pred_dir {masks} --domain {args.domain}   (plus the data flags)")
+        print(options.next_step(args, "evaluate.py", "--pred_dir", masks, "--domain", domain))
     left_out.finish(ids)
 
 

@@ -211,7 +211,10 @@ def test_only_pseudo_masks_are_to_be_refined_next(folder_root, folder, capsys):
     assert "cams: experiments/predictions/t@val/cams" in printed and "Next" not in printed and "pseudos" not in printed
     run("inference", *data_flags(folder_root), "--tag", "t", *flags)
     folder = "experiments/predictions/t@val/pseudos-t0.4-c0"
-    assert f"Next: python refine_sam.py --tag t --domain val --pseudo_dir {folder} " in capsys.readouterr().out
+    assert (
+        f"Next: python refine_sam.py --tag t --domain val --pseudo_dir {folder} --proposals regions --d"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("reading", options.READINGS)

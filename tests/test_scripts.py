@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -293,6 +294,28 @@ def test_images_in_class_folders_go_through_all_stages(folder_root, tmp_path, mo
     run("evaluate", *flags, "--domain", "train", "--pred_dir", PREDICTIONS / "d@train" / "masks", "--output", "s.json",
         "--num_workers", "0")  # fmt: skip
     assert list(json.loads(Path("s.json").read_text())["iou"]) == ["background", "dog", "red cat"]
+
+
+@pytest.mark.parametrize("split, scored", [("val", True), ("val2014", True), ("other", False)])
+def test_every_next_command_can_be_pasted(folder_root, tmp_path, monkeypatch, capsys, split, scored):
+    """From the prior to the scores; `other` has no val split, and no masks: its training images are predicted."""
+    monkeypatch.chdir(tmp_path)
+    data = shutil.copytree(folder_root, tmp_path / "my data")
+    (data / "splits" / "val.txt").rename(data / "splits" / f"{split}.txt")
+    if not scored:
+        shutil.rmtree(data / "masks")
+    light = {"refine_sam.py": ["--num_workers", "0"], "inference.py": VIEWS, "evaluate.py": ["--num_workers", "0"]}
+    light["train_segmentation.py"] = [*TRAINING, *DECODER, *VIEWS]
+    run("train_classifier", *data_flags(data), "--tag", "a b", *TRAINING)
+    called = []
+    while lines := [line for line in capsys.readouterr().out.splitlines() if line.startswith("Next: ")]:
+        python, script, *flags = shlex.split(lines[0].removeprefix("Next: "), comments=True)
+        assert python == "python"
+        called.append(script)
+        run(script.removesuffix(".py"), *light[script], *flags)
+    stages = ["inference.py", "refine_sam.py", "train_segmentation.py", "train_segmentation.py"]
+    assert called == [*stages, *["evaluate.py"] * scored]
+    assert (PREDICTIONS / f"a b-deeplab@{split if scored else 'train'}" / "masks").is_dir()
 
 
 @pytest.mark.parametrize("architecture", ["test_vit", "test_mambaout"])

@@ -13,6 +13,7 @@ Nothing here imports PyTorch, so that --help answers at once.
 import argparse
 import dataclasses
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -295,6 +296,12 @@ def image_sizes(args: argparse.Namespace) -> tuple[int, int, int]:
     if low > high:
         raise UserError(f"--min_image_size {low}: above --max_image_size {high}. Lower it, or raise the other.")
     return args.image_size, low, high
+
+
+def next_step(args: argparse.Namespace, script: str, *flags: object, note: str = "") -> str:
+    """The line that names the next command, on the same dataset. It can be pasted as it is."""
+    data = ["--dataset", args.dataset, *(["--data_dir", args.data_dir] if args.data_dir else [])]
+    return f"Next: {shlex.join(['python', script, *map(str, (*flags, *data))])}" + (f"   # {note}" if note else "")
 
 
 def data_dir(args: argparse.Namespace) -> Path:

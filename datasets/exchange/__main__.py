@@ -18,6 +18,7 @@ docs/review.md goes through it step by step.
 """
 
 import argparse
+import shlex
 import shutil
 from collections.abc import Container, Iterable
 from pathlib import Path
@@ -141,7 +142,7 @@ def import_masks(source: DataSource, path: Path, tool: str, folder: Path) -> Non
     told = f", {emptied} of them show nothing now" if emptied else ""
     print(f"{path}: {len(changed)} of {len(seen)} masks differ{told}; written to {folder}")
     if changed:
-        print(f"Next: CORRECTED={folder} ./runners/4-segmentation.sh   (plus DATASET and DATA_DIR)")
+        print(f"Next: CORRECTED={shlex.quote(str(folder))} ./runners/4-segmentation.sh   # with DATASET and DATA_DIR")
 
 
 def find_id(source: DataSource, name: str, path: Path) -> str:
