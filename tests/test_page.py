@@ -88,6 +88,7 @@ def test_what_a_mask_shows_in_words():
     mask = np.array([[0, 1, 1, 255]], np.uint8)
     assert shares_text(mask, CLASSES) == "cat 50 %, undecided 25 %"
     assert shares_text(mask[:, :1], CLASSES) == "background only"
+    assert shares_text((np.arange(1000) < 4).astype(np.uint8)[None], CLASSES) == "cat <1 %"
 
 
 def test_the_page_has_all_numbers_and_needs_nothing_from_outside():
@@ -123,6 +124,7 @@ def test_the_health_of_a_run_has_a_chart_for_each_signal_that_was_measured():
     curves = {"health/class_logit": [(1, 1.0)], "loss": [(1, 3.0)]}
     text = render(Page("x", "today", runs=[Run("csrm", curves, health=health)]))
     assert re.findall(r'<li class="c0">([^<]*)</li>', text) == ["loss 3", "class_logit 2.5", "vanished 25"]
+    assert re.findall(r'aria-label="(.*?) over', text) == ["loss", "class_logit", "vanished, %"]
     assert '<th scope="row">teaches_itself</th><td>[2, 2]</td>' in text
 
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from tools.distributed import all_reduce_sum
-from tools.history import SIGNALS
+from tools.history import SHARES, SIGNALS
 from tools.parallel import world_size
 
 READY_VANISHED = 10.0
@@ -89,7 +89,7 @@ class Health:
         record: Record = dict.fromkeys(SIGNALS)
         for name, sums in self.sums.items():
             part, whole = all_reduce_sum(_pair(sums)).tolist()
-            scale = 1 if name in ("class_logit", "s2c_to_c2s") else 100
+            scale = 100 if name in SHARES else 1
             record[name] = round(scale * part / whole, 4) if whole else None
         self.history.append(record)
         self.sums = {}

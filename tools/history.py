@@ -24,6 +24,9 @@ SETTINGS = "settings"
 SIGNALS = ("class_logit", "vanished", "agreement", "reliable", "kept", "confident", "s2c_to_c2s")
 """The signals of a run's health; `tools.health` says what they are."""
 
+SHARES = SIGNALS[1:-1]
+"""Those in per cent; of the other two, one is a logit and one a ratio."""
+
 
 @dataclass(frozen=True)
 class Run:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from tools.charts import Points, line_chart
 from tools.files import mask_image
-from tools.history import SIGNALS, Command, Run
+from tools.history import SHARES, SIGNALS, Command, Run
 from tools.options import IGNORE_INDEX
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -109,7 +109,8 @@ def shares_text(mask: np.ndarray, classes: Sequence[str]) -> str:
     """What a mask shows, in words: `cat 12 %, dog 3 %`, or `background only`."""
     values, counts = np.unique(mask[mask > 0], return_counts=True)
     named = {value: "undecided" if value >= len(classes) else classes[value] for value in values.tolist()}
-    shares = [f"{name} {100 * n / mask.size:.0f} %" for name, n in zip(named.values(), counts, strict=True)]
+    numbers = ("<1" if share < 0.005 else f"{100 * share:.0f}" for share in counts / mask.size)
+    shares = [f"{name} {number} %" for name, number in zip(named.values(), numbers, strict=True)]
     return ", ".join(shares) or "background only"
 
 
@@ -155,7 +156,8 @@ def _loss_charts(run: Run) -> Markup:
 def _health_charts(run: Run) -> Markup:
     """A chart for each signal of `tools.health`, over the epochs in which it was measured."""
     series = {name: [(e, v) for e, v in enumerate(run.health.get(name, ()), 1) if v is not None] for name in SIGNALS}
-    return Markup("".join(line_chart({name: points}, x="epoch", y=name) for name, points in series.items()))
+    charts = (line_chart({name: s}, x="epoch", y=name + ", %" * (name in SHARES)) for name, s in series.items())
+    return Markup("".join(charts))
 
 
 def _decisions(run: Run) -> dict[str, object]:
