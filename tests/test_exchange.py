@@ -241,6 +241,7 @@ def test_without_the_sdk_the_remedy_is_named(folder_root, masks, tmp_path, monke
     monkeypatch.setitem(sys.modules, "label_studio_sdk.converter.brush", None)
     with pytest.raises(UserError, match="pip install label-studio-sdk"):
         call(folder_root, "export", "labelstudio", masks, tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*"))  # no photographs either
 
 
 def test_what_nobody_has_looked_at_or_cancelled_is_left_out(folder_root, masks, tmp_path, capsys):

@@ -32,7 +32,7 @@ from datasets.exchange import coco, cvat, label_studio
 from datasets.exchange.labels import Item, Labels
 from datasets.listing import IMAGE_SUFFIXES, clean_id, first_repeated, index_files
 from tools import cli, options
-from tools.errors import UserError
+from tools.errors import UserError, require
 from tools.files import atomic_write, check_size, check_writable, load_mask, save_mask, save_png
 from tools.identity import RECORD
 from tools.review import load_queue
@@ -60,6 +60,8 @@ def main(args: argparse.Namespace) -> None:
     """Export or import."""
     source = build_source(args.dataset, options.data_dir(args), args.masks_dir)
     check_writable(args.output_dir)
+    if args.format == "labelstudio":
+        require(*label_studio.CODEC)  # before any photograph is copied
     if args.direction == "export":
         export_masks(source, chosen_ids(source, args), args.format, args.output_dir)
     elif args.input is None:
