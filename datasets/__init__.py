@@ -3,6 +3,7 @@
     from datasets import build_source
     from datasets.dataset import ImageDataset
     from datasets.loaders import build_loader
+    from datasets.transforms import train_geometry
 
     source = build_source("folder", "data/animals")
     dataset = ImageDataset(source, source.ids("train"), train_geometry(512, 320, 640))

@@ -101,7 +101,7 @@ With the code of CSRM:
 
     from models import load_model
     from models.hub import download
-    model, checkpoint = load_model(download("{name}"), "cpu", kinds=["{kind}"])
+    model, checkpoint = load_model(download("{repository}"), "cpu", kinds=["{kind}"])
 
 Input: float32 [B,3,H,W], RGB, ImageNet mean and deviation. Output: {output}.
 {scores}
@@ -129,6 +129,7 @@ def model_card(checkpoint: Mapping[str, Any], scores: Mapping[str, Any] | None, 
         table = "\n## Scores\n\n| class | IoU, % |\n|---|---|\n" + "\n".join(rows) + "\n"
     return CARD.format(
         name=name or known.get("tag", "model"),
+        repository=name or "OWNER/NAME",
         what=what[0],
         output=what[1],
         kind=config["kind"],

@@ -1,7 +1,8 @@
 """CAM files, without PyTorch.
 
-    save_cams("cams/2007_000032.npz", keys, cam, hr_cam)
-    keys, hr_cam = read_cams("cams/2007_000032.npz", (height, width), num_classes)
+    path = Path("cams/2007_000032.npz")
+    save_cams(path, keys, cam, hr_cam)
+    keys, hr_cam = read_cams(path, (height, width), num_classes)
     mask = keys[cam_labels(hr_cam, background=0.4)]
 
 A CAM file holds `keys` int64 [n+1] = [0, 1 + class, ...] of the n classes the image is labelled with, `cam` float16

@@ -1,7 +1,8 @@
 """Checkpoints: everything needed to use a model without knowing how it was trained, or to go on training it.
 
-    save_checkpoint("experiments/models/a.pth", model=model.state_dict(), config=model.config, classes=classes, epoch=1)
-    checkpoint = load_checkpoint("experiments/models/a.pth")     # models.load_model makes a network of it
+    path = Path("experiments/models/a.pth")
+    save_checkpoint(path, model=model.state_dict(), config=model.config, classes=classes, epoch=1)
+    checkpoint = load_checkpoint(path)     # models.load_model makes a network of it
 
 A checkpoint is a dict of plain containers and tensors, read with `weights_only=True`:
 

@@ -1,6 +1,7 @@
 """The archive that PASCAL VOC's evaluation server takes, of the segmentation of VOC 2012's test photographs.
 
-    write_package("voc12-test.tar.gz", "comp6_test_cls", "experiments/predictions/deeplab@test/masks", source, ids)
+    masks = Path("experiments/predictions/deeplab@test/masks")
+    write_package(Path("voc12-test.tar.gz"), "comp6_test_cls", masks, source, ids)
 
     results/VOC2012/Segmentation/comp6_test_cls/ID.png      palette PNG of indices 0 to 20, of the photograph's size
 
