@@ -3,7 +3,7 @@
     python train_classifier.py --tag prior --dataset voc12 --data_dir data/voc12 --domain_train train_aug
 
 Reads photographs and image-level labels only. Writes experiments/models/TAG.pth and TensorBoard curves in
-experiments/logs/TAG. Started again, it continues after the last finished epoch. --method puzzle, poc and pnoc make
+experiments/logs/TAG. Started again, it continues at its last checkpoint. --method puzzle, poc and pnoc make
 the maps cover more of the objects (docs/method.md); the last two need a trained vanilla classifier:
 
     python train_classifier.py --tag better --method pnoc --oc_weights experiments/models/prior.pth

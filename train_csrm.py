@@ -3,7 +3,7 @@
     python train_csrm.py --tag csrm --dataset voc12 --data_dir data/voc12 --restore experiments/models/prior.pth
 
 Reads photographs and image-level labels only. Writes experiments/models/TAG.pth (student and teacher) and TensorBoard
-curves in experiments/logs/TAG. Started again, it continues after the last finished epoch. --domain_valid reports the
+curves in experiments/logs/TAG. Started again, it continues at its last checkpoint. --domain_valid reports the
 mean IoU on a split with masks after each epoch; the last checkpoint is kept in any case. `inference.py --tag TAG`
 makes the pseudo masks. docs/method.md explains every symbol. On several GPUs (SETUP.md):
 

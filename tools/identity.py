@@ -8,7 +8,7 @@ An identity is a dict of plain values:
     script      the entry script                        version   of the code; shown, never compared
     settings    flags by name, without the harmless ones; classes: names, if the product depends on their order
     files       flag -> {"file", "sha256"}: files of weights; the content is compared, not the name
-    inputs      kind -> {id: fingerprint}: photographs (bytes), labels (class names), masks (content)
+    inputs      kind -> {id: fingerprint}: photographs (size of the file), labels (class names), masks (content)
     folders     flag -> where the inputs were; shown, never compared
 
 A checkpoint depends on all its images: it keeps a `digest` of its inputs, and all must agree. In a folder, each file
