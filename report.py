@@ -68,7 +68,7 @@ from datasets import build_source
 from datasets.base import DatasetInfo, DataSource, read_mask
 from tools import identity
 from tools.cam_files import cam_labels, load_cams, read_cams
-from tools.drawing import legend, overlay
+from tools.drawing import overlay, with_legend
 from tools.files import check_size, check_writable, file_of, save_json, save_png, save_text, upright_size
 from tools.history import read_commands, read_run
 from tools.metrics import load_scores
@@ -255,9 +255,9 @@ def gallery(source: DataSource, blocks: dict[str, Sequence[str]], columns: Seque
         cells[start, 0].set_ylabel(heading, parse_math=False)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    drawn = np.asarray(canvas.buffer_rgba())[..., :3]
+    drawn = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
     seen = {int(value) for row in masks for mask in row if mask is not None for value in np.unique(mask)}
-    return Image.fromarray(np.vstack([drawn, legend(source.info, sorted(seen), drawn.shape[1])]))
+    return with_legend(drawn, source.info, sorted(seen))
 
 
 def row_masks(source: DataSource, columns: Sequence[Column], image_id: str) -> list[np.ndarray | None]:

@@ -18,6 +18,7 @@ from datasets import build_source
 from datasets.base import DatasetInfo, voc_palette
 from tools import identity
 from tools.cam_files import save_cams
+from tools.drawing import legend, with_legend
 from tools.errors import UserError
 from tools.files import save_json, save_mask
 
@@ -187,6 +188,14 @@ def test_legend_wraps_and_lists_only_classes_that_occur(data):
         save_mask(data / "masks" / "a.png", mask, voc_palette())
         heights[count] = report.gallery(build_source("folder", data), {"train": ["a"]}, []).height
     assert heights[2] < heights[4] < heights[40]
+
+
+def test_no_name_in_a_legend_is_cut_off():
+    """Not below a photograph that is narrower than the name."""
+    info = DatasetInfo(("background", "yellow-bellied sapsucker"))
+    wide, narrow = (np.asarray(legend(info, [0, 1], width)) for width in (1000, 100))
+    assert np.array_equal(narrow, wide[:, : narrow.shape[1]]) and (wide[:, narrow.shape[1] :] == 255).all()
+    assert with_legend(Image.new("RGB", (100, 80)), info, [0, 1]).size == (narrow.shape[1], 80 + len(narrow))
 
 
 @pytest.mark.parametrize("mask", [np.zeros((3, 3)), np.full(SIZE, 7)])

@@ -3,6 +3,7 @@
 save_overlay("overlays/ID.jpg", image, mask, source.info)
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,18 +42,30 @@ def save_overlay(path: Path, image: np.ndarray, mask: np.ndarray, info: Any) -> 
     """Write `overlay`, at most `OVERLAY_SIDE` pixels long, with the legend of its classes below, as a JPEG."""
     painted = Image.fromarray(overlay(image, mask, info.palette))
     painted.thumbnail((OVERLAY_SIDE, OVERLAY_SIDE))
-    sheet = np.vstack([painted, legend(info, np.unique(mask).tolist(), painted.width)])
     with atomic_write(path, durable=False) as temporary:
-        Image.fromarray(sheet).save(temporary, format="JPEG", quality=92)
+        with_legend(painted, info, np.unique(mask).tolist()).save(temporary, format="JPEG", quality=92)
+
+
+def with_legend(picture: Image.Image, info: Any, indices: Sequence[int]) -> Image.Image:
+    """The picture, and below it the `legend`. White is added on the right if the legend is wider."""
+    below = legend(info, indices, picture.width)
+    sheet = Image.new("RGB", (below.width, picture.height + below.height), PAPER)
+    sheet.paste(picture)
+    sheet.paste(below, (0, picture.height))
+    return sheet
 
 
 def legend(info: Any, indices: Sequence[int], width: int) -> Image.Image:
-    """Colour swatches with class names, wrapped to `width`; background is left out (it is the unpainted photograph)."""
+    """Colour swatches with class names, wrapped to `width`, or to the longest name if that needs more.
+
+    Background is left out: it is the unpainted photograph.
+    """
     entries = [("ignored" if i == IGNORE_INDEX else info.classes[i], i) for i in indices if i != 0]
     face, swatch, places = ImageFont.load_default(size=15), 16, []
     x, y = MARGIN, GAP
     for text, index in entries:
-        step = swatch + 8 + int(face.getlength(text)) + 22
+        needed = swatch + 8 + math.ceil(face.getlength(text))
+        step, width = needed + 22, max(width, MARGIN + needed + GAP)
         if x + step > width - MARGIN and x > MARGIN:
             x, y = MARGIN, y + LINE
         places.append((x, y, text, index))
