@@ -22,4 +22,4 @@ voc12 | coco14 | deepglobe) run -m datasets.prepare --num_workers "$WORKERS" $PR
 esac
 run -m datasets.verify "$DOMAIN_TRAIN" "$DOMAIN_TEST" --num_workers "$WORKERS" --output_dir "$REPORT/data" \
   --scored ${DOMAIN_EVAL:+"$DOMAIN_EVAL"} ${DOMAIN_SCORE:+"$DOMAIN_SCORE"}
-printf '\nNext: ./runners/1-csrm.sh\n'
+echo; next_stage 1-csrm.sh

@@ -49,4 +49,5 @@ score csrm_cam "$DOMAIN_EVAL" "$PREDICTIONS/$TAG_CSRM@$DOMAIN_TRAIN/cams" --mode
 score pseudo "$DOMAIN_EVAL" "$PSEUDOS"
 report
 
-printf '\nPseudo masks: %s\nNext: ./runners/3-sam-refinement.sh\n' "$PSEUDOS"
+printf '\nPseudo masks: %s\n' "$PSEUDOS"
+next_stage 3-sam-refinement.sh

@@ -13,4 +13,5 @@ refine "$TAG_REFINED" "$PSEUDOS"
 score refined "$DOMAIN_EVAL" "$REFINED"
 report
 
-printf '\nRefined pseudo masks: %s\nNext: ./runners/4-segmentation.sh\n' "$REFINED"
+printf '\nRefined pseudo masks: %s\n' "$REFINED"
+next_stage 4-segmentation.sh

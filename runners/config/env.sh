@@ -48,6 +48,11 @@ stage() {
   fi
 }
 
+# next_stage RUNNER: the line that names it. It can be pasted, also where DATASET and DATA_DIR are not exported.
+next_stage() {
+  printf 'Next: DATASET=%q DATA_DIR=%q ./runners/%s   # with the other variables that you have set\n' "$DATASET" "$DATA_DIR" "$1"
+}
+
 RUNS=0
 
 # run SCRIPT FLAGS...: show the command, then run it on the dataset; by several processes and machines if the script
