@@ -157,7 +157,7 @@ def test_the_last_model_segments_a_folder_of_photographs(chain, tmp_path, capsys
     run(*command, "--save_overlays")  # of masks that are there already
     assert (folder / "masks" / "b" / "c.png").stat().st_mtime_ns == written
     assert Image.open(folder / "overlays" / "b" / "c.jpg").width == 1280
-    assert Image.open(folder / "overlays" / "a.jpg").width == 40
+    assert Image.open(folder / "overlays" / "a.jpg").width > 40  # its legend is wider
     (tmp_path / "holiday").rename(tmp_path / "old")
     assert "no readable folder of images" in refusal(capsys, *command)
     elsewhere = tmp_path / "elsewhere" / "holiday"
@@ -246,10 +246,10 @@ def test_the_maps_of_a_segmentation_branch_pixel_by_pixel():
     np.testing.assert_array_equal(labels(maps, "foreground"), [[1, 1, 0, 0]])
     # Relative to the maxima .8 and .2: (1, 0), (.875, .5), (.125, .25), (.125, 1).
     np.testing.assert_array_equal(labels(maps, "relative"), [[1, 1, 0, 2]])
-    all_object = np.array([[[0.70, 0.71, 0.79, 0.80]]], np.float32)  # Otsu's threshold lies between .71 and .79
+    all_object = np.array([[[0.53, 0.71, 0.79, 0.80]]], np.float32)  # .65 of .8 is .52
     np.testing.assert_array_equal(labels(all_object, "relative"), [[1, 1, 1, 1]])
-    soft = np.array([[[0.8, 0.7, 0.5, 0.1]]], np.float32)  # Otsu's lies between .5 and .1; .65 of .8 is .52
-    np.testing.assert_array_equal(labels(soft, "relative"), [[1, 1, 1, 0]])
+    soft = np.array([[[0.8, 0.7, 0.6, 0.25, 0.1, 0.1, 0.1]]], np.float32)  # .3 of .8 is .24
+    np.testing.assert_array_equal(labels(soft, "relative"), [[1, 1, 1, 1, 0, 0, 0]])
     np.testing.assert_array_equal(labels(np.zeros((1, 2, 2), np.float32), "relative"), np.zeros((2, 2)))
     for reading in options.READINGS:
         assert not labels(np.zeros((0, 3, 2), np.float16), reading).any()

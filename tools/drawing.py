@@ -3,6 +3,7 @@
 save_overlay("overlays/ID.jpg", image, mask, source.info)
 """
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,8 +43,10 @@ def save_overlay(path: Path, image: np.ndarray, mask: np.ndarray, info: Any) -> 
     """Write `overlay`, at most `OVERLAY_SIDE` pixels long, with the legend of its classes below, as a JPEG."""
     painted = Image.fromarray(overlay(image, mask, info.palette))
     painted.thumbnail((OVERLAY_SIDE, OVERLAY_SIDE))
+    buffer = io.BytesIO()  # Pillow itself does not notice a disk that gets full in the last block of a JPEG
+    with_legend(painted, info, np.unique(mask).tolist()).save(buffer, format="JPEG", quality=92)
     with atomic_write(path, durable=False) as temporary:
-        with_legend(painted, info, np.unique(mask).tolist()).save(temporary, format="JPEG", quality=92)
+        temporary.write_bytes(buffer.getvalue())
 
 
 def with_legend(picture: Image.Image, info: Any, indices: Sequence[int]) -> Image.Image:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from skimage.filters import threshold_otsu
+from skimage.filters import threshold_triangle
 from torch import Tensor
 
 from tools.crf import CAM_SETTINGS, mean_field, unary_from_labels
@@ -23,6 +23,9 @@ from tools.options import IGNORE_INDEX
 
 RELATIVE_FOREGROUND = 0.65
 """Part of a class's highest foreground probability in the image above which a pixel is the class (docs/log.md)."""
+
+LEAST_FOREGROUND = 0.3
+"""No object begins below this part of the maximum: a flat background would be one (docs/log.md)."""
 
 SURE = 0.5
 """Without image labels, a class is in an image if its probability is above this at some pixel."""
@@ -161,12 +164,13 @@ def foreground_maps(probabilities: Tensor, present: Tensor | float = 1.0) -> Ten
 
 
 def object_threshold(maps: np.ndarray) -> float:
-    """Where objects begin on relative maps f32[n,H,W], in (0, 1).
+    """Where objects begin on relative maps f32[n,H,W]: in [`LEAST_FOREGROUND`, `RELATIVE_FOREGROUND`].
 
-    It is Otsu's threshold (1979) on the highest map of each pixel, but at most `RELATIVE_FOREGROUND`: an image that is
-    all object does not have two groups of pixels.
+    It is the triangle threshold (Zack et al., 1977) of the highest map of each pixel: where the flank of the
+    histogram's highest peak ends. That peak is the background in most images, and the object in one that it fills.
     """
-    return min(threshold_otsu(maps.max(axis=0)), RELATIVE_FOREGROUND) if len(maps) else RELATIVE_FOREGROUND
+    threshold = threshold_triangle(maps.max(axis=0)) if len(maps) else RELATIVE_FOREGROUND
+    return min(max(float(threshold), LEAST_FOREGROUND), RELATIVE_FOREGROUND)
 
 
 @dataclass(frozen=True)
