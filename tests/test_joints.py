@@ -616,4 +616,7 @@ def test_folders_that_a_mac_has_copied(folder_copy, tmp_path, monkeypatch):
     assert len(list(Path("experiments/predictions/t@train/sam-regions-max_iou_imp2").glob("*.png"))) == 3
     assert label_files(copied, [one]) == {one: copied / f"{two}.png"}
     assert mask_file(copied, one) == copied / f"{two}.json"
-    assert report.Column("", ((copied, 0.4),)).file(one) == (copied / f"{two}.png", 0.4)
+    column = report.Column("", ((copied, 0.4),))
+    assert column.file(one) == (copied / f"{two}.png", 0.4)
+    (copied / f"{one}.png").touch()  # made here afterwards
+    assert column.file(one) == (copied / f"{one}.png", 0.4)

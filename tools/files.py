@@ -110,9 +110,8 @@ def check_writable(folder: str | os.PathLike) -> Path:
 
 def file_of(folder: Path, image_id: str, suffix: str) -> Path:
     """The file of an image in a folder that people may have copied, where a Mac writes é as two characters (NFD)."""
-    name = f"{image_id}{suffix}"
-    spellings = (folder / name, folder / unicodedata.normalize("NFD", name))
-    return spellings[0] if name.isascii() or not spellings[1].is_file() else spellings[1]
+    path, copied = (folder / f"{name}{suffix}" for name in (image_id, unicodedata.normalize("NFD", image_id)))
+    return copied if copied != path and copied.is_file() and not path.is_file() else path
 
 
 def check_present(folder: Path, ids: Sequence[str], suffix: str, remedy: str, *, some: bool = False) -> None:
