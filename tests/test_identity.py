@@ -390,7 +390,8 @@ def test_another_folder_of_proposals_or_of_refined_masks(data, capsys):
     assert "Choose another --proposals_dir (or --stage merge --proposals files, to take what it holds), or pass" in line
     (proposals / "settings.json").unlink()
     line = refusal(capsys, "refine_sam", *shared, "--overwrite")
-    assert line.endswith("what made them. Choose another --tag or folder, or move these files away.")
+    assert "what made them. Choose another --proposals_dir (or --stage merge --proposals files, to take" in line
+    assert line.endswith(", or move these files away.")
     run("refine_sam", *shared, "--stage", "merge", "--proposals", "files")
 
 

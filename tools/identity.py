@@ -173,10 +173,9 @@ def claim_folder(folder: Path, made_by: dict[str, Any], *, another: str = "--tag
         # A sum, which looks at all of them: an empty file may lie beside a whole one of another suffix.
         made = {image_id for image_id in ids & products.keys() if sum(map(_is_made, products[image_id]))}
         stored, fault = _examine(record, made_by, made)
-        if fault and not record.exists():
-            raise UserError(f"{folder}: {fault}. Choose another --tag or folder, or move these files away.")
-        if fault and not overwrite:
-            raise UserError(f"{folder}: {fault}. Choose another {another}, or pass --overwrite to make it anew.")
+        if fault and not (overwrite and record.exists()):
+            remedy = "pass --overwrite to make it anew" if record.exists() else "move these files away"
+            raise UserError(f"{folder}: {fault}. Choose another {another}, or {remedy}.")
         if fault:
             for image_id in (ids | _ids(stored)) & products.keys():
                 for path in products[image_id]:
