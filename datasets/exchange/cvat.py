@@ -69,20 +69,16 @@ def read(path: Path, labels: Labels) -> Iterator[tuple[str, np.ndarray | None]]:
     with reading(path, "zip of masks", remedy), zipfile.ZipFile(path) as file:
         name_of = _read_label_map(path, file.read(LABEL_MAP).decode("utf-8-sig"))
         names = file.namelist()
-        drawn = {name.removeprefix(CLASSES).removesuffix(".png") for name in names if _is_in(CLASSES, name, ".png")}
-        lists = "\n".join(file.read(name).decode("utf-8-sig") for name in names if _is_in(LISTS, name, ".txt"))
-        for image_id in sorted(drawn.union(filter(None, map(str.strip, lists.splitlines())))):
-            if image_id not in drawn:
-                yield image_id, None
-                continue
-            name = f"{CLASSES}{image_id}.png"
-            with Image.open(io.BytesIO(file.read(name))) as picture:
-                indices = _indices(path, name, picture, name_of, labels)
-            yield image_id, labels.values(indices)
-
-
-def _is_in(folder: str, name: str, suffix: str) -> bool:
-    return name.startswith(folder) and name.endswith(suffix)
+        pictures = [name for name in names if name.startswith(CLASSES) and name.endswith(".png")]
+        drawn = {name.removeprefix(CLASSES).removesuffix(".png"): name for name in pictures}
+        lists = [name for name in names if name.startswith(LISTS) and name.endswith(".txt")]
+        listed = {i.strip() for name in lists for i in file.read(name).decode("utf-8-sig").splitlines()} - {""}
+        for image_id in sorted(listed | drawn.keys()):
+            mask = None
+            if name := drawn.get(image_id):
+                with Image.open(io.BytesIO(file.read(name))) as picture:
+                    mask = labels.values(_indices(path, name, picture, name_of, labels))
+            yield image_id, mask
 
 
 def _read_label_map(path: Path, text: str) -> dict[int, str]:
