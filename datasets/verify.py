@@ -214,26 +214,22 @@ def verify(
     if is_systematic(len(findings["dark"]), len(domains_of)):
         findings["unreadable"].append(f"{findings['dark'][0]} (one of {len(findings['dark'])} photographs)")
     add_copies(copies.values(), domains_of, splits, findings["copies"])
+    learnt = [split for domain, split in splits.items() if "train" in domain] or list(splits.values())
     if not published:
         findings["unlisted"] += unlisted(source, lists)
-        findings["unused"] += unlearnable(source.info, splits)
+        findings["unused"] += unlearnable(source.info, learnt)
     for domain in (domain for domain in splits if domain not in published or domain in scored):
         add_incomplete(domain, splits[domain], findings, scored=domain in scored)
-    findings["label"] += no_label(splits)
+    findings["label"] += no_label(learnt)
     return splits, findings
 
 
-def no_label(splits: dict[str, Split]) -> Iterable[str]:
-    """The sentence on training images without any label."""
-    if not any(split.counts["labels"] for split in to_learn(splits)):
+def no_label(learnt: Sequence[Split]) -> Iterable[str]:
+    """The sentence on training splits without any label."""
+    if not any(split.counts["labels"] for split in learnt):
         yield "no training image has a label, so nothing can be learnt"
-    elif not any(split.label_counts.any() for split in to_learn(splits)):
+    elif not any(split.label_counts.any() for split in learnt):
         yield "no training label names a class, so nothing can be learnt"
-
-
-def to_learn(splits: dict[str, Split]) -> list[Split]:
-    """The splits of training images: those called so (train, train_aug, ...); if there are none, all."""
-    return [split for domain, split in splits.items() if "train" in domain] or list(splits.values())
 
 
 def add_incomplete(domain: str, split: Split, findings: dict[str, list[str]], *, scored: bool) -> None:
@@ -246,10 +242,10 @@ def add_incomplete(domain: str, split: Split, findings: dict[str, list[str]], *,
         findings["partial"].append(split.incomplete(domain, "masks", "scored"))
 
 
-def unlearnable(info: DatasetInfo, splits: dict[str, Split]) -> Iterable[str]:
+def unlearnable(info: DatasetInfo, learnt: Sequence[Split]) -> Iterable[str]:
     """A sentence on every class that no training label names, or that all name; none if there are no labels."""
-    counts = sum(split.label_counts for split in to_learn(splits))
-    labelled = sum(split.counts["labels"] for split in to_learn(splits))
+    counts = sum(split.label_counts for split in learnt)
+    labelled = sum(split.counts["labels"] for split in learnt)
     for name, count in zip(info.classes[1:], counts[1:], strict=True) if counts.any() else ():
         if count == 0:
             yield f"class '{name}' is in no training label"
