@@ -263,7 +263,9 @@ def test_two_at_once_are_one(voc, capsys):
     with locked(Path("data/voc12")):
         line = refusal(capsys, "datasets.prepare.__main__", "--dataset", "voc12")
     assert "data/voc12: another process prepares it. Wait for it" in line and voc.asked == []
-    prepare_and_verify("voc12")
+    prepare_and_verify("voc12").rename("my voc")
+    run("datasets.prepare.__main__", "--dataset", "voc12", "--data_dir", "my voc", "--num_workers", 0)
+    assert "ready.\nNext: python -m datasets.verify --dataset voc12 --data_dir 'my voc'\n" in capsys.readouterr().out
 
 
 def test_a_corrupt_image_and_a_wrong_count_are_found(voc, capsys):

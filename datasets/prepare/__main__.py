@@ -96,7 +96,8 @@ def main(args: argparse.Namespace) -> None:
         if not mine:
             raise UserError(f"{data_dir}: another process prepares it. Wait for it, then run this again.")
         PREPARE[args.dataset](data_dir, downloads, args.mirror, args.num_workers)
-    print(f"{data_dir}: ready. Next: python -m datasets.verify --dataset {args.dataset} --data_dir {data_dir}")
+    print(f"{data_dir}: ready.")
+    print(options.next_step(args, "-m", "datasets.verify"))
 
 
 def prepare_voc12(data_dir: Path, downloads: Path, mirror: str | None, workers: int) -> None:
