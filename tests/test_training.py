@@ -210,6 +210,7 @@ def test_a_run_goes_on_where_imagenets_weights_cannot_be_had(folder_root, folder
     run(script, *flags)
     run(script, *flags)
     assert "already trained" in capsys.readouterr().out and CHECKPOINT.read_bytes() == expected
+    assert "no.pth: no such file" in refusal(capsys, script, *flags, "--backbone_weights", "no.pth")
     assert "timm could not download" in refusal(capsys, script, *flags, "--seed", 1, "--overwrite")
 
 

@@ -233,9 +233,9 @@ def network_arguments(args: argparse.Namespace) -> dict[str, object]:
     decoder = ("use_gn", "dropout", "decoder_channels")
     given = {name: getattr(args, name) for name in (*names, *decoder) if hasattr(args, name)}
     stride = 8 if args.dilated else 16
-    # What a checkpoint replaces need not be had, as where there is no network.
-    goes_on = model_path(args.tag).exists() and not args.overwrite
-    weights = "none" if goes_on else args.backbone_weights
+    weights = args.backbone_weights
+    if weights == "imagenet" and model_path(args.tag).exists() and not args.overwrite:
+        weights = "none"  # the checkpoint replaces them, and perhaps they cannot be downloaded any more
     return {**given, "weights": weights, "batch_norm": args.mode, "output_stride": stride}
 
 
