@@ -183,7 +183,7 @@ class RelativeReading:
 
     keys: Tensor  # int64 [n+1], 0 and 1 + class of the n sure classes
     highest: Tensor  # f32[n,1,1], the maximum of each class's map in the whole image
-    threshold: float  # where objects begin on the relative maps, in (0, 1]
+    threshold: float  # where objects begin on the relative maps (`object_threshold`)
 
     @classmethod
     def of(cls, probabilities: Tensor) -> "RelativeReading":

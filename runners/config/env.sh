@@ -84,7 +84,7 @@ run() {
     { printf '%s\t%d\t%d\t' "$start" $((SECONDS - began)) "$code"; printf '%q ' "${command[@]}"; echo; } >> "$REPORT/commands.tsv"
   fi
   if ((code == 2)) && [[ " $* " == *" --tag "* ]]; then
-    printf 'In a runner --tag comes from NAME, other flags from other variables (SETUP.md). For --overwrite run the command above by itself.\n' >&2
+    printf 'In a runner --tag comes from NAME, other flags from other variables (SETUP.md). To pass --overwrite, add it to the command above and run that.\n' >&2
   fi
   if ((code && NODES > 1)); then
     printf '%s: exit code %d on machine %d of %d. To continue, start the runner again on all of them.\n' \
