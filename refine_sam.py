@@ -241,7 +241,7 @@ def check_made_by(args: argparse.Namespace, folder: Path, source: DataSource, id
     weights = flags.get("checkpoint")
     if weights is None or ("checkpoint" in stored.get("files", {}) and not weights.is_file()):
         flags.pop("checkpoint", None)
-    made = [image_id for image_id in ids if (folder / f"{image_id}.json").is_file()]
+    made = [image_id for image_id in ids if file_of(folder, image_id, ".json").is_file()]
     made_by = identity.describe("refine_sam.py", flags, inputs=source.fingerprints(made))
     if other := identity.difference(stored, made_by):
         raise UserError(
@@ -324,7 +324,7 @@ def merged_identity(rule: Rule, folders: Folders, ids: Sequence[str], info: Data
     """The identity of the refined masks of these images. Proposals are compared by the size of their files."""
     inputs = {
         "pseudo masks": identity.contents({i: file_of(folders.pseudo_masks, i, ".png") for i in ids}),
-        "proposals": identity.sizes({i: folders.proposals / f"{i}.json" for i in ids}),
+        "proposals": identity.sizes({i: file_of(folders.proposals, i, ".json") for i in ids}),
     }
     flags = {**dataclasses.asdict(rule), "pseudo_dir": folders.pseudo_masks, "proposals_dir": folders.proposals}
     flags["classes"] = info.classes[1:]
@@ -353,7 +353,7 @@ def merge_file(rule: Rule, info: DatasetInfo, folders: Folders, image_id: str) -
     pseudo_mask = read_mask(file_of(folders.pseudo_masks, image_id, ".png"), info)
     path = folders.refined / f"{image_id}.png"
     if not path.exists():
-        masks = load_proposals(folders.proposals / f"{image_id}.json", pseudo_mask.shape)
+        masks = load_proposals(file_of(folders.proposals, image_id, ".json"), pseudo_mask.shape)
         save_mask(path, merge_masks(pseudo_mask, masks, **dataclasses.asdict(rule)), info.palette)
     side, masks = info.num_classes + 1, (pseudo_mask, read_mask(path, info))
     before, after = (np.where(mask == options.IGNORE_INDEX, side - 1, mask.astype(np.int64)) for mask in masks)

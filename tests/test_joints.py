@@ -612,8 +612,14 @@ def test_folders_that_a_mac_has_copied(folder_copy, tmp_path, monkeypatch):
     flags = [*data_flags(folder_copy), "--domain", "train"]
     run("evaluate", *flags, "--pred_dir", copied, "--output", "scores.json")
     assert json.loads(Path("scores.json").read_text())["miou"] == 100
-    run("refine_sam", *flags, "--tag", "t", "--proposals", "regions", "--num_workers", 0, "--pseudo_dir", copied)
-    assert len(list(Path("experiments/predictions/t@train/sam-regions-max_iou_imp2").glob("*.png"))) == 3
+    flags += ["--proposals", "regions", "--num_workers", 0, "--pseudo_dir", copied]
+    run("refine_sam", *flags, "--tag", "t")
+    proposals = (tmp_path / "experiments/predictions/t@train/proposals-regions").rename(tmp_path / "proposals")
+    (proposals / f"{one}.json").rename(proposals / f"{two}.json")
+    run("refine_sam", *flags, "--tag", "u", "--stage", "merge", "--proposals_dir", proposals)
+    merged = [f"experiments/predictions/{tag}@train/sam-regions-max_iou_imp2" for tag in "tu"]
+    first, second = ({path.name: path.read_bytes() for path in Path(place).glob("*.png")} for place in merged)
+    assert len(first) == 3 and first == second
     assert label_files(copied, [one]) == {one: copied / f"{two}.png"}
     assert mask_file(copied, one) == copied / f"{two}.json"
     column = report.Column("", ((copied, 0.4),))
