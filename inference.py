@@ -87,6 +87,7 @@ class Outputs:
     cam_format: str  # npz or npy
     views: options.Views  # of an image
     reading: str  # of the segmentation branch, one of `tools.options.READINGS`
+    graded: bool  # whether its maps are CSRM's (`object_threshold`)
     pseudos_from: str  # cams or masks, the maps that pseudo masks are made of
     threshold: float  # of the background, on CAMs
     is_auto: bool  # whether the threshold was computed from the CAMs
@@ -175,7 +176,7 @@ class Predictor:
         """Index into the image's classes of each pixel of the maps [n,H,W], int64 [H,W]; 0 is the background."""
         if self.outputs.pseudos_from == "cams":
             return cam_labels(maps, self.outputs.threshold)
-        return segmentation_labels(maps, self.outputs.reading)
+        return segmentation_labels(maps, self.outputs.reading, graded=self.outputs.graded)
 
 
 def segmentation_maps(
@@ -197,7 +198,7 @@ def segmentation_maps(
     return keys.numpy(), low, high
 
 
-def segmentation_labels(maps: np.ndarray, reading: str) -> np.ndarray:
+def segmentation_labels(maps: np.ndarray, reading: str, *, graded: bool) -> np.ndarray:
     """Index into the image's classes of each pixel, from the maps [n,H,W] of `segmentation_maps`; 0 is the background.
 
     "present": argmax of the background and the maps. "foreground": the best map where they sum to more than 1/2.
@@ -208,7 +209,7 @@ def segmentation_labels(maps: np.ndarray, reading: str) -> np.ndarray:
         background = 1 - maps.sum(axis=0)
         return cam_labels(maps, background if reading == "present" else (background >= 0.5).astype(np.float32))
     maps = unit_maximum(torch.from_numpy(maps)).numpy()
-    return cam_labels(maps, object_threshold(maps))
+    return cam_labels(maps, object_threshold(maps, graded=graded))
 
 
 def check_flags(args: argparse.Namespace, model: nn.Module) -> None:
@@ -275,6 +276,7 @@ def main(args: argparse.Namespace) -> None:
         cam_format=args.cam_format,
         views=views,
         reading=reading(checkpoint),
+        graded=checkpoint["config"]["kind"] == "csrm",
         pseudos_from=args.pseudos_from,
         threshold=background_threshold(args, model, source, views),
         is_auto=args.threshold == "auto",

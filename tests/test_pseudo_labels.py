@@ -190,7 +190,7 @@ def test_a_relative_reading_pixel_by_pixel():
     assert reading.keys.tolist() == [0, 1, 3]
     # p_fg shared by classes 1 and 3: .8 x 7/8, .5 and 0, .1 of class 1; .8 x 1/8, 0, .6 and 0 of class 3.
     torch.testing.assert_close(reading.highest.flatten(), torch.tensor([0.7, 0.6]))
-    assert 0.3 <= reading.threshold <= 0.65  # between .5/.7 = .71 and .1/.7
+    assert 0.1 / 0.7 < reading.threshold <= 0.65  # Otsu's, between .5/.7 = .71 and .1/.7
     assert reading.labels(p).tolist() == [[[1, 1, 2, 0]]]
     # A part of the image is compared with the maxima of the whole.
     assert reading.labels(p[..., 3:]).tolist() == [[[0]]]
@@ -221,14 +221,15 @@ def test_objects_begin_where_the_flank_of_the_highest_peak_ends(objects):
         first = np.where(generator.random((60, 60)) < objects, inside, background).clip(0, 1).astype(np.float32)
         maps = np.stack([first, first.mean() * generator.random((60, 60), np.float32)])
         expected = min(max(float(plain_triangle(maps.max(axis=0))), 0.3), 0.65)
-        assert object_threshold(maps) == pytest.approx(expected, abs=1 / 128)
+        assert object_threshold(maps, graded=True) == pytest.approx(expected, abs=1 / 128)
         found.add(expected)
     assert (max(found) == 0.65) == (objects > 0.5)  # an object that fills the image
 
 
 def test_an_object_begins_somewhere_on_any_maps():
     for maps in (np.zeros((0, 2, 2)), np.zeros((1, 2, 2)), np.ones((1, 1, 1)), np.full((2, 3, 1), 0.7)):
-        assert 0.3 <= object_threshold(maps.astype(np.float32)) <= 0.65
+        assert 0.3 <= object_threshold(maps.astype(np.float32), graded=True) <= 0.65
+        assert 0 <= object_threshold(maps.astype(np.float32)) <= 0.65
 
 
 def test_a_relative_reading_without_a_sure_class_is_background():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import shlex
@@ -241,15 +242,16 @@ def test_the_segmentation_branch_is_read_as_it_was_trained(chain, folder_root, f
 def test_the_maps_of_a_segmentation_branch_pixel_by_pixel():
     """A class the network is sure of, an unsure one, and one that is nowhere; two groups of pixels, far apart."""
     maps = np.array([[[0.8, 0.7, 0.1, 0.1]], [[0.0, 0.1, 0.05, 0.2]], [[0.0, 0.0, 0.0, 0.0]]], np.float32)
-    labels = inference.segmentation_labels
+    labels = functools.partial(inference.segmentation_labels, graded=True)
     np.testing.assert_array_equal(labels(maps, "present"), [[1, 1, 0, 0]])
     np.testing.assert_array_equal(labels(maps, "foreground"), [[1, 1, 0, 0]])
     # Relative to the maxima .8 and .2: (1, 0), (.875, .5), (.125, .25), (.125, 1).
     np.testing.assert_array_equal(labels(maps, "relative"), [[1, 1, 0, 2]])
     all_object = np.array([[[0.53, 0.71, 0.79, 0.80]]], np.float32)  # .65 of .8 is .52
     np.testing.assert_array_equal(labels(all_object, "relative"), [[1, 1, 1, 1]])
-    soft = np.array([[[0.8, 0.7, 0.6, 0.25, 0.1, 0.1, 0.1]]], np.float32)  # .3 of .8 is .24
-    np.testing.assert_array_equal(labels(soft, "relative"), [[1, 1, 1, 1, 0, 0, 0]])
+    soft = np.array([[[0.8, 0.8, 0.8, 0.3, 0.25, 0.1, 0.1, 0.1, 0.1, 0.1]]], np.float32)  # .3 of .8 is .24
+    np.testing.assert_array_equal(labels(soft, "relative"), [[1, 1, 1, 1, 1, 0, 0, 0, 0, 0]])
+    assert labels(soft, "relative", graded=False)[0, 4] == 0  # Otsu's parts .8 from .3
     np.testing.assert_array_equal(labels(np.zeros((1, 2, 2), np.float32), "relative"), np.zeros((2, 2)))
     for reading in options.READINGS:
         assert not labels(np.zeros((0, 3, 2), np.float16), reading).any()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from skimage.filters import threshold_triangle
+from skimage.filters import threshold_otsu, threshold_triangle
 from torch import Tensor
 
 from tools.crf import CAM_SETTINGS, mean_field, unary_from_labels
@@ -25,7 +25,7 @@ RELATIVE_FOREGROUND = 0.65
 """Part of a class's highest foreground probability in the image above which a pixel is the class (docs/log.md)."""
 
 LEAST_FOREGROUND = 0.3
-"""No object begins below this part of the maximum: a flat background would be one (docs/log.md)."""
+"""On CSRM's maps, no object begins below this part of the maximum (docs/log.md)."""
 
 SURE = 0.5
 """Without image labels, a class is in an image if its probability is above this at some pixel."""
@@ -163,14 +163,22 @@ def foreground_maps(probabilities: Tensor, present: Tensor | float = 1.0) -> Ten
     return (1 - probabilities[:, :1]) * shown / shown.sum(dim=1, keepdim=True).clamp(min=1e-30)
 
 
-def object_threshold(maps: np.ndarray) -> float:
-    """Where objects begin on relative maps f32[n,H,W]: in [`LEAST_FOREGROUND`, `RELATIVE_FOREGROUND`].
+def object_threshold(maps: np.ndarray, *, graded: bool = False) -> float:
+    """Where objects begin on relative maps f32[n,H,W], in (0, `RELATIVE_FOREGROUND`].
 
-    It is the triangle threshold (Zack et al., 1977) of the highest map of each pixel: where the flank of the
-    histogram's highest peak ends. That peak is the background in most images, and the object in one that it fills.
+    The maps of a final model have two groups of pixels, which Otsu's threshold (1979) parts; it is limited because an
+    image that is all object has one. CSRM's maps fall off gradually, and Otsu's threshold cuts into the object. There
+    it is the triangle threshold (Zack et al., 1977), at least `LEAST_FOREGROUND`: where the flank of the histogram's
+    highest peak ends. That peak is the background in most images, and the object in one that it fills.
+
+    Args:
+        graded: whether the maps are CSRM's.
     """
-    threshold = threshold_triangle(maps.max(axis=0)) if len(maps) else RELATIVE_FOREGROUND
-    return min(max(float(threshold), LEAST_FOREGROUND), RELATIVE_FOREGROUND)
+    if not len(maps):
+        return RELATIVE_FOREGROUND
+    highest = maps.max(axis=0)
+    threshold = max(float(threshold_triangle(highest)), LEAST_FOREGROUND) if graded else threshold_otsu(highest)
+    return min(threshold, RELATIVE_FOREGROUND)
 
 
 @dataclass(frozen=True)
