@@ -239,6 +239,19 @@ def test_the_segmentation_branch_is_read_as_it_was_trained(chain, folder_root, f
         assert not load_mask(PREDICTIONS / "present@train" / "pseudos-masks-c2" / f"{image_id}.png").any()
 
 
+def test_the_threshold_on_relative_maps_is_that_of_the_network(chain, folder_root, monkeypatch):
+    seen = []
+    monkeypatch.setattr(inference, "object_threshold", lambda maps, graded: seen.append(graded) or 0.5)
+    checkpoint = torch.load(MODELS / "csrm.pth", weights_only=True)
+    checkpoint["args"]["teacher_labels"] = "relative"
+    torch.save(checkpoint, "csrm-relative.pth")
+    for weights, expected in (("csrm-relative.pth", True), (MODELS / "deeplab.pth", False)):
+        seen.clear()
+        flags = ["--tag", f"graded-{expected}", "--weights", weights, "--save_cams", "false", "--pseudos_from", "masks"]
+        run("inference", *data_flags(folder_root), *flags, "--domain", "train", *VIEWS)
+        assert set(seen) == {expected}
+
+
 def test_the_maps_of_a_segmentation_branch_pixel_by_pixel():
     """A class the network is sure of, an unsure one, and one that is nowhere; two groups of pixels, far apart."""
     maps = np.array([[[0.8, 0.7, 0.1, 0.1]], [[0.0, 0.1, 0.05, 0.2]], [[0.0, 0.0, 0.0, 0.0]]], np.float32)
