@@ -146,7 +146,7 @@ def pseudo_mask(tmp_path, iterations: int) -> np.ndarray:
     cams = np.where(keys[1:, None, None] == LABELS, 0.9, 0.5)
     save_cams(tmp_path / "cams" / "a.npz", keys, cams[:, ::4, ::4], cams)
     wanted = ("cams", "pseudos")
-    outputs = inference.Outputs(wanted, "npz", WHOLE, "present", "cams", 0.6, False, CRF(iterations=iterations))
+    outputs = inference.Outputs(wanted, "npz", WHOLE, "present", True, "cams", 0.6, False, CRF(iterations=iterations))
     predict = inference.Predictor(nn.Linear(1, 1), OnePhotograph(), tmp_path, outputs)
     predict("a")
     return load_mask(predict.path("pseudos", "a"))
@@ -166,7 +166,7 @@ def test_pseudo_masks_are_the_same_whether_their_maps_are_written(tmp_path, monk
     """The CAM is above the threshold, but not as float16, which files hold."""
     cams = np.full((1, 3, 4), 0.40001, np.float32)
     monkeypatch.setattr(inference.Predictor, "_maps", lambda *args: (np.arange(2), cams, cams))
-    outputs = inference.Outputs(wanted, "npz", WHOLE, "present", "cams", 0.4, False, CRF(iterations=0))
+    outputs = inference.Outputs(wanted, "npz", WHOLE, "present", True, "cams", 0.4, False, CRF(iterations=0))
     predict = inference.Predictor(nn.Linear(1, 1), OnePhotograph(), tmp_path, outputs)
     predict("a")
     assert not load_mask(predict.path("pseudos", "a")).any()
@@ -198,7 +198,9 @@ def test_what_is_kept_of_an_inference_follows_the_flags(folder_root, folder, mon
     run("inference", *data_flags(folder_root), "--tag", "t", "--domain", "val", *flags)
     assert sample == [SPLITS["val"]]
     views, crf = Views((0.5, 1.0), False, (32, 64)), CRF(iterations=3, gt_prob=0.9)
-    assert seen[0] == inference.Outputs(("cams", "masks", "pseudos"), "npy", views, "present", "cams", 0.25, True, crf)
+    assert seen[0] == inference.Outputs(
+        ("cams", "masks", "pseudos"), "npy", views, "present", True, "cams", 0.25, True, crf
+    )
 
 
 def test_only_pseudo_masks_are_to_be_refined_next(folder_root, folder, capsys):
