@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +125,29 @@ def test_a_second_ctrl_c_ends_cleaning_up(monkeypatch, capsys):
     assert code == 130 and text.startswith("x.py: stopped by SIGINT.") and text.count("\n") == 1
 
 
+def ignore_signals(ready: Connection) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ready.send(True)
+    time.sleep(60)
+
+
+def test_a_stopped_run_does_not_wait_for_helpers_that_ignore_signals(monkeypatch, capsys):
+    """Such as a loading process that PyTorch was just starting: nobody tells it to end."""
+
+    def main(args):
+        ready, send = context.Pipe(duplex=False)
+        helpers.append(context.Process(target=ignore_signals, args=(send,), daemon=True))
+        helpers[0].start()
+        ready.recv()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    helpers, context = [], multiprocessing.get_context("forkserver")
+    code, _ = stopped(monkeypatch, capsys, main)
+    helpers[0].join(10)
+    assert (code, helpers[0].exitcode) == (143, -signal.SIGKILL)
+
+
 class InDestructor:
     def __init__(self, number: int) -> None:
         self.number = number
@@ -132,7 +157,7 @@ class InDestructor:
         os.getpid()  # the handler runs between two instructions at the latest
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("number, expected", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_that_python_drops_is_raised_anew_and_cleaning_up_is_left_in_peace(
     monkeypatch, capsys, number, expected
@@ -154,7 +179,7 @@ def test_a_signal_that_python_drops_is_raised_anew_and_cleaning_up_is_left_in_pe
     began = time.monotonic()
     code, text = stopped(monkeypatch, capsys, main)
     assert dropped and len(cleaned) == 5 and time.monotonic() - began < 2
-    assert code == expected and text.splitlines()[-1].startswith(f"x.py: stopped by {signal.Signals(number).name}.")
+    assert code == expected and text.startswith(f"x.py: stopped by {signal.Signals(number).name}.")
     assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 

@@ -22,6 +22,7 @@ import contextlib
 import errno
 import io
 import math
+import multiprocessing
 import os
 import re
 import shlex
@@ -30,7 +31,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tools import parallel
 from tools.errors import Incomplete, UserError
@@ -123,7 +124,11 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
         ending = _ending(error, args)
         if ending is None:
             raise
-    # Out here the exception is gone, and with it the frames that kept a progress bar's line open.
+    # Out here the exception is gone, and with it the frames that kept a progress bar's line open, or loaders. Helpers
+    # that are left were not told to end, and ignore signals: Python would wait for them. PyTorch would raise an error.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for helper in multiprocessing.active_children():
+        helper.kill()
     _end(*ending)
 
 
@@ -165,10 +170,15 @@ def _leave_together() -> None:
 def _stopping_on_signals() -> Iterator[None]:
     """Raise `Stopped` where the signal finds this process; not for signals that it was started to ignore.
 
-    Python drops an exception that arises in a destructor or a callback of its own. So `Stopped` is raised anew every
-    second for as long as none is on its way, and by every Ctrl-C. Helper processes, forked from this one, just end.
+    Python drops an exception that arises in a destructor or a callback of its own, and prints it. So `Stopped` is not
+    printed, and raised anew every second for as long as none is on its way, and by every Ctrl-C. Helper processes,
+    forked from this one, just end.
     """
-    owner, received = os.getpid(), []
+    owner, received, show = os.getpid(), [], sys.unraisablehook
+
+    def dropped(fault: Any) -> None:
+        if not isinstance(fault.exc_value, Stopped):
+            show(fault)
 
     def stop(number: int, frame: types.FrameType | None) -> None:
         if os.getpid() != owner:
@@ -182,6 +192,7 @@ def _stopping_on_signals() -> Iterator[None]:
 
     heeded = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, stop) for number in (*heeded, signal.SIGALRM)}
+    sys.unraisablehook = dropped
     try:
         yield
     except Exception as error:  # PyTorch's writer of files, interrupted, raises an error of its own
@@ -190,6 +201,7 @@ def _stopping_on_signals() -> Iterator[None]:
         raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = show
         for number, handler in before.items():
             signal.signal(number, handler)
 
