@@ -22,20 +22,23 @@ RUN_FLAGS="--device $DEVICE --seed $SEED --num_workers $WORKERS"
 
 # train_model TAG FLAGS...: DeepLabV3+ on $MASKS, or finish it.
 train_model() {
-  run train_segmentation.py --tag "$1" --domain_train "$DOMAIN_TRAIN" --masks_dir "$MASKS" "${@:2}" \
-    $RUN_FLAGS $BACKBONE_SEG $IMAGE_FLAGS $SEG_FLAGS
+  run train_segmentation.py --tag "$1" --domain_train "$DOMAIN_TRAIN" --masks_dir "$MASKS" \
+    $RUN_FLAGS $BACKBONE_SEG $IMAGE_FLAGS $SEG_FLAGS "${@:2}"
 }
 
+START=()  # a model goes on from the weights of the one before: worth 1 to 3 points (docs/log.md)
 for ((round = 1; round < ROUNDS; round++)); do
-  train_model "$TAG_ROUND$round"
+  train_model "$TAG_ROUND$round" ${START[@]+"${START[@]}"}
+  START=(--restore "experiments/models/$TAG_ROUND$round.pth")
+  # A trained model's labels are better than CAMs', so the dense CRF is told to trust them more.
   run inference.py --tag "$TAG_ROUND$round" --domain "$DOMAIN_TRAIN" --save_cams false --pseudos_from masks \
-    --crf_t "$CRF_T" $RUN_FLAGS $VIEW_FLAGS
-  MASKS=$PREDICTIONS/$TAG_ROUND$round@$DOMAIN_TRAIN/pseudos-masks-c$CRF_T
-  score "relabelled_$round" "$DOMAIN_EVAL" "$MASKS"
-  refine "$TAG_ROUND$round" "$MASKS"
-  MASKS=$(merged "$TAG_ROUND$round")
+    --crf_t "$CRF_T" --crf_gt_prob 0.9 $RUN_FLAGS $VIEW_FLAGS
+  own=$PREDICTIONS/$TAG_ROUND$round@$DOMAIN_TRAIN/pseudos-masks-c$CRF_T
+  score "relabelled_$round" "$DOMAIN_EVAL" "$own"
+  MASKS=$(relabelled "$round")
+  if [[ "$MASKS" != "$own" ]]; then refine "$TAG_ROUND$round" "$own"; fi
 done
-train_model "$TAG_SEG" ${CORRECTIONS[@]+"${CORRECTIONS[@]}"}
+train_model "$TAG_SEG" ${START[@]+"${START[@]}"} ${CORRECTIONS[@]+"${CORRECTIONS[@]}"}
 run train_segmentation.py --tag "$TAG_SEG" --predict --domain "$DOMAIN_TEST" $RUN_FLAGS $VIEW_FLAGS $PREDICT_FLAGS
 score "segmentation_val${CORRECTION/-/_}" "$DOMAIN_SCORE" "$PREDICTIONS/$TAG_SEG@$DOMAIN_TEST/masks"
 

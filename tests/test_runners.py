@@ -291,24 +291,35 @@ def test_masks_are_corrected_again_in_another_folder(tmp_path):
     assert " ".join(f"segmentation_val{suffix}={report}{suffix}.json" for suffix in suffixes) + " --tags" in page
 
 
-def test_a_second_round_learns_what_the_first_model_says_of_its_own_photographs(tmp_path):
-    called, process = commands(tmp_path, "4-segmentation", ROUNDS="2", DOMAIN_EVAL="train", PROPOSALS="regions")
+@pytest.mark.parametrize("proposals", ["regions", "files"])
+def test_a_second_round_learns_what_the_first_model_says_of_its_own_photographs(tmp_path, proposals):
+    """It goes on from the first model's weights. Image regions would harm its masks; other proposals refine them."""
+    called, process = commands(tmp_path, "4-segmentation", ROUNDS="2", DOMAIN_EVAL="train", PROPOSALS=proposals)
     assert process.returncode == 0, process.stderr
     calls = (tmp_path / "calls.txt").read_text().splitlines()
-    assert [call.split()[0] for call in calls] == [
-        *("train_segmentation.py", "inference.py", "evaluate.py", "refine_sam.py", "train_segmentation.py"),
+    refine = [call for call in calls if call.startswith("refine_sam.py ")]
+    first, relabel, score, second, predict, final, sheet, report = (call for call in calls if call not in refine)
+    assert [call.split()[0] for call in (first, relabel, score, second, predict, final, sheet, report)] == [
+        *("train_segmentation.py", "inference.py", "evaluate.py", "train_segmentation.py"),
         *("train_segmentation.py", "evaluate.py", "train_segmentation.py", "report.py"),
     ]
-    first_tag, folder = "voc12-deeplab-round1", "experiments/predictions/voc12-deeplab-round1@train_aug"
-    first, relabel, score, refine, second, predict, final, *_ = calls
-    assert f"--tag {first_tag} " in first
-    assert "--masks_dir experiments/predictions/voc12-csrm@train_aug/sam-regions-max_iou_imp2" in first
+    variant = "" if proposals == "regions" else f"-{proposals}"
+    first_tag = f"voc12-deeplab{variant}-round1"
+    folder, final_tag = f"experiments/predictions/{first_tag}@train_aug", f"voc12-deeplab{variant}-rounds2"
+    merged, learnt = f"sam-{proposals}-max_iou_imp2", f"{folder}/pseudos-masks-c10"
+    assert f"--tag {first_tag} " in first and "--restore" not in first
+    assert f"--masks_dir experiments/predictions/voc12-csrm@train_aug/{merged} " in first
     assert f"--tag {first_tag} --domain train_aug --save_cams false --pseudos_from masks" in relabel
-    assert f"--pred_dir {folder}/pseudos-masks-c10" in score and "/relabelled_1.json" in score
-    assert f"--pseudo_dir {folder}/pseudos-masks-c10" in refine
-    assert "--proposals_dir experiments/predictions/voc12-csrm@train_aug/proposals-regions" in refine
-    assert f"--tag voc12-deeplab-rounds2 --domain_train train_aug --masks_dir {folder}/sam-regions" in second
-    assert "--tag voc12-deeplab-rounds2 --predict" in predict and "voc12-rounds2/segmentation_val.json" in final
+    assert "--crf_gt_prob 0.9 " in relabel
+    assert f"--pred_dir {learnt} " in score and "/relabelled_1.json" in score
+    if refine:
+        assert calls.index(refine[0]) == 3 and f"--pseudo_dir {learnt} " in refine[0]
+        assert f"--proposals_dir experiments/predictions/voc12-csrm@train_aug/proposals-{proposals}" in refine[0]
+        learnt = f"{folder}/{merged}"
+    assert len(refine) == (proposals != "regions")
+    assert f"--tag {final_tag} --domain_train train_aug --masks_dir {learnt} " in second
+    assert re.findall(r"--restore (\S+)", second)[-1] == f"experiments/models/{first_tag}.pth"
+    assert f"--tag {final_tag} --predict" in predict and f"voc12{variant}-rounds2/segmentation_val.json" in final
 
 
 @pytest.mark.parametrize("rounds, tags", [
@@ -342,15 +353,18 @@ def test_corrections_concern_the_final_model_only(tmp_path):
         "folder-deeplab-corrected",
     ]
     assert ["--corrected_dir corrected" in call for call in trainings] == [False, True]
-    folder = "experiments/predictions/folder-deeplab-round1@train/sam-regions-max_iou_imp2"
+    folder = "experiments/predictions/folder-deeplab-round1@train/pseudos-masks-c10"
     assert f"--masks_dir {folder} " in trainings[1]
 
 
 def test_the_page_reviews_the_masks_that_the_final_model_learns(tmp_path):
     (tmp_path / "birds" / "images" / "robin").mkdir(parents=True)
     flags = {"DATASET": "folder", "DATA_DIR": "birds", "DEVICE": "cpu", "PROPOSALS": "regions"}
-    for tag, name in (("csrm", "Refined"), ("deeplab-round1", "Relabelled")):
-        folder = f"experiments/predictions/folder-{tag}@train/sam-regions-max_iou_imp2"
+    for masks, name in (
+        ("csrm@train/sam-regions-max_iou_imp2", "Refined"),
+        ("deeplab-round1@train/pseudos-masks-c10", "Relabelled"),
+    ):
+        folder = f"experiments/predictions/folder-{masks}"
         (tmp_path / folder).mkdir(parents=True)
         commands(tmp_path, "4-segmentation", **flags)
         page = (tmp_path / "calls.txt").read_text().splitlines()[-1]
@@ -360,8 +374,8 @@ def test_the_page_reviews_the_masks_that_the_final_model_learns(tmp_path):
 
 def test_the_page_reviews_the_masks_that_are_given_instead(tmp_path):
     """The user's own, unless a further round makes others of them."""
-    refined, relabelled = (f"experiments/predictions/voc12-{tag}@train_aug/sam-regions-max_iou_imp2"
-                           for tag in ("csrm", "deeplab-hand-round1"))  # fmt: skip
+    refined = "experiments/predictions/voc12-csrm@train_aug/sam-regions-max_iou_imp2"
+    relabelled = "experiments/predictions/voc12-deeplab-hand-round1@train_aug/pseudos-masks-c10"
     for path in ("my hand", "hand", refined, relabelled):
         (tmp_path / path).mkdir(parents=True)
     for flags, columns in (

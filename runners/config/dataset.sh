@@ -166,4 +166,10 @@ PSEUDOS=$PREDICTIONS/$TAG_CSRM@$DOMAIN_TRAIN/pseudos-$PSEUDOS-c$CRF_T
 merged() { printf %s "$PREDICTIONS/$1@$DOMAIN_TRAIN/sam-$PROPOSALS-$MERGE_MODE"; }
 REFINED=$(merged "$TAG_REFINED")
 LEARNT=${MASKS:-}  # if these are no masks of the runners
-RELABELLED=$(merged "$TAG_ROUND$((ROUNDS - 1))")  # with ROUNDS above 1
+# relabelled ROUND: the masks that a round's model makes for the next one. Image regions do not refine them: that costs
+# .4 to 1.6 points (docs/log.md).
+relabelled() {
+  if [[ "$PROPOSALS" != regions ]]; then merged "$TAG_ROUND$1"; return; fi
+  printf %s "$PREDICTIONS/$TAG_ROUND$1@$DOMAIN_TRAIN/pseudos-masks-c$CRF_T"
+}
+RELABELLED=$(relabelled $((ROUNDS - 1)))  # with ROUNDS above 1
