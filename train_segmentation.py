@@ -88,7 +88,6 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from datasets import DataSource, Photographs, build_source
 from datasets.dataset import ImageDataset
-from datasets.leftovers import stray_masks
 from datasets.listing import IMAGE_SUFFIXES
 from datasets.loaders import build_loader
 from datasets.transforms import segmentation_geometry
@@ -146,7 +145,7 @@ def training_data(source: DataSource, args: argparse.Namespace) -> tuple[Dataset
     if not args.corrected_dir:
         return read(source, ids), inputs
     better = build_source(args.dataset, options.data_dir(args), args.corrected_dir)
-    strays = [text for path, text in stray_masks(better) if path.suffix.lower() in IMAGE_SUFFIXES]
+    strays = [text for path, text in better.stray_masks() if path.suffix.lower() in IMAGE_SUFFIXES]
     if strays:
         raise UserError(f"--corrected_dir: {strays[0]} (one of {len(strays)} files). Rename or remove it.")
     corrected = {i for i in ids if better.mask_path(i).is_file()}

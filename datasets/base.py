@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from datasets.listing import MASK_SUFFIXES, FileIndex, Likeness, clean_id, first_repeated, index_files
+from datasets.listing import (
+    IMAGE_SUFFIXES,
+    MASK_SUFFIXES,
+    FileIndex,
+    Likeness,
+    clean_id,
+    first_repeated,
+    index_files,
+)
 from tools import identity
 from tools.errors import UserError
 from tools.files import check_size, file_orientation, load_image, load_mask, read_lines, upright_size
@@ -130,11 +138,12 @@ class DataSource(ABC):
         """Whether there is a mask of that id."""
         return any(image_id in index.files for index in self._masks)
 
-    def stray_masks(self) -> Iterator[tuple[str, Path]]:
-        """(id, file) of each file in the folders of masks without a photograph; files of other kinds have the id ""."""
+    def stray_masks(self) -> Iterator[tuple[Path, str]]:
+        """Each file in the folders of masks that belongs to no photograph, and the sentence on it."""
         for index in self._masks:
-            yield from ((mask_id, path) for mask_id, path in index.files.items() if mask_id not in self.images.files)
-            yield from (("", path) for path in index.others)
+            strays = {path: self.advice(i) for i, path in index.files.items() if i not in self.images.files}
+            strays |= {path: ": masks are PNG" * (path.suffix.lower() in IMAGE_SUFFIXES) for path in index.others}
+            yield from ((path, f"{path}: no ID.png of a photograph{advice}") for path, advice in strays.items())
 
     @functools.cached_property
     def _masks(self) -> list[FileIndex]:

@@ -8,10 +8,9 @@ Only the lists and the table of labels are read here.
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 from datasets.base import DataSource
-from datasets.listing import IMAGE_SUFFIXES, mask_of
+from datasets.listing import mask_of
 
 PARTS = ("train", "val", "test")  # lists with one of these in both names may overlap: train, trainval, train_aug
 
@@ -24,7 +23,7 @@ def leftovers(source: DataSource, lists: dict[str, Sequence[str]]) -> Iterator[t
             yield "rows", f"{source.label_noun} '{image_id}' belongs to no photograph{source.advice(image_id)}"
     for path in source.unread:
         yield "unread", f"{path}: a kind that is not read ({path.suffix or 'no suffix'}). Convert photographs to JPEG"
-    strays = dict(stray_masks(source))
+    strays = dict(source.stray_masks())
     yield from (("stray", text) for text in strays.values())
     if strays and not any(map(source.has_mask, images)):
         first = next(iter(strays))
@@ -36,13 +35,6 @@ def leftovers(source: DataSource, lists: dict[str, Sequence[str]]) -> Iterator[t
             yield "disguised", f"{where}: looks like the mask of {named}. Move it to masks/ (ID.png) or rename it"
     for text in overlaps(lists):
         yield "overlap", text
-
-
-def stray_masks(source: DataSource) -> Iterator[tuple[Path, str]]:
-    """Each file in the folders of masks that belongs to no photograph, and the sentence on it."""
-    for mask_id, path in source.stray_masks():
-        advice = source.advice(mask_id) if mask_id else ": masks are PNG" * (path.suffix.lower() in IMAGE_SUFFIXES)
-        yield path, f"{path}: no ID.png of a photograph{advice}"
 
 
 def unlisted(source: DataSource, lists: dict[str, Sequence[str]]) -> Iterable[str]:
