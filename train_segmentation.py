@@ -359,8 +359,8 @@ def photographs(args: argparse.Namespace, checkpoint: dict, weights: Path) -> tu
         check_classes(checkpoint, source.info.classes, weights)
         return source, args.domain, args.domain
     source = Photographs(args.images, checkpoint["classes"])
-    if source.unread:
-        print(f"{len(source.unread)} files have a type that cannot be read. The first: {source.unread[0]}")
+    if others := source.images.others:
+        print(f"{len(others)} files have a type that cannot be read. The first: {others[0]}")
     place = args.images.resolve()
     return source, "train", place.stem if place.is_file() else place.name
 

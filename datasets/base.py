@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -67,8 +67,6 @@ class DatasetInfo:
 class DataSource(ABC):
     """Photographs with image labels, perhaps masks, and named lists of ids ("domains")."""
 
-    label_noun: ClassVar = "row"  # what the labels of an image are called in reports
-
     root: Path  # the dataset's folder; errors name it
     info: DatasetInfo
     images: FileIndex  # photographs by id, and files of other kinds among them
@@ -80,7 +78,6 @@ class DataSource(ABC):
         for folder in self.masks_dirs:
             if not folder.is_dir():
                 raise UserError(f"{folder}: no such folder of masks (ID.png). Make it first, or pass another.")
-        self.unread = self.images.others
         self._labels: dict[str, np.ndarray] = {}
 
     def domains(self) -> list[str]:

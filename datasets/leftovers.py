@@ -20,8 +20,8 @@ def leftovers(source: DataSource, lists: dict[str, Sequence[str]]) -> Iterator[t
     images = source.images.files
     for image_id in source.labelled_ids():
         if image_id not in images:
-            yield "rows", f"{source.label_noun} '{image_id}' belongs to no photograph{source.advice(image_id)}"
-    for path in source.unread:
+            yield "rows", f"the label of '{image_id}' belongs to no photograph{source.advice(image_id)}"
+    for path in source.images.others:
         yield "unread", f"{path}: a kind that is not read ({path.suffix or 'no suffix'}). Convert photographs to JPEG"
     strays = dict(source.stray_masks())
     yield from (("stray", text) for text in strays.values())

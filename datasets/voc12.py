@@ -40,8 +40,6 @@ class VOC12Source(DataSource):
         UserError: a folder or every list of ids is missing.
     """
 
-    label_noun = "annotation"
-
     def __init__(self, data_dir: Path, masks_dir: Path | None = None, classes: Sequence[str] = VOC_CLASSES) -> None:
         root = find_devkit(data_dir)
         if root is None:

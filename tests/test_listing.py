@@ -456,8 +456,9 @@ def test_ids_in_lists_and_tables_that_fit_no_photograph(tmp_path):
     found = findings(root)
     assert found["missing"] == ["0000.jpg: no photograph: write ids without suffix (0000)", "nobody: no photograph"]
     assert found["rows"] == [
-        "row '0000.jpg' belongs to no photograph: write ids without suffix (0000)",
-        "row '2' belongs to no photograph: write leading zeros (have a spreadsheet take the column for text) (0002)",
+        "the label of '0000.jpg' belongs to no photograph: write ids without suffix (0000)",
+        "the label of '2' belongs to no photograph: "
+        "write leading zeros (have a spreadsheet take the column for text) (0002)",
     ]
     assert found["unlisted"] == [f"{root / 'images' / name}: in no list" for name in ("0000.jpg", "0002.jpg")]
 
@@ -600,7 +601,7 @@ def test_files_and_classes_that_belong_to_nothing_are_warned_of(tmp_path):
     for name in ("a.png", "b.png", "notes.txt"):
         Image.new("L", (8, 6), 1).save(root / "masks" / name, format="PNG")
     assert findings(root) == {
-        "rows": ["row 'b' belongs to no photograph"],
+        "rows": ["the label of 'b' belongs to no photograph"],
         "unread": [f"{root / 'images' / 'b.heic'}: a kind that is not read (.heic). Convert photographs to JPEG"],
         "stray": [f"{root / 'masks' / name}: no ID.png of a photograph" for name in ("b.png", "notes.txt")],
         "unused": [
