@@ -38,7 +38,7 @@ from datasets import build_source
 from datasets.base import DatasetInfo, DataSource
 from datasets.leftovers import leftovers, unlisted
 from datasets.listing import first_repeated
-from datasets.masks import MaskLook, Masks, is_systematic, look_at_mask
+from datasets.masks import MaskLook, is_systematic, look_at_mask, shared_faults
 from tools import cli, options
 from tools.errors import UserError
 from tools.files import atomic_write, check_writable, save_json
@@ -117,7 +117,7 @@ class Split:
         if look.label is not None:
             self.label_counts[1:] += look.label.astype(np.int64)
         if look.mask is not None:
-            self.pixel_counts += look.mask.pixels[: len(self.pixel_counts)]
+            self.pixel_counts += look.mask.pixels
 
     def incomplete(self, domain: str, what: str, use: str) -> str:
         """The sentence on a split in which some images have no labels (or masks)."""
@@ -198,7 +198,7 @@ def verify(
     for kind, text in leftovers(source, lists):  # before the workers start: what it lists and reads, they inherit
         findings[kind].append(text)
     copies: dict[str, list[tuple[str, bytes]]] = defaultdict(list)
-    masks = Masks(source.info)
+    masks: list[tuple[MaskLook, np.ndarray | None]] = []  # with the image labels
     looks = run_jobs(functools.partial(look_at, source), list(domains_of), workers, "verifying", "image")
     for (image_id, domains), look in zip(domains_of.items(), looks, strict=True):
         for kind, text in (*look.findings, *absences(image_id, look, [published.get(d) for d in domains])):
@@ -206,10 +206,10 @@ def verify(
         for domain in domains:
             splits[domain].add(image_id, look)
         if look.mask is not None:
-            masks.add(look.mask, look.label)
+            masks.append((look.mask, look.label))
         if look.digest:
             copies[look.digest].append((image_id, b"" if look.label is None else look.label.tobytes()))
-    for kind, text in masks.findings():
+    for kind, text in shared_faults(source.info, masks):
         findings[kind].append(text)
     if is_systematic(len(findings["dark"]), len(domains_of)):
         findings["unreadable"].append(f"{findings['dark'][0]} (one of {len(findings['dark'])} photographs)")
@@ -304,12 +304,12 @@ def look_at(source: DataSource, image_id: str) -> Look:
 
 def contradictions(info: DatasetInfo, look: Look) -> Iterable[str]:
     """How a mask contradicts its image label. A mask may lack some of the label's classes: they may be tiny."""
-    named, shown = look.label > 0, look.mask.pixels[1 : info.num_classes] > 0
+    named, shown = look.label > 0, look.mask.pixels[1:] > 0
     extra = [info.classes[i + 1] for i in np.flatnonzero(shown & ~named)]
     if extra:
         yield f"shows {', '.join(extra)}, unlike the image label"
     if named.any() and not shown.any():
-        values = "0 and 255" if look.mask.pixels[options.IGNORE_INDEX] else "0"
+        values = "0 and 255" if look.mask.ignored else "0"
         yield f"holds only {values}, unlike the image label"
 
 
