@@ -36,7 +36,7 @@ import numpy as np
 
 from datasets import build_source
 from datasets.base import DatasetInfo, DataSource
-from datasets.leftovers import leftovers, unlisted
+from datasets.leftovers import leftovers
 from datasets.listing import first_repeated
 from datasets.masks import MaskLook, is_systematic, look_at_mask, shared_faults
 from tools import cli, options
@@ -90,6 +90,7 @@ WARNINGS = {
     "unused": "classes",
 }
 DARKEST = 16  # of 255: what 12 bits in 16, or nothing at all, look like
+Found = Iterable[tuple[str, str]]  # kind (a key of ERRORS or WARNINGS) and text of what is wrong
 SHOWN, WIDEST = 5, 400  # findings printed of each kind, characters of each
 
 
@@ -188,95 +189,82 @@ def verify(
         UserError: a list or a table of labels cannot be read at all.
     """
     findings: dict[str, list[str]] = {kind: [] for kind in (*ERRORS, *WARNINGS)}
+
+    def report(found: Found) -> None:
+        for kind, text in found:
+            findings[kind].append(text)
+
     lists = {domain: source.listed_ids(domain) for domain in source.domains()}
     splits = {domain: Split(len(set(ids)), source.info.num_classes) for domain, ids in lists.items()}
     domains_of: dict[str, list[str]] = defaultdict(list)
     for domain, ids in lists.items():
-        findings["list"] += [f"split '{domain}' {fault}" for fault in list_faults(ids, published.get(domain))]
+        report(list_faults(domain, ids, published.get(domain)))
         for image_id in dict.fromkeys(ids):
             domains_of[image_id].append(domain)
-    for kind, text in leftovers(source, lists):  # before the workers start: what it lists and reads, they inherit
-        findings[kind].append(text)
-    copies: dict[str, list[tuple[str, bytes]]] = defaultdict(list)
+    report(leftovers(source, lists, published=bool(published)))  # before the workers start: what it reads, they inherit
+    copies: dict[str, dict[str, bytes]] = defaultdict(dict)  # by hash of the photograph: the labels by id
     masks: list[tuple[MaskLook, np.ndarray | None]] = []  # with the image labels
     looks = run_jobs(functools.partial(look_at, source), list(domains_of), workers, "verifying", "image")
     for (image_id, domains), look in zip(domains_of.items(), looks, strict=True):
-        for kind, text in (*look.findings, *absences(image_id, look, [published.get(d) for d in domains])):
-            findings[kind].append(text)
+        report(look.findings)
+        report(absences(image_id, look, [published.get(domain) for domain in domains]))
         for domain in domains:
             splits[domain].add(image_id, look)
         if look.mask is not None:
             masks.append((look.mask, look.label))
         if look.digest:
-            copies[look.digest].append((image_id, b"" if look.label is None else look.label.tobytes()))
-    for kind, text in shared_faults(source.info, masks):
-        findings[kind].append(text)
-    if is_systematic(len(findings["dark"]), len(domains_of)):
-        findings["unreadable"].append(f"{findings['dark'][0]} (one of {len(findings['dark'])} photographs)")
-    add_copies(copies.values(), domains_of, splits, findings["copies"])
-    learnt = [split for domain, split in splits.items() if "train" in domain] or list(splits.values())
-    if not published:
-        findings["unlisted"] += unlisted(source, lists)
-        findings["unused"] += unlearnable(source.info, learnt)
+            copies[look.digest][image_id] = b"" if look.label is None else look.label.tobytes()
+    report(shared_faults(source.info, masks))
+    if is_systematic(len(dark := findings["dark"]), len(domains_of)):
+        report([("unreadable", f"{dark[0]} (one of {len(dark)} photographs)")])
+    for labels in (labels for labels in copies.values() if len(labels) > 1):
+        told = ": with different labels" if len({*labels.values()} - {b""}) > 1 else ""
+        report([("copies", " = ".join(f"{i} ({', '.join(domains_of[i])})" for i in labels) + told)])
+        for domain in (domain for image_id in labels for domain in domains_of[image_id]):
+            splits[domain].counts["copies"] += 1
     for domain in (domain for domain in splits if domain not in published or domain in scored):
-        add_incomplete(domain, splits[domain], findings, scored=domain in scored)
-    findings["label"] += no_label(learnt)
+        report(incomplete(domain, splits[domain], scored=domain in scored))
+    learnt = [split for domain, split in splits.items() if "train" in domain] or list(splits.values())
+    report(unlearnable(source.info, learnt, published=bool(published)))
     return splits, findings
 
 
-def no_label(learnt: Sequence[Split]) -> Iterable[str]:
-    """The sentence on training splits without any label."""
-    if not any(split.counts["labels"] for split in learnt):
-        yield "no training image has a label, so nothing can be learnt"
-    elif not any(split.label_counts.any() for split in learnt):
-        yield "no training label names a class, so nothing can be learnt"
-
-
-def add_incomplete(domain: str, split: Split, findings: dict[str, list[str]], *, scored: bool) -> None:
-    """Report a split in which only some images have labels, or masks; or a split to be scored that lacks masks."""
+def incomplete(domain: str, split: Split, *, scored: bool) -> Found:
+    """A split in which only some images have labels, or masks; or one to be scored that lacks masks."""
     if "labels" in split.partly():
-        findings["label"].append(split.incomplete(domain, "labels", "learnt from"))
+        yield "label", split.incomplete(domain, "labels", "learnt from")
     if scored and split.without["masks"]:
-        findings["mask"].append(split.incomplete(domain, "masks", "scored"))
+        yield "mask", split.incomplete(domain, "masks", "scored")
     elif "masks" in split.partly():
-        findings["partial"].append(split.incomplete(domain, "masks", "scored"))
+        yield "partial", split.incomplete(domain, "masks", "scored")
 
 
-def unlearnable(info: DatasetInfo, learnt: Sequence[Split]) -> Iterable[str]:
-    """A sentence on every class that no training label names, or that all name; none if there are no labels."""
+def unlearnable(info: DatasetInfo, learnt: Sequence[Split], *, published: bool) -> Found:
+    """Training splits without any label; or, if they are not published, classes that no label names, or that all do."""
     counts = sum(split.label_counts for split in learnt)
     labelled = sum(split.counts["labels"] for split in learnt)
-    for name, count in zip(info.classes[1:], counts[1:], strict=True) if counts.any() else ():
-        if count == 0:
-            yield f"class '{name}' is in no training label"
-        elif count == labelled:
-            yield f"class '{name}' is in every training label, so labels cannot tell where it is. Add images without it"
+    if not labelled:
+        yield "label", "no training image has a label, so nothing can be learnt"
+    elif not counts.any():
+        yield "label", "no training label names a class, so nothing can be learnt"
+    elif not published:
+        for name, count in zip(info.classes[1:], counts[1:], strict=True):
+            if count == 0:
+                yield "unused", f"class '{name}' is in no training label"
+            elif count == labelled:
+                remedy = "so labels cannot tell where it is. Add images without it"
+                yield "unused", f"class '{name}' is in every training label, {remedy}"
 
 
-def add_copies(
-    groups: Iterable[list[tuple[str, bytes]]],
-    domains_of: dict[str, list[str]],
-    splits: dict[str, Split],
-    findings: list[str],
-) -> None:
-    """Report each group of (id, label) with the same photograph, and count it in its splits."""
-    for ids, labels in (zip(*group, strict=True) for group in groups if len(group) > 1):
-        told = ": with different labels" if len({*labels} - {b""}) > 1 else ""
-        findings.append(" = ".join(f"{image_id} ({', '.join(domains_of[image_id])})" for image_id in ids) + told)
-        for image_id in ids:
-            for domain in domains_of[image_id]:
-                splits[domain].counts["copies"] += 1
-
-
-def list_faults(ids: Sequence[str], published: Published | None) -> Iterable[str]:
+def list_faults(domain: str, ids: Sequence[str], published: Published | None) -> Found:
     """What is wrong with a list of ids."""
     if not ids:
-        yield "is empty"
+        yield "list", f"split '{domain}' is empty"
     repeated = first_repeated(ids)
     if repeated is not None:
-        yield f"lists '{repeated}' twice"
+        yield "list", f"split '{domain}' lists '{repeated}' twice"
     if published and len(ids) != published.images:
-        yield f"lists {len(ids)} images, the published list {published.images}"
+        yield "list", f"split '{domain}' lists {len(ids)} images, the published list {published.images}"
 
 
 def look_at(source: DataSource, image_id: str) -> Look:
@@ -298,19 +286,19 @@ def look_at(source: DataSource, image_id: str) -> Look:
     if look.has["masks"] and look.digest:  # a mask is compared with its image
         look.mask = _try(look, "mask", lambda: look_at_mask(source, image_id, look.label))
     if look.label is not None and look.mask is not None:
-        look.findings += [("unlabelled", f"{look.mask.path}: {text}") for text in contradictions(source.info, look)]
+        look.findings += contradictions(source.info, look)
     return look
 
 
-def contradictions(info: DatasetInfo, look: Look) -> Iterable[str]:
+def contradictions(info: DatasetInfo, look: Look) -> Found:
     """How a mask contradicts its image label. A mask may lack some of the label's classes: they may be tiny."""
     named, shown = look.label > 0, look.mask.pixels[1:] > 0
     extra = [info.classes[i + 1] for i in np.flatnonzero(shown & ~named)]
     if extra:
-        yield f"shows {', '.join(extra)}, unlike the image label"
+        yield "unlabelled", f"{look.mask.path}: shows {', '.join(extra)}, unlike the image label"
     if named.any() and not shown.any():
         values = "0 and 255" if look.mask.ignored else "0"
-        yield f"holds only {values}, unlike the image label"
+        yield "unlabelled", f"{look.mask.path}: holds only {values}, unlike the image label"
 
 
 def _try(look: Look, kind: str, read: Callable[[], np.ndarray]) -> np.ndarray | None:
@@ -321,7 +309,7 @@ def _try(look: Look, kind: str, read: Callable[[], np.ndarray]) -> np.ndarray | 
         return None
 
 
-def absences(image_id: str, look: Look, published: Sequence[Published | None]) -> Iterable[tuple[str, str]]:
+def absences(image_id: str, look: Look, published: Sequence[Published | None]) -> Found:
     """What an image lacks although its published splits have it."""
     for kind in ("label", "mask"):
         promised = any(split and getattr(split, f"{kind}s") for split in published)
