@@ -207,7 +207,6 @@ def verify(
     looks = run_jobs(functools.partial(look_at, source), list(domains_of), workers, "verifying", "image")
     for (image_id, domains), look in zip(domains_of.items(), looks, strict=True):
         report(look.findings)
-        report(absences(image_id, look, [published.get(domain) for domain in domains]))
         for domain in domains:
             splits[domain].add(image_id, look)
         if look.mask is not None:
@@ -222,20 +221,21 @@ def verify(
         report([("copies", " = ".join(f"{i} ({', '.join(domains_of[i])})" for i in labels) + told)])
         for domain in (domain for image_id in labels for domain in domains_of[image_id]):
             splits[domain].counts["copies"] += 1
-    for domain in (domain for domain in splits if domain not in published or domain in scored):
-        report(incomplete(domain, splits[domain], scored=domain in scored))
+    for domain, split in splits.items():
+        report(incomplete(domain, split, published.get(domain), scored=domain in scored))
     learnt = [split for domain, split in splits.items() if "train" in domain] or list(splits.values())
     report(unlearnable(source.info, learnt, published=bool(published)))
     return splits, findings
 
 
-def incomplete(domain: str, split: Split, *, scored: bool) -> Found:
-    """A split in which only some images have labels, or masks; or one to be scored that lacks masks."""
-    if "labels" in split.partly():
+def incomplete(domain: str, split: Split, published: Published | None, *, scored: bool) -> Found:
+    """Labels and masks that a split lacks: those that it was published with or is scored with, or other images have."""
+    must_have = published or Published(split.images, labels=split.counts["labels"] > 0, masks=False)
+    if split.without["labels"] and must_have.labels:
         yield "label", split.incomplete(domain, "labels", "learnt from")
-    if scored and split.without["masks"]:
+    if split.without["masks"] and (must_have.masks or scored):
         yield "mask", split.incomplete(domain, "masks", "scored")
-    elif "masks" in split.partly():
+    elif "masks" in split.partly() and not published:
         yield "partial", split.incomplete(domain, "masks", "scored")
 
 
@@ -307,14 +307,6 @@ def _try(look: Look, kind: str, read: Callable[[], np.ndarray]) -> np.ndarray | 
     except UserError as error:
         look.findings.append((kind, str(error)))
         return None
-
-
-def absences(image_id: str, look: Look, published: Sequence[Published | None]) -> Found:
-    """What an image lacks although its published splits have it."""
-    for kind in ("label", "mask"):
-        promised = any(split and getattr(split, f"{kind}s") for split in published)
-        if promised and look.found and not look.has[f"{kind}s"]:
-            yield kind, f"{image_id}: no {kind}"
 
 
 def table(splits: dict[str, Split], published: dict[str, Published]) -> str:

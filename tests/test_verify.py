@@ -138,8 +138,11 @@ def test_a_published_split_must_have_its_images_labels_and_masks(voc_copy):
     findings = look(voc_copy, published, "voc12")[1]
     assert found(findings) == {
         "list": ["split 'val' lists 2 images, the published list 7"],
-        "mask": ["c: no mask"],
-        "label": ["d: no label"],
+        "mask": ["split 'train': 2 of 3 images have masks, so it cannot be scored; the first without is 'c'"],
+        "label": [
+            "split 'train_aug': 3 of 4 images have labels, so it cannot be learnt from; the first without is 'd'",
+            "split 'val': 1 of 2 images have labels, so it cannot be learnt from; the first without is 'd'",
+        ],
         "overlap": [*SHARED["overlap"], "2 of 2 ids of val are in train_aug too, the first is 'b'"],
     }
 
