@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -228,13 +228,13 @@ class DataSource(ABC):
             inputs["masks"] = identity.contents({i: self.mask_path(i) for i in ids})
         return inputs
 
-    @abstractmethod
     def has_label(self, image_id: str) -> bool:
         """Whether an id has an image label, valid or not; test images have none (UserError: no readable table)."""
+        return image_id in self.labelled_ids()
 
-    def labelled_ids(self) -> Iterable[str]:
-        """The ids that have a label, with or without a photograph; none if classes are folders."""
-        return ()
+    @abstractmethod
+    def labelled_ids(self) -> Collection[str]:
+        """The ids that have an image label, with or without a photograph (UserError: no readable table)."""
 
     @abstractmethod
     def _class_indices(self, image_id: str) -> Iterable[int]:

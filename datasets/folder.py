@@ -22,7 +22,7 @@ import io
 import json
 import re
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from datasets.base import DatasetInfo, DataSource
@@ -120,26 +120,24 @@ class FolderSource(DataSource):
             )
         return sorted(name for name in classes if not is_background(name))
 
-    def has_label(self, image_id: str) -> bool:
-        """Whether there is a row of the table, or without a table a folder, that gives the label of an image."""
-        if self._table_path is None:
-            return self._class_folder(image_id) is not None
-        return image_id in self._table
-
-    def labelled_ids(self) -> Iterable[str]:
-        return () if self._table_path is None else self._table.keys()
+    def labelled_ids(self) -> Collection[str]:
+        return self._annotations.keys()
 
     def _class_indices(self, image_id: str) -> list[int]:
-        if self._table_path is None and (name := self._class_folder(image_id)) is not None:
-            return self._index_of_folder(name)
-        if image_id not in self._table:
-            fault = f"{self._table_path}: no row for id '{image_id}'"
-            raise UserError(f"{fault}. Add one (without classes if it shows none).")
-        return self._table[image_id]
+        if image_id in self._annotations:
+            label = self._annotations[image_id]
+            return label if self._table_path else self._index_of_folder(label)
+        if self._table_path is None:
+            raise UserError(f"{self.root / 'labels.csv'}: no such file. {REMEDY}")
+        raise UserError(f"{self._table_path}: no row for id '{image_id}'. Add one (without classes if it shows none).")
 
     @functools.cached_property
-    def _table(self) -> dict[str, list[int]]:
-        return read_label_table(self._table_path or self.root / "labels.csv", self.info.classes)
+    def _annotations(self) -> dict[str, list[int]] | dict[str, str]:
+        """By id, the mask indices of a row of the table; without a table, the folder of an image, its class."""
+        if self._table_path:
+            return read_label_table(self._table_path, self.info.classes)
+        folders = {image_id: self._class_folder(image_id) for image_id in self.images.files}
+        return {image_id: folder for image_id, folder in folders.items() if folder is not None}
 
     def _class_folder(self, image_id: str) -> str | None:
         """The name of the folder of an image, which is its class; None if it is in no folder."""
@@ -179,8 +177,8 @@ class Photographs(DataSource):
             images = FileIndex({clean_id(place.stem): place}, [])
         super().__init__(place, info=DatasetInfo(tuple(classes)), images=images, splits={}, masks_dirs=[])
 
-    def has_label(self, image_id: str) -> bool:
-        return False
+    def labelled_ids(self) -> Collection[str]:
+        return ()
 
     def _class_indices(self, image_id: str) -> list[int]:
         raise UserError(f"{self.root}: photographs without labels.")
@@ -282,12 +280,10 @@ def read_label_table(path: Path, classes: Sequence[str]) -> dict[str, list[int]]
     """Read `labels.csv` or `labels.json`: mask indices (1..K) of the classes of every id.
 
     Raises:
-        UserError: missing file, wrong form, unknown class, an id labelled twice.
+        UserError: wrong form, unknown class, an id labelled twice.
     """
     index_of = {name: index for index, name in enumerate(classes) if index > 0}
     table: dict[str, list[int]] = {}
-    if not path.exists():
-        raise UserError(f"{path}: no such file. {REMEDY}")
     for place, text, names in _json_rows(path) if path.suffix == ".json" else _csv_rows(path):
         names = [name for name in map(clean_name, names) if name and not is_background(name)]
         image_id = clean_id(text)

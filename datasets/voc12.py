@@ -9,7 +9,7 @@ The image label is the set of object names in the annotation (difficult objects 
 the "image mask" paths that many repositories of this field ship.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -59,10 +59,7 @@ class VOC12Source(DataSource):
         annotations = root / "Annotations"
         self._annotations = index_files([annotations] if annotations.is_dir() else [], (".xml",)).files
 
-    def has_label(self, image_id: str) -> bool:
-        return image_id in self._annotations
-
-    def labelled_ids(self) -> Iterable[str]:
+    def labelled_ids(self) -> Collection[str]:
         return self._annotations.keys()
 
     def _id_of_line(self, line: str) -> str:
