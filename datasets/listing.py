@@ -3,7 +3,7 @@
     index = index_images([root / "images"])
     index.files["2024/a"]                       root/images/2024/a.jpg
     index.others                                files of kinds that are not read, such as .heic
-    Likeness(index.files).advice("2024/a.JPG")  ": write ids without suffix (2024/a)"
+    Likeness(index.files).advice("2024/a.JPG")  ": perhaps '2024/a' is meant"
 
 Names come from people, zip files and three systems. They are compared in one form (Unicode's NFC; a Mac writes é as
 two characters). Hidden files and files of file managers are ignored.
@@ -196,28 +196,11 @@ class Likeness:
                 self._ids[key] = None if key in self._ids else image_id
 
     def advice(self, text: str) -> str:
-        """What to write instead of `text`, as `: ... (the id)`; "" if no id is like it."""
-        plain = text.replace("\\", "/")
-        stem = _without_suffix(plain)
+        """What to write instead of `text`, as `: perhaps ...`; "" if no id is like it."""
+        stem = _without_suffix(text.replace("\\", "/"))
         tails = [stem] + [stem.split("/", n)[n] for n in range(1, stem.count("/") + 1)]
         meant = next((found for tail in tails if (found := self._ids.get(_folded(tail)))), None)
-        return "" if meant is None else f": {_difference(plain, stem, meant)} ({meant})"
-
-
-def _difference(plain: str, stem: str, meant: str) -> str:
-    if plain == meant:
-        return "write '/' between folders"
-    if stem == meant:
-        return "write ids without suffix"
-    if stem.endswith(f"/{meant}"):
-        return "write ids without the folders above"
-    if meant.endswith(f"/{stem}"):
-        return "write ids with their folder"
-    if stem.casefold() == meant.casefold():
-        return "write small and capital letters as in the file's name"
-    if stem.lstrip("0") == meant.lstrip("0"):
-        return "write leading zeros (have a spreadsheet take the column for text)"
-    return "write ids as the files are called"
+        return "" if meant is None else f": perhaps '{meant}' is meant"
 
 
 def _folded(image_id: str) -> str:

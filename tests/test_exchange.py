@@ -609,7 +609,7 @@ def test_classes_that_the_formats_cannot_name(folder_copy, masks, tmp_path):
 def test_flags_that_are_missing_or_name_other_images(folder_root, masks, tmp_path):
     with pytest.raises(UserError, match="--input: the file to import"):
         call(folder_root, "import", "coco", masks, tmp_path)
-    for image_id, told in (("z", ". Check --data_dir."), ("a.jpg", ": write ids without suffix (a).")):
+    for image_id, told in (("z", ". Check --data_dir."), ("a.jpg", ": perhaps 'a' is meant.")):
         (tmp_path / "review.csv").write_text(f"id,doubt\n{image_id},0.9\n")
         with pytest.raises(UserError) as caught:
             call(folder_root, "export", "coco", masks, tmp_path, "--review", tmp_path / "review.csv")

@@ -422,21 +422,21 @@ def test_other_files_beside_the_photographs_are_no_lists(tmp_path):
 @pytest.mark.parametrize(
     ("text", "advice"),
     [
-        ("0001.jpg", ": write ids without suffix (0001)"),
-        ("0001.JPG", ": write ids without suffix (0001)"),
-        ("1", ": write leading zeros (have a spreadsheet take the column for text) (0001)"),
-        ("images/0001.jpg", ": write ids without the folders above (0001)"),
-        ("/data/birds/images/0001.jpg", ": write ids without the folders above (0001)"),
-        ("C:\\birds\\images\\0001.jpg", ": write ids without the folders above (0001)"),
-        ("2024\\Robin", ": write '/' between folders (2024/Robin)"),
-        ("Robin", ": write ids with their folder (2024/Robin)"),
-        ("2024/robin", ": write small and capital letters as in the file's name (2024/Robin)"),
-        ("ROBIN.PNG", ": write ids as the files are called (2024/Robin)"),
+        ("0001.jpg", ": perhaps '0001' is meant"),
+        ("0001.JPG", ": perhaps '0001' is meant"),
+        ("1", ": perhaps '0001' is meant"),
+        ("images/0001.jpg", ": perhaps '0001' is meant"),
+        ("/data/birds/images/0001.jpg", ": perhaps '0001' is meant"),
+        ("C:\\birds\\images\\0001.jpg", ": perhaps '0001' is meant"),
+        ("2024\\Robin", ": perhaps '2024/Robin' is meant"),
+        ("Robin", ": perhaps '2024/Robin' is meant"),
+        ("2024/robin", ": perhaps '2024/Robin' is meant"),
+        ("ROBIN.PNG", ": perhaps '2024/Robin' is meant"),
         ("wren", ""),
         ("0003", ""),
-        ('="0001"', ": write ids as the files are called (0001)"),
-        ("'0001", ": write ids as the files are called (0001)"),
-        ("1.0", ": write leading zeros (have a spreadsheet take the column for text) (0001)"),
+        ('="0001"', ": perhaps '0001' is meant"),
+        ("'0001", ": perhaps '0001' is meant"),
+        ("1.0", ": perhaps '0001' is meant"),
         ("twin", ""),  # a/twin or b/twin
         ("", ""),
     ],
@@ -450,15 +450,17 @@ def test_ids_in_lists_and_tables_that_fit_no_photograph(tmp_path):
     (root / "splits").mkdir()
     (root / "splits" / "train.txt").write_text("0000.jpg\nnobody\n0001")
     source = build_source("folder", root)
-    line = r"train\.txt: 2 of 3 ids have no image in .*, the first is '0000\.jpg': write ids without suffix \(0000\)\."
+    line = r"train\.txt: 2 of 3 ids have no image in .*, the first is '0000\.jpg': perhaps '0000' is meant\."
     with pytest.raises(UserError, match=line):
         source.ids("train")
     found = findings(root)
-    assert found["missing"] == ["0000.jpg: no photograph: write ids without suffix (0000)", "nobody: no photograph"]
+    assert found["missing"] == [
+        "0000.jpg: no photograph: perhaps '0000' is meant",
+        "nobody: no photograph",
+    ]
     assert found["rows"] == [
-        "the label of '0000.jpg' belongs to no photograph: write ids without suffix (0000)",
-        "the label of '2' belongs to no photograph: "
-        "write leading zeros (have a spreadsheet take the column for text) (0002)",
+        "the label of '0000.jpg' belongs to no photograph: perhaps '0000' is meant",
+        "the label of '2' belongs to no photograph: perhaps '0002' is meant",
     ]
     assert found["unlisted"] == [f"{root / 'images' / name}: in no list" for name in ("0000.jpg", "0002.jpg")]
 
@@ -624,10 +626,10 @@ def test_masks_among_the_photographs_are_errors(tmp_path, name):
     [
         ("{}_mask.png", ""),
         ("{}.jpg", ": masks are PNG"),
-        ("{}.jpg.png", ": write ids without suffix (a)"),
+        ("{}.jpg.png", ": perhaps 'a' is meant"),
         ("{}.jpg___fuse.png", ""),
         ("{}.tif", ": masks are PNG"),
-        ("sub/{}.png", ": write ids without the folders above (a)"),
+        ("sub/{}.png", ": perhaps 'a' is meant"),
         ("{}_gt.PNG", ""),
     ],
 )
