@@ -49,7 +49,6 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".xls", ".xlsx", ".ods")
 SPLIT_FOLDERS = ("train", "training", "val", "valid", "validation", "test", "testing")
 MASK_FOLDERS = ("mask", "masks", "labels", "annotations", "gt", "groundtruth", "segmentationclass")
 LIST_FOLDERS = ("splits", "split", "lists", "imagesets")
-LIST_SUFFIXES = (".txt", ".csv")
 OTHER_FOLDERS = {*SPLIT_FOLDERS, *MASK_FOLDERS, "image", "images", "img", "imgs", "photos", "jpegimages"}
 COCO14_PARTS = ("train2014", "val2014")
 """Where COCO 2014 keeps its photographs; otherwise it is in the layout `folder`."""
@@ -88,11 +87,9 @@ class FolderSource(DataSource):
         folders = {self._class_folder(image_id) for image_id in images.files}
         if path.exists():
             return check_classes(path, read_lines(path))
-        if others := [other for other in sorted(root.iterdir()) if _lists_classes(other)]:
-            raise UserError(
-                f"{others[0]}: not read. Save it as classes.txt, '{BACKGROUND}' first (or remove it, if it lists no "
-                "classes)."
-            )
+        others = _files_called(root, ["classes"], (".txt", *TABLE_SUFFIXES))
+        others += _files_called(root, ["labels"], (".txt",))  # labelme's list of classes
+        _refuse(others, f"Save it as classes.txt, '{BACKGROUND}' first")
         if self._table_path is not None or None in folders:
             raise UserError(
                 f"{path}: no such file. Write '{BACKGROUND}' and your classes, one per line; or delete the table of "
@@ -210,48 +207,50 @@ def _around_classes(inside: dict[str, set[str]]) -> str | None:
     return next((name for name in of_folders if name.casefold() in SPLIT_FOLDERS), None)
 
 
-def _lists_classes(path: Path) -> bool:
-    """Whether a file is called almost like `classes.txt`, or `labels.txt` as labelme's list is."""
-    named = path.stem.casefold() == "classes" and path.suffix.lower() in (".txt", *TABLE_SUFFIXES)
-    return (named or path.name.casefold() == "labels.txt") and path.is_file()
+def _refuse(others: Sequence[Path], remedy: str) -> None:
+    """Refuse what looks like a part of the dataset but has another name than the one that is read."""
+    if others:
+        raise UserError(f"{others[0]}: not read. {remedy} (or remove it, if it is something else).")
+
+
+def _files_called(root: Path, names: Container[str], suffixes: Container[str]) -> list[Path]:
+    """The files in `root` with one of `names` before their first point, and one of `suffixes`, in whatever case."""
+    named = (path for path in sorted(root.iterdir()) if path.name.casefold().partition(".")[0] in names)
+    return [path for path in named if path.suffix.lower() in suffixes and path.is_file()]
+
+
+def _folders_called(root: Path, names: Container[str], pattern: str) -> list[Path]:
+    """The folders in `root` with one of `names`, in whatever case, and a file of that pattern below them."""
+    folders = (path for path in sorted(root.iterdir()) if path.name.casefold() in names and path.is_dir())
+    return [folder for folder in folders if any(folder.rglob(pattern))]
 
 
 def _find_label_table(root: Path) -> Path | None:
     tables = [path for path in (root / "labels.csv", root / "labels.json") if path.exists()]
     if len(tables) == 2:
         raise UserError(f"{tables[0]}: there is a {tables[1].name} too. Remove one of them.")
-    others = [path for path in root.glob("[Ll][Aa][Bb][Ee][Ll][Ss].*") if path.suffix.lower() in TABLE_SUFFIXES]
-    if others and not tables:
-        raise UserError(f"{min(others)}: not read. Save it as labels.csv, with the header '{','.join(LABELS_HEADER)}'.")
-    return tables[0] if tables else None
+    if tables:
+        return tables[0]
+    header = ",".join(LABELS_HEADER)
+    _refuse(_files_called(root, ["labels"], TABLE_SUFFIXES), f"Save it as labels.csv, with the header '{header}'")
+    return None
 
 
 def _find_masks(root: Path) -> list[Path]:
     """The folder of masks, or none (UserError: a folder of PNG files with another name that means masks)."""
     if (root / "masks").is_dir():
         return [root / "masks"]
-    for folder in _folders_of(root, MASK_FOLDERS, "[!.]*.[pP][nN][gG]"):
-        raise UserError(f"{folder}: masks are read from masks/. Rename it (or remove it, if it holds no masks).")
+    _refuse(_folders_called(root, MASK_FOLDERS, "[!.]*.[pP][nN][gG]"), "Rename it: masks are read from masks/")
     return []
-
-
-def _folders_of(root: Path, names: Container[str], pattern: str) -> list[Path]:
-    """The folders in `root` with one of `names`, in small or capital letters, and a file of that pattern below them."""
-    folders = (path for path in sorted(root.iterdir()) if path.name.casefold() in names and path.is_dir())
-    return [folder for folder in folders if any(folder.rglob(pattern))]
 
 
 def _find_splits(root: Path) -> dict[str, Path]:
     """The lists of ids by domain, or none (UserError: lists in another place)."""
     splits = index_splits(root / "splits")
-    beside = [path for path in sorted(root.glob("*.*")) if path.suffix.lower() in LIST_SUFFIXES]
-    others = [path for path in beside if path.stem.casefold() in SPLIT_FOLDERS]
-    others += _folders_of(root, LIST_FOLDERS, "[!.]*.[tT][xX][tT]")
-    if others and not splits:
-        raise UserError(
-            f"{others[0]}: lists of ids are read from splits/. Move the lists there, as .txt with one id per line (or "
-            "remove it, if it holds none)."
-        )
+    if not splits:
+        others = _files_called(root, SPLIT_FOLDERS, (".txt", ".csv"))
+        others += _folders_called(root, LIST_FOLDERS, "[!.]*.[tT][xX][tT]")
+        _refuse(others, "Lists of ids are read from splits/: move the lists there, as .txt with one id per line")
     return splits
 
 

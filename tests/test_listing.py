@@ -163,7 +163,7 @@ def test_folders_of_photographs_and_masks_are_no_classes(tmp_path, names):
 @pytest.mark.parametrize("name", ["Masks", "mask", "labels", "SegmentationClass"])
 def test_masks_in_another_folder_are_not_passed_over(folder_copy, name):
     (folder_copy / "masks").rename(folder_copy / name)
-    with pytest.raises(UserError, match=rf"{name}: masks are read from masks/\. Rename it"):
+    with pytest.raises(UserError, match=rf"{name}: not read\. Rename it: masks are read from masks/"):
         build_source("folder", folder_copy)
     assert build_source("folder", folder_copy, folder_copy / name).has_mask("a")
     for path in (folder_copy / name).iterdir():
@@ -174,7 +174,7 @@ def test_masks_in_another_folder_are_not_passed_over(folder_copy, name):
     (deep / "._a.png").touch()
     assert not build_source("folder", folder_copy).has_mask("a")
     (deep / "a.PNG").touch()
-    with pytest.raises(UserError, match=rf"{name}: masks are read from masks/\. Rename it"):
+    with pytest.raises(UserError, match=rf"{name}: not read\. Rename it: masks are read from masks/"):
         build_source("folder", folder_copy)
 
 
@@ -381,7 +381,9 @@ def test_lists_in_files_of_other_kinds_are_refused(tmp_path):
 def test_lists_beside_the_folder_of_lists_are_refused(tmp_path):
     root = dataset(tmp_path, "a.jpg", labels="id,labels\na,cat\n")
     (root / "val.txt").write_text("a")
-    with pytest.raises(UserError, match=r"val\.txt: lists of ids are read from splits/\. Move the lists there"):
+    with pytest.raises(
+        UserError, match=r"val\.txt: not read\. Lists of ids are read from splits/: move the lists there"
+    ):
         build_source("folder", root)
 
 
@@ -402,7 +404,7 @@ def test_lists_in_another_place_are_not_passed_over(tmp_path, name, place):
     (root / name).parent.mkdir(parents=True, exist_ok=True)
     (root / name).write_text("a\n")
     with pytest.raises(
-        UserError, match=rf"{place}: lists of ids are read from splits/\. Move the lists there, as \.txt"
+        UserError, match=rf"{place}: not read\. Lists of ids are read from splits/: move the lists there, as \.txt"
     ):
         build_source("folder", root)
     (root / "splits").mkdir()
@@ -543,7 +545,7 @@ def test_classes_under_another_name_are_not_passed_over(tmp_path, name):
     """Without them, the classes would be in alphabetical order, and masks are numbers."""
     root = photographs(tmp_path, "dog/a.jpg", "cat/b.jpg")
     (root / name).write_text("background\ndog\ncat\n")
-    message = rf"{name}: not read\. Save it as classes\.txt, 'background' first \(or remove it, if it lists no"
+    message = rf"{name}: not read\. Save it as classes\.txt, 'background' first \(or remove it, if it is something"
     with pytest.raises(UserError, match=message):
         build_source("folder", root)
     (root / "classes.txt").write_text("background\ndog\ncat\n")
