@@ -92,8 +92,22 @@ class DataSource(ABC):
         """
         ids = self.listed_ids(domain)
         if self.splits:
-            self._check_ids(self.splits[domain], ids)
+            self.check_ids(self.splits[domain], ids)
         return ids
+
+    def check_ids(self, path: Path, ids: list[str]) -> None:
+        """Check the ids that a file lists (UserError: there are none, one is listed twice, or is of no image)."""
+        if not ids:
+            raise UserError(f"{path}: an empty list. Write one image id per line.")
+        repeated = first_repeated(ids)
+        if repeated is not None:
+            raise UserError(f"{path}: id '{repeated}' is listed twice. Remove one.")
+        missing = [image_id for image_id in ids if image_id not in self.images.files]
+        if missing:
+            raise UserError(
+                f"{path}: {len(missing)} of {len(ids)} ids have no image in {self.root}, the first is "
+                f"'{missing[0]}'{self.advice(missing[0]) or '. Remove them from the list, or add their photographs'}."
+            )
 
     def listed_ids(self, domain: str) -> list[str]:
         """The ids of a domain, unchecked: for reports on what is wrong with them.
@@ -242,19 +256,6 @@ class DataSource(ABC):
 
     def _id_of_line(self, line: str) -> str:
         return line
-
-    def _check_ids(self, path: Path, ids: list[str]) -> None:
-        if not ids:
-            raise UserError(f"{path}: an empty list. Write one image id per line.")
-        repeated = first_repeated(ids)
-        if repeated is not None:
-            raise UserError(f"{path}: id '{repeated}' is listed twice. Remove one.")
-        missing = [image_id for image_id in ids if image_id not in self.images.files]
-        if missing:
-            raise UserError(
-                f"{path}: {len(missing)} of {len(ids)} ids have no image in {self.root}, the first is "
-                f"'{missing[0]}'{self.advice(missing[0]) or '. Remove them from the list, or add their photographs'}."
-            )
 
 
 def read_mask(path: Path, info: DatasetInfo) -> np.ndarray:

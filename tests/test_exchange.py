@@ -609,11 +609,13 @@ def test_classes_that_the_formats_cannot_name(folder_copy, masks, tmp_path):
 def test_flags_that_are_missing_or_name_other_images(folder_root, masks, tmp_path):
     with pytest.raises(UserError, match="--input: the file to import"):
         call(folder_root, "import", "coco", masks, tmp_path)
-    for image_id, told in (("z", ". Check --data_dir."), ("a.jpg", ": perhaps 'a' is meant.")):
+    remedy = ". Remove them from the list, or add their photographs."
+    for image_id, told in (("z", remedy), ("a.jpg", ": perhaps 'a' is meant.")):
         (tmp_path / "review.csv").write_text(f"id,doubt\n{image_id},0.9\n")
         with pytest.raises(UserError) as caught:
             call(folder_root, "export", "coco", masks, tmp_path, "--review", tmp_path / "review.csv")
-        assert str(caught.value) == f"{tmp_path / 'review.csv'}: no image for id '{image_id}' in {folder_root}{told}"
+        fault = f"1 of 1 ids have no image in {folder_root}, the first is '{image_id}'"
+        assert str(caught.value) == f"{tmp_path / 'review.csv'}: {fault}{told}"
     (tmp_path / "review.csv").write_text("id,doubt\na,0.9\nb,0.8\na,0.7\n")
     with pytest.raises(UserError, match=r"review\.csv: id 'a' is listed twice. Remove one."):
         call(folder_root, "export", "coco", masks, tmp_path, "--review", tmp_path / "review.csv")

@@ -30,7 +30,7 @@ from datasets import build_source
 from datasets.base import DataSource
 from datasets.exchange import coco, cvat, label_studio
 from datasets.exchange.labels import Item, Labels
-from datasets.listing import IMAGE_SUFFIXES, clean_id, first_repeated, index_files
+from datasets.listing import IMAGE_SUFFIXES, clean_id, index_files
 from tools import cli, options
 from tools.errors import UserError, require
 from tools.files import atomic_write, check_size, check_writable, load_mask, save_mask, save_png
@@ -72,13 +72,10 @@ def main(args: argparse.Namespace) -> None:
 
 def chosen_ids(source: DataSource, args: argparse.Namespace) -> list[str]:
     """The ids to export (UserError: the queue names an image twice, or one that is not in the dataset)."""
-    ids = load_queue(args.review) if args.review else source.ids(args.domain)
-    if (repeated := first_repeated(ids)) is not None:
-        raise UserError(f"{args.review}: id '{repeated}' is listed twice. Remove one.")
-    unknown = [image_id for image_id in ids if not source.has_image(image_id)]
-    if unknown:
-        advice = source.advice(unknown[0]) or ". Check --data_dir"
-        raise UserError(f"{args.review}: no image for id '{unknown[0]}' in {source.root}{advice}.")
+    if not args.review:
+        return source.ids(args.domain)[: args.first]
+    ids = load_queue(args.review)
+    source.check_ids(args.review, ids)
     return ids[: args.first]
 
 
