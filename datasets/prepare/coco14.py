@@ -6,21 +6,14 @@
     ROOT/annotations/instances_train2014.json  .../instances_val2014.json    read
     ROOT/classes.txt  labels.csv  masks/ID.png  splits/train2014.txt  splits/val2014.txt    written
 
-* Classes: the categories by ascending id (ids have gaps), so category 1 is class 1 and category 90 is class 80.
-* Masks: objects are painted from the largest to the smallest area, so the smaller object is on top; of equals, the
-  later one. Crowd regions ("a group of people") are painted as their class too, below all single objects. Nothing is
-  ignored.
-* Image labels: the classes of all annotations, crowds included; also of an object the mask hides entirely.
-* An annotation with an empty segmentation, or one of less than three points, counts for the label, and paints nothing.
-  How many there are is printed.
-
-A json is held in memory as pycocotools reads it: about six times its size.
+Classes are the categories by ascending id (ids have gaps), so category 1 is class 1 and category 90 is class 80. Image
+labels are the classes of all annotations, crowds included; also of an object that the mask hides entirely, or that has
+no outline. A json is held in memory as pycocotools reads it: about six times its size.
 """
 
 import contextlib
 import functools
 import io
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -31,7 +24,7 @@ from pycocotools.coco import COCO
 
 from datasets.base import voc_palette
 from datasets.folder import COCO14_PARTS, write_lists
-from datasets.listing import BACKGROUND, check_classes
+from datasets.listing import BACKGROUND, check_classes, clean_id
 from tools.errors import UserError
 from tools.files import check_writable, reading, save_mask
 from tools.parallel import run_jobs
@@ -115,14 +108,19 @@ def check_references(path: Path, content: dict[str, list[dict]], remedy: str) ->
 
 
 def outline(shape: Any) -> Any:
-    """A `segmentation` without its empty parts; None if nothing is left, as of boxes from Label Studio or CVAT."""
-    if isinstance(shape, list):  # two points would be a box to pycocotools
+    """A `segmentation` without its empty parts; None if nothing is left, as of boxes from Label Studio or CVAT.
+
+    A part of one or two points is empty, too. To pycocotools, two would be a box.
+    """
+    if isinstance(shape, list):
         return [part for part in shape if not isinstance(part, list) or len(part) >= 6] or None
     return None if not shape or (isinstance(shape, dict) and not shape.get("counts")) else shape
 
 
 def paint(objects: Sequence[tuple[int, bool, Any]], height: int, width: int) -> np.ndarray:
     """The class mask of one image: uint8 [height, width], 0 where there is no object.
+
+    The smaller object is on top; of equals, the later one. Crowds ("a group of people") lie below all single objects.
 
     Args:
         objects: class index, whether it is a crowd, and COCO's `segmentation` (polygons or RLE, not empty) of each.
@@ -159,7 +157,7 @@ def _run_lengths(shape: Any, height: int, width: int) -> dict[str, Any]:
 
 def _image_id(file: str) -> str:
     """The id of a `file_name`; Label Studio's hold folders, on Windows with backslashes."""
-    return unicodedata.normalize("NFC", PureWindowsPath(file).stem)
+    return clean_id(PureWindowsPath(file).stem)
 
 
 def _convert_image(

@@ -5,12 +5,9 @@
     SOURCE/**/ID_sat.jpg  SOURCE/**/ID_mask.png         read, in any folders below SOURCE
     ROOT/images/ID.jpg  ROOT/masks/ID.png  ROOT/classes.txt  ROOT/labels.csv  ROOT/splits/{train,val,test}.txt
 
-* Colours are cut at 128, as the challenge asks: compression has blurred them. "Unknown" (black) and colours of no
-  class become 255 (ignored). So no pixel is background, and the foreground mIoU is the one to compare.
-* The image label is the set of classes in the mask. It holds for all of the photograph, 2448 pixels a side, which
-  training reduces to `--image_size` first.
-* Splits: masks were published for the challenge's training images only. Of those, by ascending id, every fifth is `val`
-  and the others are `train` (our choice; there is no official one). Images without a mask are `test`.
+Colours are cut at 128, as the challenge asks: compression has blurred them. "Unknown" (black) and colours of no class
+become 255 (ignored), so no pixel is background. The image label is the set of classes in the mask. Of the images with a
+mask, by ascending id, every fifth is `val` and the others are `train` (our choice; there is no official one).
 """
 
 import filecmp
