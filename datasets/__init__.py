@@ -10,8 +10,8 @@
     loader = build_loader(dataset, 32, num_workers=8, seed=0)
 
 `listing` finds files, `base`, `folder` and `voc12` read them, `prepare` makes public datasets from their official
-files, `verify` looks a dataset over, `transforms` and `mixing` augment, `dataset` and `loaders` make batches. Only the
-last four import PyTorch.
+files, `verify` looks a dataset over (`verify_files`, `verify_masks`: what single images do not tell), `transforms` and
+`mixing` augment, `dataset` and `loaders` make batches. Only the last four import PyTorch.
 """
 
 from pathlib import Path

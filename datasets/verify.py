@@ -17,9 +17,9 @@ often each class occurs to OUTPUT_DIR/classes.png. Columns of the table:
 
 Exit code 2 if there is an error: a photograph, label or mask is missing, unreadable or bad; a list is empty, repeats an
 id, or is not as long as the published one; no file of masks belongs to a photograph; a third of the masks contradict
-their labels (`masks.py`), or a third of the photographs are nearly black. The last two columns are warnings. Warnings,
-too: label rows without a photograph, photographs in no list, files that are not read, classes that no training label
-names, or that all name, and lists that share ids (not train and trainval, whose names say so).
+their labels, or a third of the photographs are nearly black. The last two columns are warnings. Warnings, too: label
+rows without a photograph, photographs in no list, files that are not read, classes that no training label names, or
+that all name, and lists that share ids (not train and trainval, whose names say so).
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ import numpy as np
 
 from datasets import build_source
 from datasets.base import DatasetInfo, DataSource
-from datasets.leftovers import leftovers
 from datasets.listing import first_repeated
-from datasets.masks import MaskLook, is_systematic, look_at_mask, shared_faults
+from datasets.verify_files import leftovers
+from datasets.verify_masks import MaskLook, is_systematic, look_at_mask, shared_faults
 from tools import cli, options
 from tools.errors import UserError
 from tools.files import atomic_write, check_writable, save_json
