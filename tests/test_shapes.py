@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datasets import build_source
-from datasets.prepare.shapes import CLASSES, IGNORE_INDEX, MARKER, draw, generate
+from datasets.prepare.shapes import IGNORE_INDEX, MARKER, draw, generate
 from datasets.prepare.shapes_painting import Brush, Canvas, ellipse, hsv, noise, polygon
+from datasets.voc12 import SHAPES_CLASSES
 from tools.errors import UserError
 
 SMALL = {"num_train": 5, "num_val": 3, "size": 64, "seed": 3}
@@ -55,7 +56,7 @@ def test_another_seed_and_another_split_give_other_images(small_set: Path, tmp_p
 
 def test_the_dataset_reader_finds_everything(small_set: Path) -> None:
     source = build_source("shapes", small_set)
-    assert source.info.classes == CLASSES
+    assert source.info.classes == SHAPES_CLASSES
     assert sorted(source.domains()) == ["train", "val"]
     assert [len(source.ids(domain)) for domain in ("train", "val")] == [5, 3]
     for image_id in source.ids("train") + source.ids("val"):
@@ -72,7 +73,7 @@ def test_annotations_are_those_of_the_devkit(small_set: Path) -> None:
         assert tree.findtext("filename") == f"{path.stem}.jpg"
         for item in tree.iterfind("object"):
             xmin, ymin, xmax, ymax = (int(item.findtext(f"bndbox/{end}")) for end in ("xmin", "ymin", "xmax", "ymax"))
-            assert item.findtext("name") in CLASSES[1:]
+            assert item.findtext("name") in SHAPES_CLASSES[1:]
             assert 1 <= xmin <= xmax <= width and 1 <= ymin <= ymax <= height
 
 
@@ -124,7 +125,7 @@ def test_every_picture_is_consistent(seed: int, size: int) -> None:
     assert sample.image.dtype == sample.mask.dtype == np.uint8
     assert sample.image.shape == (*sample.mask.shape, 3)
     assert max(sample.mask.shape) == size and min(sample.mask.shape) >= 0.83 * size
-    listed = {CLASSES.index(name) for name, _ in sample.objects}
+    listed = {SHAPES_CLASSES.index(name) for name, _ in sample.objects}
     assert sample.objects and set(np.unique(sample.mask).tolist()) <= listed | {0, IGNORE_INDEX}
     boxed = np.zeros_like(sample.mask, dtype=bool)
     for _, (xmin, ymin, xmax, ymax) in sample.objects:
@@ -141,8 +142,8 @@ def test_void_separates_whatever_differs(samples: list) -> None:
 def test_the_mix_is_what_the_demo_needs(samples: list) -> None:
     counts = np.array([len(sample.objects) for sample in samples])
     kinds = [{name for name, _ in sample.objects} for sample in samples]
-    area = np.array([np.isin(sample.mask, range(1, len(CLASSES))).mean() for sample in samples])
-    assert set.union(*kinds) == set(CLASSES[1:])
+    area = np.array([np.isin(sample.mask, range(1, len(SHAPES_CLASSES))).mean() for sample in samples])
+    assert set.union(*kinds) == set(SHAPES_CLASSES[1:])
     assert set(counts) == {1, 2, 3}
     assert 0.2 < np.mean([len(names) > 1 for names in kinds]) < 0.5
     assert 0.15 < area.mean() < 0.35 and area.max() < 0.75

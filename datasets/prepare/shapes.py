@@ -35,8 +35,6 @@ from tools.files import check_writable, save_json, save_mask
 from tools.options import IGNORE_INDEX
 from tools.parallel import run_jobs
 
-CLASSES = ("background", *KINDS)
-assert CLASSES == SHAPES_CLASSES, "the reader and the generator name other classes"
 MARKER = "generator.json"  # parameters of a complete set, the last file written
 VERSION = 5  # raised whenever the same seed no longer gives the same bytes
 
@@ -125,7 +123,7 @@ def _draw_once(rng: np.random.Generator, size: int) -> Sample:
 
 def _choose_contents(rng: np.random.Generator) -> tuple[list[str], str]:
     """Classes of one to three objects, the one that decides the scene first; and the scene."""
-    first = str(rng.choice(CLASSES[1:]))
+    first = str(rng.choice(SHAPES_CLASSES[1:]))
     names = [first]
     chance = rng.random()
     if chance < SECOND_CLASS:
@@ -190,7 +188,7 @@ def _annotate(visible: list[np.ndarray], names: list[str], size: tuple[int, int]
     for index, name in enumerate(names, start=1):
         rows, columns = np.nonzero(owner == index)
         listed = rows.size >= MIN_VISIBLE * owner.size
-        mask[rows, columns] = CLASSES.index(name) if listed else IGNORE_INDEX
+        mask[rows, columns] = SHAPES_CLASSES.index(name) if listed else IGNORE_INDEX
         if listed:
             box = (columns.min() + 1, rows.min() + 1, columns.max() + 1, rows.max() + 1)
             objects.append((name, tuple(int(end) for end in box)))
