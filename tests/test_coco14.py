@@ -189,11 +189,11 @@ MISTAKES: dict[str, tuple[Callable[[dict], object], str]] = {
     "list of numbers": (lambda c: c.update(images=[1, 2]), "not a readable json of COCO's objects"),
     "odd polygon": (
         lambda c: c["annotations"][0].update(segmentation="x"),
-        r"COCO_train2014_\d+\.jpg: an object of this image is dam",
+        r"COCO_train2014_\d+\.jpg: not a readable outline of an object",
     ),
     "no number": (
         lambda c: c["annotations"][0].update(segmentation=[[1, 1, 9, 1, 9, float("nan")]]),
-        r"COCO_train2014_\d+\.jpg: an object of this image is damaged .*: a coordinate is no number",
+        r"COCO_train2014_\d+\.jpg: not a readable outline of an object \(a coordinate is no number",
     ),
     "size of a mask": (
         lambda c: c["annotations"][0].update(segmentation={"counts": [4], "size": [2, 2]}),
@@ -201,7 +201,7 @@ MISTAKES: dict[str, tuple[Callable[[dict], object], str]] = {
     ),
     "run lengths": (
         lambda c: c["annotations"][0].update(segmentation={"counts": [10, 20], "size": [40, 50]}),
-        r"damaged \(run lengths that do not add up to the image\)\. Unpack",
+        r"object \(run lengths that do not add up to the image\)\. Unpack",
     ),
 }
 

@@ -127,7 +127,8 @@ def paint(objects: Sequence[tuple[int, bool, Any]], height: int, width: int) -> 
         height, width: of the image, pixels.
 
     Raises:
-        ValueError: a segmentation pycocotools does not take, or one that is damaged or of another size.
+        ValueError: a segmentation that is damaged or of another size.
+        Exception: one that pycocotools does not take.
     """
     codes = [_run_lengths(shape, height, width) for _, _, shape in objects]
     areas = coco_mask.area(codes) if codes else []
@@ -140,14 +141,11 @@ def paint(objects: Sequence[tuple[int, bool, Any]], height: int, width: int) -> 
 
 def _run_lengths(shape: Any, height: int, width: int) -> dict[str, Any]:
     """A COCO `segmentation` as compressed RLE, by pycocotools' own rules."""
-    try:
-        if isinstance(shape, list):
-            if not all((np.abs(np.asarray(part, float)) < FAR).all() for part in shape if isinstance(part, list)):
-                raise ValueError("a coordinate is no number, or far outside of the image")
-            return coco_mask.merge(coco_mask.frPyObjects(shape, height, width))
-        code = coco_mask.frPyObjects(shape, height, width) if isinstance(shape["counts"], list) else shape
-    except Exception as error:  # pycocotools raises nothing more specific
-        raise ValueError(f"pycocotools cannot read its segmentation: {error}") from error
+    if isinstance(shape, list):
+        if not all((np.abs(np.asarray(part, float)) < FAR).all() for part in shape if isinstance(part, list)):
+            raise ValueError("a coordinate is no number, or far outside of the image")
+        return coco_mask.merge(coco_mask.frPyObjects(shape, height, width))
+    code = coco_mask.frPyObjects(shape, height, width) if isinstance(shape["counts"], list) else shape
     if list(code["size"]) != [height, width]:
         raise ValueError(f"its segmentation is for {code['size'][1]}x{code['size'][0]} pixels, not {width}x{height}")
     counts = code["counts"]  # bytes of pycocotools, text of a json
@@ -175,11 +173,7 @@ def _convert_image(
         objects = [
             (index_of[item["category_id"]], bool(item["iscrowd"]), shape) for item, shape in shapes if shape is not None
         ]
-        try:
+        with reading(file, "outline of an object", "Unpack COCO's json again."):
             mask = paint(objects, image["height"], image["width"])
-        except ValueError as error:
-            raise UserError(
-                f"{file}: an object of this image is damaged ({error}). Unpack COCO's json again."
-            ) from error
         save_mask(path, mask, voc_palette())
     return _image_id(file), sorted({index_of[item["category_id"]] for item in annotations})
