@@ -170,7 +170,7 @@ MISTAKES: dict[str, tuple[Callable[[dict], object], str]] = {
         lambda c: c["annotations"][0].update(image_id=7),
         r"annotation of image_id 7, which is not in 'images'",
     ),
-    "image twice": (lambda c: c["images"].append(c["images"][0]), r"an id occurs twice in 'images'. Use COCO's own"),
+    "image twice": (lambda c: c["images"].append(c["images"][0]), r"an id occurs twice in 'images'\)\. Unpack"),
     "file twice": (
         lambda c: c["images"].append(c["images"][0] | {"id": 99, "file_name": "b/" + c["images"][0]["file_name"]}),
         r"file 'COCO\w+' occurs twice",
@@ -181,7 +181,10 @@ MISTAKES: dict[str, tuple[Callable[[dict], object], str]] = {
     ),
     "no annotations": (lambda c: c.pop("annotations"), r"no 'annotations' in it"),
     "no categories": (lambda c: c.update(categories=[]), r"no 'categories' in it"),
-    "no segmentation": (lambda c: c["annotations"][3].pop("segmentation"), r"element 4 of 'annotations' lacks \['segm"),
+    "no segmentation": (
+        lambda c: c["annotations"][3].pop("segmentation"),
+        r"an element of 'annotations' lacks 'segmentation'",
+    ),
     "captions": (
         lambda c: [a.pop("category_id") for a in c["annotations"]],
         r"not a readable json of COCO's objects \('category_id'\)",

@@ -363,17 +363,23 @@ def test_run_lengths_cut_short_are_refused(folder_root, masks, tmp_path):
         call(folder_root, "import", "coco", masks, tmp_path / "back", "--input", path)
 
 
+DAMAGED = "not a readable COCO json of objects"
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda c: c["images"][1].update(id=1), "an id occurs twice in 'images'. Export it again, by itself."),
+        (
+            lambda c: c["images"][1].update(id=1),
+            f"{DAMAGED} (an id occurs twice in 'images'). Export it again, by itself.",
+        ),
         (
             lambda c: c["categories"].insert(0, {"id": 1, "name": "dog"}),
-            "an id occurs twice in 'categories'. Export it again, by itself.",
+            f"{DAMAGED} (an id occurs twice in 'categories'). Export it again, by itself.",
         ),
         (
             lambda c: c["annotations"][0].update(image_id="1"),
-            "an annotation of image_id 1, which is not in 'images'. Export it again, by itself.",
+            f"{DAMAGED} (an annotation of image_id 1, which is not in 'images'). Export it again, by itself.",
         ),
         (
             lambda c: c["images"].append({**c["images"][0], "id": 77, "file_name": "job 2/a.jpg"}),

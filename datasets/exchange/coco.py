@@ -51,9 +51,9 @@ def read(path: Path, labels: Labels) -> Iterator[tuple[str, np.ndarray]]:
     Raises:
         UserError: no such json, one with boxes, or one with an id that is there twice or not at all.
     """
-    with reading(path, "COCO json of objects", "Export it again."):
+    with reading(path, "COCO json of objects", "Export it again, by itself."):
         content = json.loads(read_text(path))
-        check_references(path, content, "Export it again, by itself.")
+        check_references(content)
         name_of = {category["id"]: category["name"] for category in content["categories"]}  # some are of no object
         file_of = {image["id"]: image["file_name"] for image in content["images"]}
         objects: dict[int, list] = {image_id: [] for image_id in file_of}

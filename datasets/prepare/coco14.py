@@ -31,9 +31,9 @@ from tools.parallel import run_jobs
 from tools.rle import check_counts
 
 FIELDS = {
-    "categories": {"id", "name"},
-    "images": {"id", "file_name", "height", "width"},
-    "annotations": {"image_id", "category_id", "iscrowd", "segmentation"},
+    "categories": ("id", "name"),
+    "images": ("id", "file_name", "height", "width"),
+    "annotations": ("image_id", "category_id", "iscrowd", "segmentation"),
 }
 """The lists of a json, and what each of their elements must have."""
 
@@ -81,30 +81,29 @@ def read_annotations(path: Path) -> COCO:
     # pycocotools prints what it does
     with reading(path, "json of COCO's objects", remedy), contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(path)
-    for key, fields in FIELDS.items():
-        if not coco.dataset.get(key):
-            raise UserError(f"{path}: no '{key}' in it. Use COCO's instances_*.json.")
-        for number, element in enumerate(coco.dataset[key], 1):
-            if not element.keys() >= fields:
-                lacking = sorted(fields - element.keys())
-                raise UserError(f"{path}: element {number} of '{key}' lacks {lacking}. Use COCO's instances_*.json.")
-    check_references(path, coco.dataset, "Use COCO's own file, unpacked again.")
+        for key, fields in FIELDS.items():
+            if not coco.dataset.get(key):
+                raise ValueError(f"no '{key}' in it")
+            for field in fields:
+                if not all(field in element for element in coco.dataset[key]):
+                    raise ValueError(f"an element of '{key}' lacks '{field}'")
+        check_references(coco.dataset)
     empty = sum(outline(item["segmentation"]) is None for item in coco.dataset["annotations"])
     if empty:
         print(f"{path}: {empty} annotations have an empty segmentation: they count for the label, and paint nothing")
     return coco
 
 
-def check_references(path: Path, content: dict[str, list[dict]], remedy: str) -> None:
-    """Raise UserError if a json has two images or categories of one id, or an annotation of an id that is not there."""
+def check_references(content: dict[str, list[dict]]) -> None:
+    """Raise ValueError if two images or categories have one id, or an annotation is of an id that is not there."""
     known = {key: {element["id"] for element in content[key]} for key in ("images", "categories")}
     for key, ids in known.items():
         if len(ids) < len(content[key]):
-            raise UserError(f"{path}: an id occurs twice in '{key}'. {remedy}")
+            raise ValueError(f"an id occurs twice in '{key}'")
     for item in content["annotations"]:
         for key, field in (("images", "image_id"), ("categories", "category_id")):
             if item[field] not in known[key]:
-                raise UserError(f"{path}: an annotation of {field} {item[field]}, which is not in '{key}'. {remedy}")
+                raise ValueError(f"an annotation of {field} {item[field]}, which is not in '{key}'")
 
 
 def outline(shape: Any) -> Any:
