@@ -62,6 +62,12 @@ class DatasetInfo:
         """K: entries of an image label."""
         return len(self.classes) - 1
 
+    def index(self, name: str, place: str | Path) -> int:
+        """The mask index, 1..K, of a class that `place` (a file, a line of it) names (UserError: it is unknown)."""
+        if name not in self.classes[1:]:
+            raise UserError(f"{place}: unknown class '{name}'. Known: {', '.join(self.classes[1:])}.")
+        return self.classes.index(name)
+
 
 @dataclass(eq=False, repr=False)
 class DataSource(ABC):

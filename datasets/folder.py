@@ -123,7 +123,9 @@ class FolderSource(DataSource):
     def _class_indices(self, image_id: str) -> list[int]:
         if image_id in self._annotations:
             label = self._annotations[image_id]
-            return label if self._table_path else self._index_of_folder(label)
+            if self._table_path:
+                return label
+            return [] if is_background(label) else [self.info.index(label, self.root / "images" / label)]
         if self._table_path is None:
             raise UserError(f"{self.root / 'labels.csv'}: no such file. {REMEDY}")
         raise UserError(f"{self._table_path}: no row for id '{image_id}'. Add one (without classes if it shows none).")
@@ -132,7 +134,7 @@ class FolderSource(DataSource):
     def _annotations(self) -> dict[str, list[int]] | dict[str, str]:
         """By id, the mask indices of a row of the table; without a table, the folder of an image, its class."""
         if self._table_path:
-            return read_label_table(self._table_path, self.info.classes)
+            return read_label_table(self._table_path, self.info)
         folders = {image_id: self._class_folder(image_id) for image_id in self.images.files}
         return {image_id: folder for image_id, folder in folders.items() if folder is not None}
 
@@ -140,16 +142,6 @@ class FolderSource(DataSource):
         """The name of the folder of an image, which is its class; None if it is in no folder."""
         folders = image_id.split("/")[self._class_depth : -1]
         return clean_name(folders[0]) if folders else None
-
-    def _index_of_folder(self, name: str) -> list[int]:
-        if is_background(name):
-            return []
-        if name not in self.info.classes:
-            raise UserError(
-                f"{self.root / 'images' / name}: no class of classes.txt. Rename the folder, or write a labels.csv. "
-                f"Known: {', '.join(self.info.classes)}."
-            )
-        return [self.info.classes.index(name)]
 
 
 class Photographs(DataSource):
@@ -275,23 +267,19 @@ def write_lists(
         save_text(root / "splits" / f"{domain}.txt", "".join(f"{image_id}\n" for image_id in ids))
 
 
-def read_label_table(path: Path, classes: Sequence[str]) -> dict[str, list[int]]:
+def read_label_table(path: Path, info: DatasetInfo) -> dict[str, list[int]]:
     """Read `labels.csv` or `labels.json`: mask indices (1..K) of the classes of every id.
 
     Raises:
         UserError: wrong form, unknown class, an id labelled twice.
     """
-    index_of = {name: index for index, name in enumerate(classes) if index > 0}
     table: dict[str, list[int]] = {}
     for place, text, names in _json_rows(path) if path.suffix == ".json" else _csv_rows(path):
         names = [name for name in map(clean_name, names) if name and not is_background(name)]
-        image_id = clean_id(text)
-        unknown = [name for name in names if name not in index_of]
-        if unknown:
-            raise UserError(f"{path}, {place}: unknown class '{unknown[0]}'. Known: {', '.join(index_of)}.")
+        image_id, indices = clean_id(text), [info.index(name, f"{path}, {place}") for name in names]
         if image_id in table:
             raise UserError(f"{path}, {place}: id '{image_id}' is labelled already. Merge the two.")
-        table[image_id] = [index_of[name] for name in names]
+        table[image_id] = indices
     return table
 
 

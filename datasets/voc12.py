@@ -66,17 +66,13 @@ class VOC12Source(DataSource):
         first = line.split()[0]
         return Path(first).stem if "/" in first else first
 
-    def _class_indices(self, image_id: str) -> set[int]:
+    def _class_indices(self, image_id: str) -> list[int]:
         path = self._annotations.get(image_id, self.root / "Annotations" / f"{image_id}.xml")
         with reading(path, "annotation", "It holds the labels of the image: unpack the dataset again."):
             # An object's parts, such as heads and hands, are inside it and are not objects.
             objects = ElementTree.fromstring(path.read_bytes()).iterfind("object")
         names = {item.findtext("name", default="").strip() for item in objects}
-        unknown = names - set(self.info.classes[1:])
-        if unknown:
-            known = ", ".join(self.info.classes[1:])
-            raise UserError(f"{path}: unknown class '{min(unknown)}'. Known: {known}.")
-        return {self.info.classes.index(name) for name in names}
+        return [self.info.index(name, path) for name in sorted(names)]
 
 
 def find_devkit(data_dir: Path) -> Path | None:
