@@ -19,15 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from datasets.listing import (
-    IMAGE_SUFFIXES,
-    MASK_SUFFIXES,
-    FileIndex,
-    Likeness,
-    clean_id,
-    first_repeated,
-    index_files,
-)
+from datasets.listing import IMAGE_SUFFIXES, MASK_SUFFIXES, FileIndex, clean_id, first_repeated, index_files
 from tools import identity
 from tools.errors import UserError
 from tools.files import check_size, file_orientation, load_image, load_mask, read_lines, upright_size
@@ -110,9 +102,10 @@ class DataSource(ABC):
             raise UserError(f"{path}: id '{repeated}' is listed twice. Remove one.")
         missing = [image_id for image_id in ids if image_id not in self.images.files]
         if missing:
+            remedy = self.images.advice(missing[0]) or ". Remove them from the list, or add their photographs"
             raise UserError(
                 f"{path}: {len(missing)} of {len(ids)} ids have no image in {self.root}, the first is "
-                f"'{missing[0]}'{self.advice(missing[0]) or '. Remove them from the list, or add their photographs'}."
+                f"'{missing[0]}'{remedy}."
             )
 
     def listed_ids(self, domain: str) -> list[str]:
@@ -127,14 +120,6 @@ class DataSource(ABC):
             return sorted(i for i in self.images.files if not self.parts or i.startswith(f"{domain}/"))
         lines = map(clean_id, read_lines(self.splits[domain]))
         return [self._id_of_line(line) for line in lines if line]  # some hold nothing that can be seen
-
-    def advice(self, text: str) -> str:
-        """What to write instead of an id without photograph: ": ..."; "" if no id is like it."""
-        return self._likeness.advice(text)
-
-    @functools.cached_property
-    def _likeness(self) -> Likeness:
-        return Likeness(self.images.files)
 
     def has_image(self, image_id: str) -> bool:
         """Whether there is a photograph of that id."""
@@ -158,7 +143,7 @@ class DataSource(ABC):
     def stray_masks(self) -> Iterator[tuple[Path, str]]:
         """Each file in the folders of masks that belongs to no photograph, and the sentence on it."""
         for index in self._masks:
-            strays = {path: self.advice(i) for i, path in index.files.items() if i not in self.images.files}
+            strays = {path: self.images.advice(i) for i, path in index.files.items() if i not in self.images.files}
             strays |= {path: ": masks are PNG" * (path.suffix.lower() in IMAGE_SUFFIXES) for path in index.others}
             yield from ((path, f"{path}: no ID.png of a photograph{advice}") for path, advice in strays.items())
 

@@ -3,12 +3,13 @@
     index = index_images([root / "images"])
     index.files["2024/a"]                       root/images/2024/a.jpg
     index.others                                files of kinds that are not read, such as .heic
-    Likeness(index.files).advice("2024/a.JPG")  ": perhaps '2024/a' is meant"
+    index.advice("2024/a.JPG")                  ": perhaps '2024/a' is meant"
 
 Names come from people, zip files and three systems. They are compared in one form (Unicode's NFC; a Mac writes é as
 two characters). Hidden files and files of file managers are ignored.
 """
 
+import functools
 import os
 import re
 import unicodedata
@@ -34,6 +35,24 @@ class FileIndex:
 
     files: dict[str, Path]  # by id
     others: list[Path]  # files of other kinds
+
+    def advice(self, text: str) -> str:
+        """What to write instead of an id that no file has, as `: perhaps ...`; "" if no id is like it.
+
+        Alike are ids with a suffix, without leading zeros, in other case, with other folders before the name.
+        """
+        stem = _without_suffix(text.replace("\\", "/"))
+        tails = [stem.split("/", n)[n] for n in range(stem.count("/") + 1)]
+        meant = next((found for tail in tails if (found := self._by_likeness.get(_folded(tail)))), None)
+        return "" if meant is None else f": perhaps '{meant}' is meant"
+
+    @functools.cached_property
+    def _by_likeness(self) -> dict[str, str | None]:
+        ids: dict[str, str | None] = {}  # None: several look like that
+        for file_id in self.files:
+            for key in {_folded(file_id), _folded(file_id.rpartition("/")[2])}:
+                ids[key] = None if key in ids else file_id
+        return ids
 
 
 def index_images(folders: Iterable[Path]) -> FileIndex:
@@ -184,23 +203,6 @@ def check_classes(path: Path, names: Sequence[str]) -> tuple[str, ...]:
 def first_repeated(names: Iterable[str]) -> str | None:
     """A name that occurs more than once; None if all differ."""
     return next((name for name, count in Counter(names).items() if count > 1), None)
-
-
-class Likeness:
-    """Finds which of the `ids` a wrong one stands for: one with a suffix, without leading zeros, in other case ..."""
-
-    def __init__(self, ids: Iterable[str]) -> None:
-        self._ids: dict[str, str | None] = {}  # None: several look like that
-        for image_id in ids:
-            for key in {_folded(image_id), _folded(image_id.rpartition("/")[2])}:
-                self._ids[key] = None if key in self._ids else image_id
-
-    def advice(self, text: str) -> str:
-        """What to write instead of `text`, as `: perhaps ...`; "" if no id is like it."""
-        stem = _without_suffix(text.replace("\\", "/"))
-        tails = [stem] + [stem.split("/", n)[n] for n in range(1, stem.count("/") + 1)]
-        meant = next((found for tail in tails if (found := self._ids.get(_folded(tail)))), None)
-        return "" if meant is None else f": perhaps '{meant}' is meant"
 
 
 def _folded(image_id: str) -> str:

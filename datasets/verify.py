@@ -271,7 +271,7 @@ def look_at(source: DataSource, image_id: str) -> Look:
     """Read the photograph, label and mask of one id."""
     look = Look(found=source.has_image(image_id))
     if not look.found:
-        look.findings.append(("missing", f"{image_id}: no photograph{source.advice(image_id)}"))
+        look.findings.append(("missing", f"{image_id}: no photograph{source.images.advice(image_id)}"))
         return look
     path = source.image_path(image_id)
     image = _try(look, "unreadable", lambda: source.image(image_id))

@@ -13,7 +13,7 @@ from command import data_flags, refusal
 from PIL import Image
 
 from datasets import build_source
-from datasets.listing import Likeness, check_classes, index_images, index_splits
+from datasets.listing import FileIndex, check_classes, index_images, index_splits
 from datasets.verify import verify
 from tools.errors import UserError
 
@@ -444,7 +444,8 @@ def test_other_files_beside_the_photographs_are_no_lists(tmp_path):
     ],
 )
 def test_advice_on_an_id_that_is_none(text, advice):
-    assert Likeness(["0000", "0001", "2024/Robin", "a/twin", "b/twin"]).advice(text) == advice
+    ids = ("0000", "0001", "2024/Robin", "a/twin", "b/twin")
+    assert FileIndex({image_id: Path(image_id) for image_id in ids}, []).advice(text) == advice
 
 
 def test_ids_in_lists_and_tables_that_fit_no_photograph(tmp_path):
