@@ -14,6 +14,8 @@ files, `verify` looks a dataset over (`verify_files`, `verify_masks`: what singl
 `mixing` augment, `dataset` and `loaders` make batches. Only the last four import PyTorch.
 """
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 from datasets.base import DatasetInfo, DataSource
@@ -21,38 +23,37 @@ from datasets.folder import COCO14_PARTS, FolderSource, Photographs
 from datasets.voc12 import SHAPES_CLASSES, VOC12Source
 from tools.errors import UserError
 from tools.identity import check_classes
-from tools.options import DATASETS
 
 __all__ = ["DataSource", "DatasetInfo", "Photographs", "build_source"]
+
+READERS: dict[str, Callable[..., DataSource]] = {
+    "voc12": VOC12Source,
+    "coco14": functools.partial(FolderSource, image_folders=COCO14_PARTS),
+    "folder": FolderSource,
+    "shapes": functools.partial(VOC12Source, classes=SHAPES_CLASSES),  # drawn in that layout
+    "deepglobe": FolderSource,  # converted to that layout
+}
 
 
 def build_source(dataset: str, data_dir: str | Path, masks_dir: str | Path | None = None) -> DataSource:
     """Open a dataset.
 
     Args:
-        dataset: one of `tools.options.DATASETS`; each has its layout (`voc12.py`, `folder.py`). 'shapes' is drawn
-            in VOC's layout, 'deepglobe' is converted to that of 'folder'.
+        dataset: a key of `READERS`.
         masks_dir: folder of ID.png masks to read instead of the dataset's own, such as pseudo masks.
 
     Raises:
         UserError: unknown dataset, or the folder does not hold it; or the masks in `masks_dir` are of other classes.
     """
+    if dataset not in READERS:
+        raise UserError(f"--dataset {dataset}: unknown. Choose one of: {', '.join(READERS)}.")
     data_dir = Path(data_dir)
     masks_dir = None if masks_dir is None else Path(masks_dir)
     if dataset in ("coco14", "deepglobe") and data_dir.is_dir() and not (data_dir / "classes.txt").exists():
         raise UserError(
             f"{data_dir}: not converted. Run python -m datasets.prepare --dataset {dataset} --data_dir {data_dir}."
         )
-    if dataset == "voc12":
-        source = VOC12Source(data_dir, masks_dir)
-    elif dataset == "shapes":
-        source = VOC12Source(data_dir, masks_dir, SHAPES_CLASSES)
-    elif dataset == "coco14":
-        source = FolderSource(data_dir, masks_dir, COCO14_PARTS)
-    elif dataset in ("folder", "deepglobe"):
-        source = FolderSource(data_dir, masks_dir)
-    else:
-        raise UserError(f"--dataset {dataset}: unknown. Choose one of: {', '.join(DATASETS)}.")
+    source = READERS[dataset](data_dir, masks_dir)
     if masks_dir is not None:
         check_classes(masks_dir, source.info.classes[1:])
     return source
