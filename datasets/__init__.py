@@ -9,9 +9,9 @@
     dataset = ImageDataset(source, source.ids("train"), train_geometry(512, 320, 640))
     loader = build_loader(dataset, 32, num_workers=8, seed=0)
 
-`listing` finds files, `base`, `folder` and `voc12` read them, `prepare` makes public datasets from their official
-files, `verify` looks a dataset over (`verify_files`, `verify_masks`: what single images do not tell), `transforms` and
-`mixing` augment, `dataset` and `loaders` make batches. Only the last four import PyTorch.
+`listing` finds files, `class_names` checks names, `base`, `folder` and `voc12` read, `prepare` makes public datasets
+from their official files, `verify` looks a dataset over (`verify_files`, `verify_masks`: what single images do not
+tell), `transforms` and `mixing` augment, `dataset` and `loaders` make batches. Only the last four import PyTorch.
 """
 
 import functools

@@ -26,19 +26,8 @@ from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from datasets.base import DatasetInfo, DataSource
-from datasets.listing import (
-    BACKGROUND,
-    FileIndex,
-    check_classes,
-    clean_id,
-    clean_name,
-    index_images,
-    index_splits,
-    is_background,
-    listed_images,
-    mask_of,
-    utf8_name,
-)
+from datasets.class_names import BACKGROUND, check_classes, clean_name, is_background
+from datasets.listing import FileIndex, clean_id, index_images, index_splits, listed_images, mask_of, utf8_name
 from tools.errors import UserError
 from tools.files import DELIMITERS, atomic_write, read_lines, read_text, reading, save_text
 

@@ -13,7 +13,8 @@ from command import data_flags, refusal
 from PIL import Image
 
 from datasets import build_source
-from datasets.listing import FileIndex, check_classes, index_images, index_splits
+from datasets.class_names import check_classes
+from datasets.listing import FileIndex, index_images, index_splits
 from datasets.verify import verify
 from tools.errors import UserError
 

@@ -23,8 +23,9 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from datasets.base import voc_palette
+from datasets.class_names import BACKGROUND, check_classes
 from datasets.folder import COCO14_PARTS, write_lists
-from datasets.listing import BACKGROUND, check_classes, clean_id
+from datasets.listing import clean_id
 from tools.errors import UserError
 from tools.files import check_writable, reading, save_mask
 from tools.parallel import run_jobs

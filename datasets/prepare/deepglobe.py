@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from datasets.base import voc_palette
-from datasets.folder import BACKGROUND, write_lists
+from datasets.class_names import BACKGROUND
+from datasets.folder import write_lists
 from tools.errors import UserError
 from tools.files import atomic_write, check_writable, load_image, save_mask
 from tools.options import IGNORE_INDEX
