@@ -121,10 +121,6 @@ class DataSource(ABC):
         lines = map(clean_id, read_lines(self.splits[domain]))
         return [self._id_of_line(line) for line in lines if line]  # some hold nothing that can be seen
 
-    def has_image(self, image_id: str) -> bool:
-        """Whether there is a photograph of that id."""
-        return image_id in self.images.files
-
     def image_path(self, image_id: str) -> Path:
         """The photograph of an id (UserError: there is none)."""
         if image_id not in self.images.files:

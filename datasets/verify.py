@@ -269,7 +269,7 @@ def list_faults(domain: str, ids: Sequence[str], published: Published | None) ->
 
 def look_at(source: DataSource, image_id: str) -> Look:
     """Read the photograph, label and mask of one id."""
-    look = Look(found=source.has_image(image_id))
+    look = Look(found=image_id in source.images.files)
     if not look.found:
         look.findings.append(("missing", f"{image_id}: no photograph{source.images.advice(image_id)}"))
         return look

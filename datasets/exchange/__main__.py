@@ -149,7 +149,7 @@ def find_id(source: DataSource, name: str, path: Path) -> str:
     parts = clean_id(name).split("/")
     for start in range(len(parts)):
         image_id = "/".join(parts[start:])
-        if source.has_image(image_id):
+        if image_id in source.images.files:
             return image_id
     raise UserError(f"{path}: no image '{name}' in {source.root}. Check --data_dir.")
 
