@@ -98,11 +98,9 @@ def test_a_server_without_ranges_starts_again(server, archive, downloads):
     assert fetch(archive, downloads).read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize("size", ["known", "unknown"])
-def test_a_part_longer_than_the_file_is_thrown_away(server, archive, downloads, size):
+def test_a_part_longer_than_the_file_is_thrown_away(server, archive, downloads):
     downloads.mkdir()
     (downloads / "a.bin.part").write_bytes(b"x" * (len(CONTENT) + 5))
-    archive = archive if size == "known" else Archive(**(vars(archive) | {"size": None}))
     assert fetch(archive, downloads).read_bytes() == CONTENT
 
 

@@ -49,7 +49,7 @@ class Archive:
     url: str  # official address; empty if there is none without a login
     md5: str  # checksum, hexadecimal
     yields: str  # path, below the folder it is unpacked to, that exists once it is unpacked
-    size: int | None = None  # bytes; None where no source states it
+    size: int | None = None  # bytes; None if it is not downloaded, but put there by hand
     strip: str = ""  # leading folders of the members, removed; members elsewhere are not unpacked
     wanted: tuple[str, ...] = ("",)  # what the rest of a member's path must begin with to be unpacked
 
@@ -131,7 +131,7 @@ def check_space(folder: Path, needed: int, purpose: str) -> None:
 # --------------------------------------------------------------------------------------------------------- downloading
 
 
-def _download(url: str, part: Path, size: int | None) -> None:
+def _download(url: str, part: Path, size: int) -> None:
     """Fill `part` from `url`, over as many connections as it takes."""
     failures = 0
     while True:
@@ -154,14 +154,14 @@ def _download(url: str, part: Path, size: int | None) -> None:
         time.sleep(PAUSE * 2 ** max(0, failures - 1))
 
 
-def _continue(url: str, part: Path, size: int | None) -> bool:
+def _continue(url: str, part: Path, size: int) -> bool:
     """One connection: append what `part` lacks; whether it is complete now.
 
     Raises:
         UserError: the server has a file of another size or answers with a web page, or the disk is full.
     """
     start = _length(part)
-    if start and start == size:
+    if start == size:
         return True
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
@@ -170,14 +170,13 @@ def _continue(url: str, part: Path, size: int | None) -> bool:
         if response.status != 206:
             start = 0  # a server that cannot continue: from the beginning
         length = size if response.length is None else start + response.length
-        if size is not None and length not in (None, size):
+        if length != size:
             raise UserError(f"{url}: {length} bytes, but the official file has {size}. {_by_hand(part)}")
-        if length is not None:
-            check_space(part.parent, 2 * length - start, f"downloading and unpacking {part.stem}")
-        counts = {"unit": "B", "unit_scale": True, "total": length, "initial": start}
+        check_space(part.parent, 2 * size - start, f"downloading and unpacking {part.stem}")
+        counts = {"unit": "B", "unit_scale": True, "total": size, "initial": start}
         with parallel.progress((), desc=part.stem, **counts) as bar:
             _pour(response, part, "ab" if start else "wb", bar)
-    return length is None or _length(part) >= length
+    return _length(part) >= size
 
 
 def _pour(source: IO[bytes], path: Path, mode: str, bar: tqdm | None = None) -> None:
