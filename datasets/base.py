@@ -11,7 +11,6 @@ checks of what it finds, is here (`listing.py` lists the files). Sources are rea
 from __future__ import annotations
 
 import functools
-from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,8 +61,8 @@ class DatasetInfo:
 
 
 @dataclass(eq=False, repr=False)
-class DataSource(ABC):
-    """Photographs with image labels, perhaps masks, and named lists of ids ("domains")."""
+class DataSource:
+    """Photographs with named lists of ids ("domains"), perhaps masks, and image labels if a reader finds them."""
 
     root: Path  # the dataset's folder; errors name it
     info: DatasetInfo
@@ -233,13 +232,13 @@ class DataSource(ABC):
         """Whether an id has an image label, valid or not; test images have none (UserError: no readable table)."""
         return image_id in self.labelled_ids()
 
-    @abstractmethod
     def labelled_ids(self) -> Collection[str]:
         """The ids that have an image label, with or without a photograph (UserError: no readable table)."""
+        return ()
 
-    @abstractmethod
     def _class_indices(self, image_id: str) -> Iterable[int]:
         """Mask indices (1..K) of the foreground classes of an image."""
+        raise UserError(f"{self.root}: photographs without labels.")
 
     def _id_of_line(self, line: str) -> str:
         return line

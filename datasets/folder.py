@@ -155,12 +155,6 @@ class Photographs(DataSource):
             images = FileIndex({clean_id(place.stem): place}, [])
         super().__init__(place, info=DatasetInfo(tuple(classes)), images=images, splits={}, masks_dirs=[])
 
-    def labelled_ids(self) -> Collection[str]:
-        return ()
-
-    def _class_indices(self, image_id: str) -> list[int]:
-        raise UserError(f"{self.root}: photographs without labels.")
-
 
 def split_folders(ids: Iterable[str], *, has_table: bool) -> list[str]:
     """The folders directly below `images/`, if all have names of splits; else none.
