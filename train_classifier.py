@@ -174,7 +174,8 @@ def main(args: argparse.Namespace) -> None:
     model = build_model("classifier", num_classes=source.info.num_classes, **options.network_arguments(args)).to(device)
     if args.restore:
         report = restore(model, args.restore, source.info.classes)
-        model.new_classifier = "classifier.weight" not in report.restored
+        if "classifier.weight" in report.restored:
+            model.pretrained.add("classifier")
     ordinary = load_ordinary(args, source.info).to(device) if args.oc_weights else None
     criterion = PriorCriterion(args.method, label_smoothing=args.label_smoothing, w_re=args.w_re, ordinary=ordinary)
     companions: dict[str, Any] = {}

@@ -477,7 +477,8 @@ def build_student(args: argparse.Namespace, classes: Sequence[str]) -> nn.Module
     student = build_model("csrm", num_classes=len(classes), **options.network_arguments(args), **heads)
     if args.restore:
         report = restore(student, args.restore, classes)
-        student.new_classifier = "classifier.weight" not in report.restored
+        if "classifier.weight" in report.restored:
+            student.pretrained.add("classifier")
     return student
 
 

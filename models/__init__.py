@@ -4,8 +4,8 @@
     same_network = build_model(**model.config)    # the weights come from model.state_dict()
     model, checkpoint = load_model("experiments/models/a.pth", device, kinds=["classifier", "csrm"])
 
-Every model takes float32 [B,3,H,W] (ImageNet-normalised), returns a dict of tensors, and names the modules that are not
-part of the pretrained backbone with `scratch_modules()`.
+Every model takes float32 [B,3,H,W] (ImageNet-normalised) and returns a dict of tensors. Its set `pretrained` has the
+names of the parts that do not start from random weights.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,6 +53,7 @@ def build_model(kind: str, *, weights: str = "none", **options: Any) -> nn.Modul
     config = config_type(**options)
     model = network(Backbone(config, weights), config)
     model.config = {"kind": kind, "weights": "none", **asdict(config)}
+    model.pretrained = {"backbone"}
     # Convolutions follow the layout of their weights; this one is a quarter faster on CPUs and what tensor cores want.
     return model.to(memory_format=torch.channels_last)
 

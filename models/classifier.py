@@ -28,7 +28,6 @@ class Classifier(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.classifier = cam_classifier(backbone.channels, config.num_classes)
-        self.new_classifier = True
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Classify ImageNet-normalised float32 [B,3,H,W].
@@ -38,7 +37,3 @@ class Classifier(nn.Module):
         """
         cams = self.classifier(self.backbone(x)[1])
         return {"class_logits": cams.mean(dim=(2, 3)), "cams": cams}
-
-    def scratch_modules(self) -> list[nn.Module]:
-        """The layers that are not part of the backbone; with `new_classifier` false, none."""
-        return [self.classifier] * self.new_classifier

@@ -29,7 +29,6 @@ class CSRM(nn.Module):
         self.classifier = cam_classifier(backbone.channels, config.num_classes)
         self.trunk = Trunk(backbone, config)
         self.segmentation = SegmentationBranch(self.trunk.channels, config)
-        self.new_classifier = True
         self.representation = self.saliency = None
         if config.use_rep_head:
             self.representation = nn.Sequential(
@@ -67,9 +66,3 @@ class CSRM(nn.Module):
         if self.saliency is not None:
             output["saliency"] = self.saliency(trunk)
         return output
-
-    def scratch_modules(self) -> list[nn.Module]:
-        """The layers that are not part of the backbone; with `new_classifier` false, not of the CAM prior either."""
-        modules = [self.trunk, self.segmentation, self.representation, self.saliency]
-        modules += [self.classifier] * self.new_classifier
-        return [module for module in modules if module is not None]

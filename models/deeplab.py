@@ -25,7 +25,3 @@ class DeepLabV3Plus(nn.Module):
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """ImageNet-normalised float32 [B,3,H,W] -> "seg_logits" [B,K+1,H/4,W/4]."""
         return {"seg_logits": self.segmentation(self.trunk(*self.backbone(x), x.shape[-2:]))}
-
-    def scratch_modules(self) -> list[nn.Module]:
-        """The layers that are not part of the backbone."""
-        return [self.trunk, self.segmentation]

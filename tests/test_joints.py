@@ -470,9 +470,7 @@ class Weight(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(1, 1)
-
-    def scratch_modules(self):
-        return []
+        self.pretrained = {"layer"}
 
     def step(self, update: Update) -> None:
         self.requires_grad_()

@@ -359,7 +359,7 @@ def test_aspp_dilations_double_at_output_stride_8():
 @pytest.mark.parametrize("kind", ["csrm", "segmentation"])
 @pytest.mark.parametrize("use_gn", [True, False])
 def test_normalisation_of_new_layers(kind, use_gn):
-    new = [layer for module in build(kind, use_gn=use_gn).scratch_modules() for layer in module.modules()]
+    new = [layer for name, layer in build(kind, use_gn=use_gn).named_modules() if not name.startswith("backbone")]
     groups = [layer.num_groups for layer in new if isinstance(layer, nn.GroupNorm)]
     batch_norms = [layer for layer in new if isinstance(layer, nn.BatchNorm2d)]
     assert (set(groups) == {4} and not batch_norms) if use_gn else (not groups and batch_norms)
@@ -372,7 +372,7 @@ def test_a_width_that_groups_cannot_share_is_refused():
 
 def test_new_convolutions_start_kaiming_normal():
     model = build("csrm", decoder_channels=64, use_sal_head=True)
-    for conv in (c for module in model.scratch_modules() for c in convolutions(module)):
+    for conv in (c for part in model.children() if part is not model.backbone for c in convolutions(part)):
         fan_in = conv.weight[0].numel()
         assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / fan_in), rel=6 / math.sqrt(conv.weight.numel()))
         assert conv.bias is None or not conv.bias.any()
@@ -387,18 +387,18 @@ def test_aspp_image_mean_reaches_every_pixel():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_scratch_modules_are_all_but_the_backbone(kind):
+def test_new_layers_are_all_but_the_backbone(kind):
     model = build(kind, **({"use_sal_head": True} if kind == "csrm" else {}))
-    scratch = [id(p) for module in model.scratch_modules() for p in module.parameters()]
+    groups = parameter_groups(model, Optimization("sgd", 1.0, 0.0))
+    scratch = [id(p) for group in groups if group["name"].startswith("scratch") for p in group["params"]]
     assert len(scratch) == len(set(scratch))
     assert set(scratch) == {id(p) for name, p in model.named_parameters() if not name.startswith("backbone.")}
-    groups = parameter_groups(model, Optimization("sgd", 1.0, 0.0))
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
 def test_a_restored_classifier_is_no_new_layer():
     model = build("csrm")
-    model.new_classifier = False
+    model.pretrained.add("classifier")
     rates = {id(p): g["lr"] for g in parameter_groups(model, Optimization("sgd", 1.0, 0.0)) for p in g["params"]}
     assert rates[id(model.classifier.weight)] == 1 and rates[id(model.segmentation[-1].weight)] == 10
 

@@ -23,9 +23,7 @@ class Network(nn.Module):
         self.stem = nn.Conv2d(3, 4, 1).requires_grad_(False)
         self.stage = nn.Sequential(nn.Conv2d(4, 4, 1, bias=bias), nn.BatchNorm2d(4))
         self.head = nn.Conv2d(4, 2, 1, bias=bias)
-
-    def scratch_modules(self) -> list[nn.Module]:
-        return [self.head]
+        self.pretrained = {"stem", "stage"}
 
     def forward(self, x):
         return self.head(self.stage(self.stem(x)))

@@ -4,7 +4,7 @@
     update.backward(loss)    # of one batch
     update.step()            # once per `options.accumulate_steps` batches
 
-A model says which of its modules are new (not pretrained) with `scratch_modules() -> list[nn.Module]`.
+A model's set `pretrained` has the names of its parts that are not new.
 """
 
 from typing import Any
@@ -26,11 +26,10 @@ def parameter_groups(model: nn.Module, options: Optimization) -> list[dict]:
     The learning rates are lr times 1, `lr_alpha_bias`, `lr_alpha_scratch`, and both; biases have no weight decay. The
     scale of a normalisation layer counts as a weight. A group may be empty, so that the order never changes.
     """
-    scratch = {id(p) for module in model.scratch_modules() for p in module.parameters()}
     members: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            kind = (id(parameter) in scratch, name.rpartition(".")[2] == "bias")
+            kind = (name.partition(".")[0] not in model.pretrained, name.rpartition(".")[2] == "bias")
             members.setdefault(kind, []).append(parameter)
     return [
         {

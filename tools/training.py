@@ -56,7 +56,7 @@ RESUME_ONLY = ("optimizer", "schedule", "scaler", "memory_bank", "opponent", "he
 class Trainer:
     """Drives the training of one model."""
 
-    model: nn.Module  # on `device`, trained in place; has `config` and `scratch_modules()`
+    model: nn.Module  # on `device`, trained in place; has `config` and `pretrained` (`models.build_model`)
     run: options.Training
     classes: Sequence[str]  # their names, background first; they go into the checkpoint
     _: KW_ONLY
