@@ -8,7 +8,6 @@
 here=$(dirname "${BASH_SOURCE[0]}"); [[ -f $here/config/env.sh ]] || here=${SLURM_SUBMIT_DIR:-.}/runners  # sbatch runs a copy
 [[ -f $here/config/env.sh ]] || { echo "$here/config/env.sh: no such file. Start from the repository's root." >&2; exit 2; }
 source "$here/config/env.sh"
-source runners/config/dataset.sh
 if ((NODE > 0)); then exit; fi  # machine 0 does it for all
 stage 0 "installation and data"
 printf 'All stages: %s\n' "$TAKES"

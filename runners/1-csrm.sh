@@ -8,10 +8,7 @@
 here=$(dirname "${BASH_SOURCE[0]}"); [[ -f $here/config/env.sh ]] || here=${SLURM_SUBMIT_DIR:-.}/runners  # sbatch runs a copy
 [[ -f $here/config/env.sh ]] || { echo "$here/config/env.sh: no such file. Start from the repository's root." >&2; exit 2; }
 source "$here/config/env.sh"
-source runners/config/dataset.sh
 stage 1 "CAM prior (1), CSRM and its pseudo masks (2)"
-
-RUN_FLAGS="--device $DEVICE --seed $SEED --num_workers $WORKERS"
 
 # train_prior TAG METHOD FLAGS...: train a classifier, or finish it; a finished one is left as it is.
 train_prior() {

@@ -6,7 +6,6 @@
 here=$(dirname "${BASH_SOURCE[0]}"); [[ -f $here/config/env.sh ]] || here=${SLURM_SUBMIT_DIR:-.}/runners  # sbatch runs a copy
 [[ -f $here/config/env.sh ]] || { echo "$here/config/env.sh: no such file. Start from the repository's root." >&2; exit 2; }
 source "$here/config/env.sh"
-source runners/config/dataset.sh
 stage 3 "pseudo masks refined"
 
 refine "$TAG_REFINED" "$PSEUDOS"

@@ -9,7 +9,6 @@
 here=$(dirname "${BASH_SOURCE[0]}"); [[ -f $here/config/env.sh ]] || here=${SLURM_SUBMIT_DIR:-.}/runners  # sbatch runs a copy
 [[ -f $here/config/env.sh ]] || { echo "$here/config/env.sh: no such file. Start from the repository's root." >&2; exit 2; }
 source "$here/config/env.sh"
-source runners/config/dataset.sh
 stage 4 "the final model"
 : "${MASKS:=$REFINED}"
 if [[ ! -d "$MASKS" ]]; then
@@ -18,7 +17,6 @@ fi
 
 CORRECTIONS=()
 if [[ -n "$CORRECTED" ]]; then CORRECTIONS=(--corrected_dir "$CORRECTED"); fi
-RUN_FLAGS="--device $DEVICE --seed $SEED --num_workers $WORKERS"
 
 # train_model TAG FLAGS...: DeepLabV3+ on $MASKS, or finish it.
 train_model() {

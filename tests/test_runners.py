@@ -13,7 +13,7 @@ import pytest
 from tools.history import read_commands
 
 ROOT = Path(__file__).parent.parent
-REFINE = 'source runners/config/env.sh; source runners/config/dataset.sh; mkdir -p "${MASKS:-$REFINED}"'
+REFINE = 'source runners/config/env.sh; mkdir -p "${MASKS:-$REFINED}"'
 LAUNCHER = r"-m torch.distributed.run --nproc_per_node (\d) --max_restarts 0 --standalone"
 
 

@@ -1,5 +1,5 @@
 # Where and how the stages run. Every variable can be set in the environment: DEVICE=cpu ./runners/1-csrm.sh
-# Sourced by the runners; works under bash, sbatch and srun (submit from the repository's root).
+# Sourced by the runners, and sources dataset.sh; works under bash, sbatch and srun (submit from the repository's root).
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -29,6 +29,7 @@ fi
 # Loader and helper processes: one per core (Linux, macOS), however many threads OpenMP may have, which nproc would count.
 : "${WORKERS:=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || sysctl -n hw.ncpu)}"
 : "${SEED:=0}"
+RUN_FLAGS="--device $DEVICE --seed $SEED --num_workers $WORKERS"
 : "${PRIOR:=vanilla}"       # CAM prior that CSRM starts from: vanilla, puzzle, poc or pnoc, or a file of weights
 
 if [[ "$SEED" == 0 ]]; then : "${NAME:=$DATASET}"; else : "${NAME:=$DATASET-seed$SEED}"; fi
@@ -134,3 +135,5 @@ report() {
   run report.py --domain "$SHEET" --output_dir "$REPORT" --num_workers "$WORKERS" --summary ${scores[@]+"${scores[@]}"} \
     --tags ${tags[@]+"${tags[@]}"} --columns ${columns[@]+"${columns[@]}"} ${review[@]+"${review[@]}"}
 }
+
+source runners/config/dataset.sh
