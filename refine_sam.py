@@ -122,7 +122,6 @@ class Backend:
     build: Callable[[], Propose]  # loads what makes them, if an image needs it
     images_per_call: int = 1  # how many images that takes at a time
     threads: int = 0  # of this process; 0: helper processes are used instead
-    mask_files: Path | None = None  # the folder of --proposals files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +222,7 @@ def proposal_settings(args: argparse.Namespace) -> dict[str, object]:
     if args.proposals == "regions":
         return name | {f"region_{key}": value for key, value in dataclasses.asdict(region_generator(args)).items()}
     if args.proposals == "files":
-        return name
+        return name | {"mask_files": args.mask_files}
     weights = {"checkpoint": args.checkpoint, "model_type": args.model_type}
     if args.proposals != "sam":
         weights = {"checkpoint": args.checkpoint and weights_file(args.checkpoint)}
@@ -256,7 +255,7 @@ def select_backend(args: argparse.Namespace) -> Backend:
     if args.proposals == "regions":
         return Backend(settings, lambda: region_generator(args))
     if args.proposals == "files":
-        return Backend(settings, lambda: functools.partial(read_masks, args.mask_files), mask_files=args.mask_files)
+        return Backend(settings, lambda: functools.partial(read_masks, args.mask_files))
     sought = options.from_flags(MaskOptions, args)
     device = devices.select_device(args.device)
     dtype = devices.autocast_dtype(args.mixed_precision, device)
@@ -313,10 +312,10 @@ def proposals_identity(backend: Backend, source: DataSource, ids: Sequence[str])
         raise UserError(
             f"{source.image_path('settings')}: settings.json is taken in each folder. Rename the photograph."
         )
-    inputs = source.fingerprints(ids)
-    if backend.mask_files:
-        inputs["mask files"] = fingerprints(backend.mask_files, ids)
-    flags = {**backend.settings, "mask_files": backend.mask_files}
+    inputs, mask_files = source.fingerprints(ids), backend.settings.get("mask_files")
+    if mask_files:
+        inputs["mask files"] = fingerprints(mask_files, ids)
+    flags = {**backend.settings, "mask_files": mask_files}
     return identity.describe("refine_sam.py", flags, inputs=inputs)
 
 
