@@ -13,21 +13,20 @@ A model that has learnt few pseudo masks is seldom sure, and its argmax is the b
 use --reading relative: the classes that are sure somewhere in the image take the place of an image label, and their
 maps are read relative to their maxima, as in inference.py. Prediction writes to experiments/predictions/TAG@DOMAIN/
 
-    masks/ID.png         class indices with a palette
-    overlays/ID.jpg      the photograph with painted classes and a legend (--save_overlays)
-    confidence/ID.png    the network's probability of the class in the mask, before the dense CRF, times 255: an 8-bit
-                         grey image (--save_confidence)
+    masks/ID.png         class indices with a palette, of the size of the upright photograph
+    overlays/ID.jpg      the photograph with painted classes, at most 1280 pixels long, and a legend (--save_overlays)
+    confidence/ID.png    the network's probability of the class in the mask, times 255: an 8-bit grey image
+                         (--save_confidence). It is taken before the dense CRF, whose own probabilities are nearly all
+                         0 or 1; where the CRF chose another class, it is low
+    areas.csv            --images only: pixels and per cent of each class of the model, background and zeros included,
+                         in each photograph that has a mask
 
 --images takes any photographs: one file, a folder, or a text file (.txt) with one path per line, relative to that file.
-The results go to TAG@NAME, after the name of the file or folder. areas.csv in it has a row for each photograph and
-class: its pixels, and their per cent.
+The results go to TAG@NAME, after the name of the file or folder. --tile finds small objects in large photographs, and
+misses those larger than a square. Each square takes the time of a photograph; with --reading relative the network sees
+it twice (SETUP.md).
 
-The network sees a large photograph reduced to the size of its training, so small objects are lost. --tile 1024 cuts
-photographs longer than 1024 pixels into overlapping squares of this side, and segments each square like a photograph.
-Small objects are found (a flock, aerial images), but objects larger than a square are missed. Each square takes the
-time of a photograph; with --reading relative the network sees each square twice.
-
-Training and prediction continue where they stopped. Several GPUs can share them (SETUP.md):
+Training and prediction continue where they stopped. Several GPUs can share them:
 
     torchrun --standalone --nproc_per_node 4 train_segmentation.py --tag deeplab ...
 """
