@@ -39,7 +39,6 @@ class Rule:
     dilates: bool = False  # timm can replace strides by dilation (`output_stride`)
     # what timm must be told besides, so that images may have any size
     arguments: dict[str, Any] = field(default_factory=dict)
-    whole: bool = False  # the network refuses sides that are no multiples of its patches
 
 
 RULES = (
@@ -48,26 +47,16 @@ RULES = (
         "res2net resnest resnet resnetv2 rexnet sknet xception_aligned",
         dilates=True,
     ),
-    Rule(  # convolutions that timm cannot dilate, pyramids of attention, XCiT
-        "convmixer cpubone davit densenet dpn edgenext efficientvim efficientvit_mit efficientvit_msra fasternet "
-        "fastvit focalnet ghostnet hgnet iformer lcnetv2 lowformer mambaout metaformer mobilenetv5 nasnet "
-        "nextvit pnasnet pvt_v2 rdnet repghost repvit selecsls senet sequencer shvit starnet swiftformer tiny_vit "
-        "twins vgg vovnet xception xcit"
+    Rule(  # convolutions that timm cannot dilate, pyramids of attention, some transformers
+        "convmixer cpubone csatv2 davit deepseek_vit densenet dla dpn edgenext efficientvim efficientvit_mit "
+        "efficientvit_msra fasternet fastvit focalnet ghostnet hgnet hrnet iformer lcnetv2 lowformer mambaout "
+        "metaformer mobilenetv5 naflexvit nasnet nextvit pnasnet pvt_v2 qwen3_vit rdnet repghost repvit selecsls "
+        "senet sequencer shvit starnet swiftformer tiny_vit tresnet twins vgg vovnet xception xcit"
     ),
-    Rule("csatv2 deepseek_vit dla hrnet naflexvit qwen3_vit tresnet", whole=True),
-    Rule(
-        "deit eva vision_transformer vision_transformer_hybrid vitamin",
-        arguments={"dynamic_img_size": True},
-        whole=True,
-    ),
-    Rule(
-        "swin_transformer swin_transformer_v2 swin_transformer_v2_cr", arguments={"strict_img_size": False}, whole=True
-    ),
+    Rule("deit eva vision_transformer vision_transformer_hybrid vitamin", arguments={"dynamic_img_size": True}),
+    Rule("swin_transformer swin_transformer_v2 swin_transformer_v2_cr", arguments={"strict_img_size": False}),
 )
 """Families not named here take images of one size only, have no feature maps, or were not tried."""
-
-UNFIT = ("bat_resnext26ts",)
-"""Networks of the families above that take images of one size only."""
 
 
 class Backbone(nn.Module):
@@ -89,7 +78,7 @@ class Backbone(nn.Module):
         self.config = config
         rule = _rule(config.architecture)
         self.net = _create(config, rule, pretrained=weights == "imagenet")
-        self._choose_features(rule)
+        self._choose_features()
         self._check_switches(rule)
         if rule.dilates and not config.dilate_stage4:
             self._undilate_stage4()
@@ -116,11 +105,11 @@ class Backbone(nn.Module):
             conv.padding = tuple(p // d for p, d in zip(conv.padding, conv.dilation, strict=True))
             conv.dilation = (1, 1)
 
-    def _choose_features(self, rule: Rule) -> None:
+    def _choose_features(self) -> None:
         """Pick the two feature maps, and find out with a tiny image whether sides must be rounded up.
 
         Raises:
-            UserError: they are not of the size that timm says.
+            UserError: they are not of the size that timm says, or the network takes images of one size only.
         """
         info = self.net.feature_info
         stages = info if isinstance(info, list) else info.get_dicts()
@@ -131,7 +120,7 @@ class Backbone(nn.Module):
         self._low = len(strides) // 4 if self._single_stride else self._first
         self.low_stride, self.output_stride = strides[self._low], strides[-1]
         self.low_channels, self.channels = stages[self._low]["num_chs"], stages[-1]["num_chs"]
-        self._rounds_up = rule.whole
+        self._rounds_up = False
         if not self._fits():
             self._rounds_up = True
             if not self._fits():
@@ -142,8 +131,12 @@ class Backbone(nn.Module):
         """Whether an image with sides that are no multiples of the stride gives maps of ceil(side / stride)."""
         size = [2 * self.output_stride + 1, 3 * self.output_stride + 1]
         self.net.eval()
-        maps = self(torch.zeros(1, 3, *size))
-        self.net.train()
+        try:
+            maps = self(torch.zeros(1, 3, *size))
+        except (AssertionError, RuntimeError):  # it refuses such an image
+            return False
+        finally:
+            self.net.train()
         expected = [(1, self.low_channels, *cells(size, self.low_stride)), (1, self.channels, 3, 4)]
         return [tuple(map_.shape) for map_ in maps] == expected
 
@@ -238,7 +231,7 @@ def _rule(architecture: str) -> Rule:
         remedy = f"Did you mean {', '.join(close)}?" if close else "timm.list_models() lists those it knows."
         raise UserError(f"--architecture {architecture}: timm has no such model. {remedy}")
     for rule in RULES:
-        if is_model_in_modules(architecture, rule.families.split()) and architecture.partition(".")[0] not in UNFIT:
+        if is_model_in_modules(architecture, rule.families.split()):
             return rule
     raise _refusal(architecture)
 
