@@ -157,11 +157,6 @@ def augmented(images: torch.Tensor, labels: torch.Tensor, names: list[str], mix_
     return Sample(images, labels, hidden=random_class(labels))
 
 
-def train_step(model: nn.Module, sample: Sample, criterion: PriorCriterion, progress: float) -> dict[str, torch.Tensor]:
-    """The losses of one batch."""
-    return criterion(model, sample, progress)
-
-
 def main(args: argparse.Namespace) -> None:
     """Train, epoch by epoch, and say what to do next."""
     complete(args)
@@ -197,7 +192,7 @@ def main(args: argparse.Namespace) -> None:
             sample = augmented(images, labels, args.augment, args.cutmix_prob)
             progress = trainer.updates / trainer.max_updates
             with trainer.autocast():
-                losses = train_step(model, sample, criterion, progress)
+                losses = criterion(model, sample, progress)
             stepped = trainer.step(losses)
             if args.method == "pnoc":
                 trainer.record({"opponent": opponent.learn(sample, progress, autocast=trainer.autocast())})

@@ -35,7 +35,7 @@ from tools.ema import Teacher
 from tools.files import load_mask, save_mask
 from tools.optim import Update
 from tools.options import CRF, Optimization, Views
-from tools.priors import Opponent
+from tools.priors import Opponent, PriorCriterion
 from tools.proposals.files import mask_file
 from tools.pseudo_labels import reliable_cam_labels
 from tools.seeds import label_files
@@ -414,12 +414,12 @@ def test_progress_and_average_of_a_classifier(folder_root, folder, monkeypatch):
     folder("prior")
     progress, ids, decays, validated = [], [], [], []
 
-    def step(model, sample, criterion, at):
+    def step(criterion, model, sample, at):
         progress.append(at)
         return {"loss": sum(p.sum() for p in model.parameters() if p.requires_grad)}
 
     note = training.Trainer.batches
-    monkeypatch.setattr(train_classifier, "train_step", step)
+    monkeypatch.setattr(PriorCriterion, "__call__", step)
     monkeypatch.setattr(
         training.Trainer, "batches", lambda *args: (ids.extend(batch["id"]) or batch for batch in note(*args))
     )

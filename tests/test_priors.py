@@ -268,7 +268,7 @@ def test_a_killed_run_ends_with_the_same_bytes(folder_root, folder, ordinary, mo
     run("train_classifier", *flags)
     expected = CHECKPOINT.read_bytes()
     folder("killed")
-    original, steps = train_classifier.train_step, []
+    original, steps = PriorCriterion.__call__, []
 
     def train_step(*args):
         steps.append(None)
@@ -277,7 +277,7 @@ def test_a_killed_run_ends_with_the_same_bytes(folder_root, folder, ordinary, mo
         return original(*args)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train_classifier, "train_step", train_step)
+        patch.setattr(PriorCriterion, "__call__", train_step)
         run("train_classifier", *flags)
     unfinished = torch.load(CHECKPOINT, weights_only=True)
     assert ("opponent" in unfinished) == (method == "pnoc") and ("teacher" in unfinished) == bool(extra)

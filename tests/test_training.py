@@ -14,6 +14,7 @@ from tools import training
 from tools.checkpoint import previous_path
 from tools.files import locked
 from tools.history import read_run
+from tools.priors import PriorCriterion
 from tools.training import Trainer
 
 CLASSIFIER = ["--tag", "a", *TRAINING, "--max_steps", 2, "--max_epoch", 3]
@@ -29,14 +30,15 @@ class Killed(BaseException):
 
 def change_steps(monkeypatch, script: str, change) -> None:
     """Put `change(losses, number of the step)` behind the script's training step."""
-    module, steps = importlib.import_module(script), []
-    original = module.train_step
+    of_classifier = script == "train_classifier"
+    owner, name = (PriorCriterion, "__call__") if of_classifier else (importlib.import_module(script), "train_step")
+    original, steps = getattr(owner, name), []
 
     def train_step(*args):
         steps.append(None)
         return change(original(*args), len(steps) - 1)
 
-    monkeypatch.setattr(module, "train_step", train_step)
+    monkeypatch.setattr(owner, name, train_step)
 
 
 def kill_at(number: int):

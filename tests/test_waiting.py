@@ -164,7 +164,7 @@ def test_classifier(method):
     with fake_gpu() as waits:
         move(model), move(ordinary)
         sample = train_classifier.augmented(images(4), torch.empty(4, 20, device=GPU), ["colorjitter"], 0)
-        losses = train_classifier.train_step(model, sample, criterion, progress=0.5)
+        losses = criterion(model, sample, progress=0.5)
         losses["loss"].backward()
     assert losses["loss"].device.type == "cuda"
     assert not waits.places
