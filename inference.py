@@ -248,13 +248,10 @@ def reading(checkpoint: dict) -> str:
 def identities(args: argparse.Namespace, source: DataSource, ids: Sequence[str], weights: Path) -> tuple[dict, dict]:
     """The identities of the maps and of the pseudo masks (`tools.identity`)."""
     flags = {**vars(args), "weights": weights, "classes": source.info.classes[1:]}
-    inputs = source.fingerprints(ids, labels=True)
-    unused = ("threshold",) if args.pseudos_from == "masks" else ()
-    maps, pseudos = (
-        identity.describe("inference.py", flags, inputs=inputs, harmless=harmless)
-        for harmless in ((*HARMLESS, *PSEUDO_MASKS), (*HARMLESS, *unused))
-    )
-    return maps, pseudos
+    harmless = (*HARMLESS, "threshold") if args.pseudos_from == "masks" else HARMLESS
+    pseudos = identity.describe("inference.py", flags, inputs=source.fingerprints(ids, labels=True), harmless=harmless)
+    settings = {name: value for name, value in pseudos["settings"].items() if name not in PSEUDO_MASKS}
+    return {**pseudos, "settings": settings}, pseudos
 
 
 def main(args: argparse.Namespace) -> None:
