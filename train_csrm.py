@@ -153,8 +153,8 @@ class LossOptions:
     weights: dict[str, float]  # of each loss by its name; 0 switches it off
     label_smoothing: float  # e of the cross entropies and of L_c
     s2c_sigma: float  # teacher probability above which L_s2c takes a pixel
-    low_rank: int  # of the memory bank (`tools.memory_bank.contrastive_loss`), as the next
-    high_rank: int
+    contra_low_rank: int  # of the memory bank (`tools.memory_bank.contrastive_loss`), as the next
+    contra_high_rank: int
     max_epoch: int  # E
     self_training: str  # on, off or auto (`tools.health`)
     warmup_epochs: int  # first epochs with L_c and L_c2s only
@@ -251,8 +251,8 @@ class Criterion(nn.Module):
             targets.image_labels,
             low,
             high,
-            low_rank=self.options.low_rank,
-            high_rank=self.options.high_rank,
+            low_rank=self.options.contra_low_rank,
+            high_rank=self.options.contra_high_rank,
         )
 
     def alpha(self, epoch: int) -> float:
@@ -461,8 +461,7 @@ def loss_options(args: argparse.Namespace) -> LossOptions:
     weights = {name: getattr(args, f"w_{name}") for name in ("c", "c2s", "s2c", "u", "contra")}
     if not args.use_rep_head:
         weights["contra"] = 0.0
-    ranks = {"low_rank": args.contra_low_rank, "high_rank": args.contra_high_rank}
-    return options.from_flags(LossOptions, args, weights=weights, **ranks)
+    return options.from_flags(LossOptions, args, weights=weights)
 
 
 def label_options(args: argparse.Namespace, thresholds: tuple[float, float] | None) -> LabelOptions:

@@ -403,7 +403,8 @@ def test_batches_of_csrm(csrm):
 def test_options_of_csrm_and_its_teacher(csrm):
     _, labels, criterion, _ = csrm.steps[0]
     assert (labels.c2s_thresholds, labels.c2s_mode) == (None, "gt")
-    assert (criterion.low_rank, criterion.high_rank, criterion.warmup_epochs, criterion.max_epoch) == (2, 6, 0, 3)
+    assert (criterion.contra_low_rank, criterion.contra_high_rank) == (2, 6)
+    assert (criterion.warmup_epochs, criterion.max_epoch) == (0, 3)
     assert csrm.decays == [0, 0, *(pytest.approx(1 - 1 / (1 + t)) for t in (3, 4, 5, 6))]
     model, _, domain, _, size = csrm.validated[0]
     assert model is csrm.teacher and (domain, size) == ("val", (32, 48))
