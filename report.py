@@ -310,9 +310,8 @@ def review_row(source: DataSource, columns: Sequence[Column], reviewed: Column, 
     truth, *masks = row_masks(source, columns, image_id)
     found = {column.title: mask for column, mask in zip(columns, masks, strict=True) if mask is not None}
     others = [mask for title, mask in found.items() if title != reviewed.title]
-    label = source.image_label(image_id) if source.has_label(image_id) else None
     ious = {} if truth is None else {title: image_iou(truth, mask) for title, mask in found.items()}
-    return Row(image_id, doubt(found[reviewed.title], others, label), ious)
+    return Row(image_id, doubt(found[reviewed.title], others, known_label(source, image_id)), ious)
 
 
 def thin_out(rows: Sequence[Row], number: int) -> list[Row]:

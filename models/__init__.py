@@ -71,7 +71,7 @@ def load_model(path: str | Path, device: torch.device, kinds: Sequence[str]) -> 
     kind = checkpoint["config"]["kind"]
     if kind not in kinds:
         raise UserError(f"{path}: a {kind} model, but this needs one of: {', '.join(kinds)}. Pass another checkpoint.")
-    model = build_model(**{**checkpoint["config"], "weights": "none"})
+    model = build_model(**checkpoint["config"])
     try:
         model.load_state_dict(checkpoint.get("teacher", checkpoint["model"]))
     except RuntimeError as error:
