@@ -77,6 +77,9 @@ from tools.metrics import Scores, confusion_counts, scores, sweep_counts, thresh
 PREDICT = "Finish the stage that writes the predictions, or check --pred_dir, --mode, --cam_format and --domain."
 IDS_PER_JOB = 16  # small, so that the progress bar moves; not 1, because every job sends all counts between processes
 
+Thresholds = Sequence[float | None]
+"""Background thresholds, ascending; [None] for masks, which have none."""
+
 
 def main(args: argparse.Namespace) -> None:
     """Score the split. The best threshold is the one with the highest mIoU (of equals, the lowest)."""
@@ -105,7 +108,7 @@ def main(args: argparse.Namespace) -> None:
     best = int(np.argmax([score.miou for score in curve]))
 
     print_table(source.info, curve[best], peaks(thresholds, curve))
-    if thresholds is not None:
+    if args.mode == "cams":
         print_curve(thresholds, curve, best)
     if not counts[0, :, 1:-1].any() and counts[0, :, -1].any():
         print("Warning: the predictions hold only 0 and 255 (undecided). If 255 is the object, save it as 1.")
@@ -139,8 +142,8 @@ def provenance(args: argparse.Namespace, source: DataSource, ids: Sequence[str],
     return {"made_by": identity.digest(made_by), "identity": identity.digest(ours)}
 
 
-def select_thresholds(args: argparse.Namespace) -> np.ndarray | None:
-    """The thresholds that the flags ask for, ascending; None for masks, which have none.
+def select_thresholds(args: argparse.Namespace) -> Thresholds:
+    """The thresholds that the flags ask for.
 
     Raises:
         UserError: the flags contradict each other, or --output does not name a .json file.
@@ -150,27 +153,26 @@ def select_thresholds(args: argparse.Namespace) -> np.ndarray | None:
     if args.mode == "png":
         if args.threshold is not None:
             raise UserError("--threshold: masks have no threshold. Drop it, or pass --mode cams.")
-        return None
+        return [None]
     if args.threshold is not None:
-        return np.array([args.threshold])
+        return [args.threshold]
     if args.step_th == 0 or args.min_th > args.max_th:
         raise UserError(
             f"--min_th {args.min_th} --max_th {args.max_th} --step_th {args.step_th}: an empty sweep. "
             "Choose min_th <= max_th and step_th > 0."
         )
-    return threshold_range(args.min_th, args.max_th, args.step_th)
+    return threshold_range(args.min_th, args.max_th, args.step_th).tolist()
 
 
 def count(
-    source: DataSource, ids: Sequence[str], pred_dir: Path, suffix: str, thresholds: np.ndarray | None, workers: int
+    source: DataSource, ids: Sequence[str], pred_dir: Path, suffix: str, thresholds: Thresholds, workers: int
 ) -> np.ndarray:
-    """Counts over all `ids`, int64 [thresholds, C, C+1] (see `tools.metrics`; masks: [1, C, C+1]).
+    """Counts over all `ids`, int64 [thresholds, C, C+1] (see `tools.metrics`).
 
     Processes share the images. Each process gets the counts of all images.
 
     Args:
         suffix: of the prediction files.
-        thresholds: None for masks, ascending [T] for CAM files.
         workers: processes; 0: this one only.
 
     Raises:
@@ -180,7 +182,7 @@ def count(
     mine = parallel.share(ids)
     parts = [mine[start : start + IDS_PER_JOB] for start in range(0, len(mine), IDS_PER_JOB)]
     classes = source.info.num_classes
-    none = np.zeros((1 if thresholds is None else len(thresholds), classes, classes + 1), np.int64)
+    none = np.zeros((len(thresholds), classes, classes + 1), np.int64)
     counts = sum(parallel.run_jobs(work, parts, workers, "evaluating", f"x{IDS_PER_JOB} images"), start=none)
     if not parallel.launched():
         return counts
@@ -190,27 +192,28 @@ def count(
 
 
 def count_part(
-    source: DataSource, pred_dir: Path, suffix: str, thresholds: np.ndarray | None, ids: Sequence[str]
+    source: DataSource, pred_dir: Path, suffix: str, thresholds: Thresholds, ids: Sequence[str]
 ) -> np.ndarray:
     """`count` of some images, in this process."""
     counts, classes = 0, source.info.num_classes
     for image_id in ids:
         truth, path = source.mask(image_id), file_of(pred_dir, image_id, suffix)
-        if thresholds is None:
+        if suffix == ".png":
             prediction = read_mask(path, source.info)
             check_size(path, prediction.shape, truth.shape)
             counts = counts + confusion_counts(truth, prediction, classes)[None]
         else:
-            counts = counts + sweep_counts(truth, *read_cams(path, truth.shape, classes), classes, thresholds)
+            cams = read_cams(path, truth.shape, classes)
+            counts = counts + sweep_counts(truth, *cams, classes, np.array(thresholds))
     return counts
 
 
-def peaks(thresholds: np.ndarray | None, curve: Sequence[Scores]) -> list[tuple[float, float]]:
+def peaks(thresholds: Thresholds, curve: Sequence[Scores]) -> list[tuple[float, float]]:
     """For each class, its best threshold (of equals, the lowest) and the IoU there; empty without a sweep."""
     if len(curve) == 1:
         return []
     ious = np.stack([score.iou for score in curve])
-    return list(zip(thresholds[ious.argmax(axis=0)].tolist(), ious.max(axis=0).tolist(), strict=True))
+    return [(thresholds[best], iou) for best, iou in zip(ious.argmax(axis=0), ious.max(axis=0).tolist(), strict=True)]
 
 
 def print_table(info: DatasetInfo, score: Scores, best: Sequence[tuple[float, float]]) -> None:
@@ -227,7 +230,7 @@ def print_table(info: DatasetInfo, score: Scores, best: Sequence[tuple[float, fl
         print(f"Warning: neither in ground truth nor predicted, counted as 0 in the means: {names}.")
 
 
-def print_curve(thresholds: np.ndarray, curve: Sequence[Scores], best: int) -> None:
+def print_curve(thresholds: Thresholds, curve: Sequence[Scores], best: int) -> None:
     """Print the means at every threshold, and mark the best."""
     print("\nthreshold    mIoU      FP      FN   (%)")
     for index, (threshold, score) in enumerate(zip(thresholds, curve, strict=True)):
@@ -240,7 +243,7 @@ def print_curve(thresholds: np.ndarray, curve: Sequence[Scores], best: int) -> N
         print("Warning: the best threshold is at the edge of the sweep. Widen it with --min_th or --max_th.")
 
 
-def summary(info: DatasetInfo, thresholds: np.ndarray | None, curve: Sequence[Scores], best: int) -> dict:
+def summary(info: DatasetInfo, thresholds: Thresholds, curve: Sequence[Scores], best: int) -> dict:
     """The content of --output, in per cent. For masks, `threshold` is None and `curve` is empty.
 
     `best_per_class` is empty without a sweep.
@@ -250,11 +253,10 @@ def summary(info: DatasetInfo, thresholds: np.ndarray | None, curve: Sequence[Sc
         return dict(zip(info.classes, values.tolist(), strict=True))
 
     score, highest = curve[best], peaks(thresholds, curve)
-    points = [] if thresholds is None else zip(thresholds.tolist(), curve, strict=True)
     return {
         "miou": score.miou,
         "miou_foreground": score.miou_foreground,
-        "threshold": None if thresholds is None else float(thresholds[best]),
+        "threshold": thresholds[best],
         "iou": per_class(score.iou),
         "false_positive": per_class(score.false_positive),
         "false_negative": per_class(score.false_negative),
@@ -264,17 +266,18 @@ def summary(info: DatasetInfo, thresholds: np.ndarray | None, curve: Sequence[Sc
         },
         "curve": [
             {"threshold": t, "miou": s.miou, "miou_foreground": s.miou_foreground, "iou": per_class(s.iou)}
-            for t, s in points
+            for t, s in zip(thresholds, curve, strict=True)
+            if t is not None
         ],
     }
 
 
-def save_csv(path: Path, info: DatasetInfo, thresholds: np.ndarray | None, curve: Sequence[Scores]) -> None:
+def save_csv(path: Path, info: DatasetInfo, thresholds: Thresholds, curve: Sequence[Scores]) -> None:
     """Write one row per threshold and class, in per cent; for masks, the threshold is empty."""
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["threshold", "class", "iou", "false_positive", "false_negative"])
-        for threshold, score in zip([""] if thresholds is None else thresholds.tolist(), curve, strict=True):
+        for threshold, score in zip(thresholds, curve, strict=True):
             columns = zip(info.classes, score.iou, score.false_positive, score.false_negative, strict=True)
             writer.writerows([threshold, name, *(f"{value:.4f}" for value in values)] for name, *values in columns)
 

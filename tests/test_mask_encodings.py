@@ -147,7 +147,7 @@ def test_what_verify_accepts_evaluate_reads_rightly(mask, orientation, drawn_upr
         findings = verify(source, {}, 0)[1]
         if any(findings[kind] for kind in ERRORS) or (findings["turned"] and not drawn_upright):
             return
-        counts = count_part(source, root / "pred", ".png", None, ["a"])[0]
+        counts = count_part(source, root / "pred", ".png", [None], ["a"])[0]
         assert np.array_equal(counts[:, :-1], np.diag(np.diagonal(counts))) and not counts[:, -1].any()
         assert counts.sum() == (mask.truth != 255).sum()
 
