@@ -370,6 +370,11 @@ def pixel_labels(batch: Batch, teacher_out: dict[str, Tensor], images: slice, op
     )
 
 
+def c2s_mode(args: argparse.Namespace) -> str:
+    """--c2s_mode; the labels of --c2s_labels are masks."""
+    return "gt" if args.c2s_labels else args.c2s_mode
+
+
 def labelled_source(source: DataSource, args: argparse.Namespace, views: options.Views) -> DataSource:
     """The dataset with the masks of --c2s_labels instead of its own (UserError: see `tools.seeds.label_files`)."""
     files = label_files(args.c2s_labels, source.ids(args.domain_train))
@@ -409,7 +414,7 @@ def own_thresholds(
     Raises:
         UserError: `auto` without --restore.
     """
-    if args.c2s_labels or args.c2s_mode != "cam":
+    if c2s_mode(args) != "cam":
         return None
     if "auto" in (args.c2s_bg, args.c2s_fg) and not args.restore:
         name = "bg" if args.c2s_bg == "auto" else "fg"
@@ -425,7 +430,7 @@ def build_loaders(source: DataSource, args: argparse.Namespace) -> tuple[Loader,
     shared = options.loader_arguments(args)
     labeled, unlabeled = (
         build_loader(
-            ImageDataset(source, ids, geometry, with_masks=bool(args.c2s_labels) or args.c2s_mode == "gt"),
+            ImageDataset(source, ids, geometry, with_masks=c2s_mode(args) == "gt"),
             args.batch_size,
             **{**shared, "seed": 2 * args.seed + half, "num_workers": (shared["num_workers"] + 1) // 2},
         )
@@ -466,8 +471,8 @@ def loss_options(args: argparse.Namespace) -> LossOptions:
 
 def label_options(args: argparse.Namespace, thresholds: tuple[float, float] | None) -> LabelOptions:
     """The flags of the labels and of mixing, with the `own_thresholds`."""
-    mode = "gt" if args.c2s_labels else args.c2s_mode
-    return options.from_flags(LabelOptions, args, c2s_mode=mode, c2s_thresholds=thresholds, crf=options.crf(args))
+    given = {"c2s_mode": c2s_mode(args), "c2s_thresholds": thresholds, "crf": options.crf(args)}
+    return options.from_flags(LabelOptions, args, **given)
 
 
 def build_student(args: argparse.Namespace, classes: Sequence[str]) -> nn.Module:

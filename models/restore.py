@@ -79,9 +79,7 @@ def restore(model: nn.Module, path: str | Path, classes: Sequence[str] | None = 
     found = {name: source[alias] for name, alias in _pairs(target, source).items()}
     used = {tensor.data_ptr() for tensor in found.values()}
     sort = classes is not None and weights.classes is not None and weights.classes != tuple(classes)
-    new_classes: list[str] = []
-    if sort:
-        new_classes = _sort_rows(found, target, weights.classes, classes)
+    new_classes = _sort_rows(found, target, weights.classes, classes) if sort else []
     kinds = {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in target.items()}
     fits = {name: t for name, t in found.items() if (t.shape, t.is_floating_point()) == kinds[name]}
     report = RestoreReport(
