@@ -10,9 +10,7 @@ the maps cover more of the objects (docs/method.md); the last two need a trained
 
 --domain_valid reports, after each epoch, the mean IoU of the CAMs and how well the classes are recognised on a split
 with masks; the last checkpoint is kept in any case. `inference.py --tag TAG` turns the checkpoint into CAMs;
-`train_csrm.py --restore experiments/models/TAG.pth` starts CSRM from it. On several GPUs (SETUP.md):
-
-    torchrun --standalone --nproc_per_node 4 train_classifier.py --tag prior ...
+`train_csrm.py --restore experiments/models/TAG.pth` starts CSRM from it. Several GPUs: SETUP.md.
 """
 
 import argparse

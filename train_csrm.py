@@ -5,9 +5,7 @@
 Reads photographs and image-level labels only. Writes experiments/models/TAG.pth (student and teacher) and TensorBoard
 curves in experiments/logs/TAG. Started again, it continues at its last checkpoint. --domain_valid reports the
 mean IoU on a split with masks after each epoch; the last checkpoint is kept in any case. `inference.py --tag TAG`
-makes the pseudo masks. docs/method.md explains every symbol. On several GPUs (SETUP.md):
-
-    torchrun --standalone --nproc_per_node 4 train_csrm.py --tag csrm ...
+makes the pseudo masks. docs/method.md explains every symbol. Several GPUs: SETUP.md.
 """
 
 import argparse

@@ -24,11 +24,9 @@ maps are read relative to their maxima, as in inference.py. Prediction writes to
 --images takes any photographs: one file, a folder, or a text file (.txt) with one path per line, relative to that file.
 The results go to TAG@NAME, after the name of the file or folder. --tile finds small objects in large photographs, and
 misses those larger than a square. Each square takes the time of a photograph; with --reading relative the network sees
-it twice (SETUP.md).
+it twice.
 
-Training and prediction continue where they stopped. Several GPUs can share them:
-
-    torchrun --standalone --nproc_per_node 4 train_segmentation.py --tag deeplab ...
+Training and prediction continue where they stopped. Several GPUs can share them (SETUP.md).
 """
 
 from __future__ import annotations
