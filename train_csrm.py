@@ -176,18 +176,13 @@ class Criterion(nn.Module):
         self.bank = MemoryBank(num_classes=num_classes, dim=dim) if contrasts else None
         self.health = Health(options.self_training, warmup_epochs=options.warmup_epochs, max_epoch=options.max_epoch)
 
-    def needs_teacher(self, epoch: int) -> bool:
-        """Whether this epoch's losses look at the teacher's uncertainty or representations."""
-        weights = self.options.weights
-        return self.teaches_itself(epoch) and bool(weights["u"] or weights["contra"])
-
-    def needs_representations(self, epoch: int) -> bool:
-        """Whether they look at representations, the student's and the teacher's."""
-        return self.teaches_itself(epoch) and bool(self.options.weights["contra"])
-
     def teaches_itself(self, epoch: int) -> bool:
         """Whether there are more losses than L_c and L_c2s."""
         return epoch >= self.health.warmup_epochs(epoch)
+
+    def has_any(self, epoch: int, *losses: str) -> bool:
+        """Whether this epoch has any of these losses, which the network teaches itself by."""
+        return self.teaches_itself(epoch) and any(self.options.weights[name] for name in losses)
 
     @record_function("losses")
     def forward(self, student: dict[str, Tensor], teacher: dict[str, Tensor], targets: Targets, epoch: int) -> dict:
@@ -305,14 +300,14 @@ def train_step(
     """
     # 1. The teacher sees both halves. If nothing is mixed, the losses use this pass, too.
     mixes = labels.augment != "none" and random.random() < labels.cutmix_prob
-    needs_representations, teaches = criterion.needs_representations(epoch), criterion.teaches_itself(epoch)
+    teaches, contrasts = criterion.teaches_itself(epoch), criterion.has_any(epoch, "contra")
     needs_segmentation = teaches or observed or labels.c2s_mode == "mp"
     teacher_out = {}
     if needs_segmentation or labels.c2s_mode != "gt":
         teacher_out = teacher(
             normalize(batch.images),
             segmented=None if needs_segmentation else 0,
-            representations=needs_representations and not mixes,
+            representations=contrasts and not mixes,
         )
     seg_logits, class_logits = teacher_out.get("seg_logits"), teacher_out.get("class_logits")
 
@@ -335,9 +330,9 @@ def train_step(
     inputs = normalize(images)
     segmented = None if teaches else len(images) // 2
     with record_function("student"):
-        student_out = student(inputs, segmented=segmented, representations=needs_representations)
-    if mixes and criterion.needs_teacher(epoch):
-        teacher_out = teacher(inputs, representations=needs_representations)
+        student_out = student(inputs, segmented=segmented, representations=contrasts)
+    if mixes and criterion.has_any(epoch, "u", "contra"):  # they look at the teacher's outputs, not only at its labels
+        teacher_out = teacher(inputs, representations=contrasts)
 
     # 6. The five losses.
     targets = Targets(image_labels, cam_labels[: len(images) // 2], hard_labels, confidence)

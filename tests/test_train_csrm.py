@@ -76,7 +76,7 @@ def test_losses_golden(golden, golden_inputs, epoch):
 def test_warm_up_has_two_losses_and_needs_no_teacher(golden, golden_inputs):
     student, _, targets = golden_inputs
     criterion = golden_criterion(golden, "--warmup_epochs", 2)
-    assert [criterion.needs_teacher(epoch) for epoch in range(4)] == [False, False, True, True]
+    assert [criterion.has_any(epoch, "u", "contra") for epoch in range(4)] == [False, False, True, True]
     assert criterion(student, {}, targets, 1).keys() == {"loss", "c", "c2s"}
 
 
@@ -94,7 +94,7 @@ def test_weights_scale_and_zero_switches_off(golden, golden_inputs, name):
 def test_without_the_losses_that_ask_it_the_teacher_is_not_needed(golden, golden_inputs):
     student, _, targets = golden_inputs
     criterion = golden_criterion(golden, "--w_u", 0, "--use_rep_head", "false")
-    assert not criterion.needs_teacher(3)
+    assert not criterion.has_any(3, "u", "contra")
     assert criterion(student, {}, targets, 3).keys() == {"loss", "c", "c2s", "s2c"}
 
 
