@@ -14,20 +14,14 @@ from models.config import NetworkConfig
 from models.layers import init_kaiming
 
 
-def cam_classifier(channels: int, num_classes: int) -> nn.Conv2d:
-    """The 1x1 convolution from last-stage features to the CAM logits of the `num_classes` - 1 foreground classes."""
-    layer = nn.Conv2d(channels, num_classes - 1, 1, bias=False)
-    init_kaiming(layer)
-    return layer
-
-
 class Classifier(nn.Module):
     """Class activation maps as logits, and their means as class logits."""
 
     def __init__(self, backbone: Backbone, config: NetworkConfig) -> None:
         super().__init__()
         self.backbone = backbone
-        self.classifier = cam_classifier(backbone.channels, config.num_classes)
+        self.classifier = nn.Conv2d(backbone.channels, config.num_classes - 1, 1, bias=False)
+        init_kaiming(self.classifier)
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Classify ImageNet-normalised float32 [B,3,H,W].
@@ -35,5 +29,9 @@ class Classifier(nn.Module):
         Returns:
             "class_logits" [B,K], and "cams" [B,K,h,w] at the output stride: signed logits, before any ReLU.
         """
-        cams = self.classifier(self.backbone(x)[1])
+        return self.classify(self.backbone(x)[1])
+
+    def classify(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The same from last-stage features [B,C,h,w]."""
+        cams = self.classifier(features)
         return {"class_logits": cams.mean(dim=(2, 3)), "cams": cams}

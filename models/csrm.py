@@ -11,22 +11,20 @@ import torch
 from torch import nn
 
 from models.backbone import Backbone
-from models.classifier import cam_classifier
+from models.classifier import Classifier
 from models.config import CSRMConfig
 from models.layers import SegmentationBranch, Trunk, conv_norm_relu, init_kaiming
 
 
-class CSRM(nn.Module):
+class CSRM(Classifier):
     """Classification, segmentation and representation branches (David, Pedrini & Dias, VISAPP 2025).
 
-    The classification branch is the `Classifier`, under the same names, so that a CAM prior can be restored into it.
+    The classification branch is the `Classifier`, so that a CAM prior can be restored into it.
     """
 
     def __init__(self, backbone: Backbone, config: CSRMConfig) -> None:
-        super().__init__()
+        super().__init__(backbone, config)
         width = config.decoder_channels
-        self.backbone = backbone
-        self.classifier = cam_classifier(backbone.channels, config.num_classes)
         self.trunk = Trunk(backbone, config)
         self.segmentation = SegmentationBranch(self.trunk.channels, config)
         self.representation = self.saliency = None
@@ -55,8 +53,7 @@ class CSRM(nn.Module):
             normalised) and "saliency" [n,1,H/4,W/4] (logits).
         """
         low, high = self.backbone(x)
-        cams = self.classifier(high)
-        output = {"class_logits": cams.mean(dim=(2, 3)), "cams": cams}
+        output = self.classify(high)
         if segmented == 0:
             return output
         trunk = self.trunk(low[:segmented], high[:segmented], x.shape[-2:])
