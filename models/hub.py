@@ -82,42 +82,11 @@ def download(repository: str, revision: str | None = None) -> Path:
     return Path(folder) / "model.safetensors"
 
 
-CARD = """---
-library_name: pytorch
-pipeline_tag: image-segmentation
-tags: [semantic-segmentation, weakly-supervised, csrm]
----
-# {name}
-
-{what}, trained with image-level class labels as in CSRM (David, Pedrini and Dias, VISAPP 2025).
-
-* Network: `{architecture}` backbone, output stride {stride}, {epoch} epochs, images of {size} pixels
-* Data: {dataset}
-* Classes: {classes}
-
-## Use
-
-With the code of CSRM:
-
-    from models import load_model
-    from models.hub import download
-    model, checkpoint = load_model(download("{repository}"), "cpu", kinds=["{kind}"])
-
-Input: float32 [B,3,H,W], RGB, ImageNet mean and deviation. Output: {output}.
-{scores}
-## Licence
-
-No licence is granted by this card. The weights derive from the photographs and labels they were trained on and from the
-weights the backbone started from (ImageNet weights of timm have terms of their own). Check both before you publish or
-sell, then name a licence at the top of this file.
-"""
-
-
 def model_card(checkpoint: Mapping[str, Any], scores: Mapping[str, Any] | None, name: str | None) -> str:
     """README.md of a hub repository: classes, data, scores in per cent if given, a note on the licence."""
     content = describe(checkpoint)
     config, known = content["config"], content["args"]
-    what = {
+    what, output = {
         "classifier": ("A CAM prior (an image classifier)", "dict of class_logits [B,K] and cams [B,K,h,w]"),
         "csrm": ("CSRM's teacher", "dict; seg_logits [B,K+1,H/4,W/4], background first, and cams [B,K,h,w]"),
         "segmentation": ("DeepLabV3+", "dict of seg_logits [B,K+1,H/4,W/4], background first"),
@@ -127,17 +96,33 @@ def model_card(checkpoint: Mapping[str, Any], scores: Mapping[str, Any] | None, 
         rows = [f"| {cls} | {value:.1f} |" for cls, value in scores["iou"].items()]
         rows.append(f"| **mean** | {scores['miou']:.1f} |")
         table = "\n## Scores\n\n| class | IoU, % |\n|---|---|\n" + "\n".join(rows) + "\n"
-    return CARD.format(
-        name=name or known.get("tag", "model"),
-        repository=name or "OWNER/NAME",
-        what=what[0],
-        output=what[1],
-        kind=config["kind"],
-        architecture=config["architecture"],
-        stride=config["output_stride"],
-        epoch=content["epoch"],
-        size=known.get("image_size", "unknown numbers of"),
-        dataset=known.get("dataset", "not recorded"),
-        classes=", ".join(content["classes"]),
-        scores=table,
-    )
+    return f"""---
+library_name: pytorch
+pipeline_tag: image-segmentation
+tags: [semantic-segmentation, weakly-supervised, csrm]
+---
+# {name or known.get("tag", "model")}
+
+{what}, trained with image-level class labels as in CSRM (David, Pedrini and Dias, VISAPP 2025).
+
+* Network: `{config["architecture"]}` backbone, output stride {config["output_stride"]}, {content["epoch"]} epochs, \
+images of {known.get("image_size", "unknown numbers of")} pixels
+* Data: {known.get("dataset", "not recorded")}
+* Classes: {", ".join(content["classes"])}
+
+## Use
+
+With the code of CSRM:
+
+    from models import load_model
+    from models.hub import download
+    model, checkpoint = load_model(download("{name or "OWNER/NAME"}"), "cpu", kinds=["{config["kind"]}"])
+
+Input: float32 [B,3,H,W], RGB, ImageNet mean and deviation. Output: {output}.
+{table}
+## Licence
+
+No licence is granted by this card. The weights derive from the photographs and labels they were trained on and from the
+weights the backbone started from (ImageNet weights of timm have terms of their own). Check both before you publish or
+sell, then name a licence at the top of this file.
+"""
