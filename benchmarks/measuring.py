@@ -32,6 +32,13 @@ PHASES = ("loading", "augmentation", "teacher", "CAM labels", "student", "losses
 """What the training code marks with `record_function`; PyTorch itself marks the loader."""
 
 
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has finished."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 @contextlib.contextmanager
 def phase_seconds(device: torch.device) -> Iterator[dict[str, float]]:
     """Seconds of the block by phase; outside all phases it is "other". An inner phase does not count to its outer one.
@@ -42,9 +49,7 @@ def phase_seconds(device: torch.device) -> Iterator[dict[str, float]]:
 
     def switch() -> None:
         nonlocal since
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        now = time.perf_counter()
+        now = clock(device)
         seconds[stack[-1]] += now - since
         since = now
 
@@ -92,9 +97,9 @@ def bandwidth(device: torch.device) -> float:
 
 def seconds(device: torch.device, work: Callable[[], object]) -> float:
     """How long `work` takes, until the device has finished."""
-    with phase_seconds(device) as spent:
-        work()
-    return sum(spent.values())
+    start = clock(device)
+    work()
+    return clock(device) - start
 
 
 def peak_memory(device: torch.device) -> int:

@@ -126,11 +126,9 @@ def train(args: argparse.Namespace, folder: Path, *measures: AbstractContextMana
     def measured(trainer: Trainer, epoch: int, batches: Iterator) -> Iterator:
         with ExitStack() as stack:
             found[:] = [stack.enter_context(measure) for measure in measures] if epoch else []
-            start = time.perf_counter()
+            start = measuring.clock(trainer.device)
             yield from original(trainer, epoch, batches)
-            if trainer.device.type == "cuda":
-                torch.cuda.synchronize(trainer.device)
-        found.append(time.perf_counter() - start)
+        found.append(measuring.clock(trainer.device) - start)
 
     run = {"tag": f"run{time.perf_counter_ns()}", "data_dir": folder / "data", "max_steps": args.steps, "max_epoch": 2}
     with (
