@@ -340,9 +340,7 @@ def seed_everything(seed: int, epochs_begun: int = 0, rank: int = 0, step: int =
     Python and NumPy are seeded alike in all processes: they decide what concerns a whole step, as whether it mixes.
     PyTorch, which draws what concerns single images, pixels and neurons, is seeded with the process's rank too.
     """
-    shared = [seed, epochs_begun, 0, step] if step else [seed, epochs_begun]
-    value = int(np.random.SeedSequence(shared).generate_state(1)[0])
-    random.seed(value)
-    np.random.seed(value)
-    own = [seed, epochs_begun, rank, step] if step else shared + [rank] if rank else shared
-    torch.manual_seed(int(np.random.SeedSequence(own).generate_state(1)[0]))
+    shared, own = (int(np.random.SeedSequence([seed, epochs_begun, r, step]).generate_state(1)[0]) for r in (0, rank))
+    random.seed(shared)
+    np.random.seed(shared)
+    torch.manual_seed(own)
