@@ -286,13 +286,13 @@ def main(args: argparse.Namespace) -> None:
         made_by = pseudos if kind == "pseudos" else maps
         another = f"--tag (with --weights {weights})"
         identity.claim_folder(predict.folders[kind], made_by, another=another, overwrite=args.overwrite)
-    pending = parallel.pending(ids, predict.is_done, f"{len(ids)} images of '{args.domain}'", folder)
-    mine = parallel.share(ids, pending)
+    mine = parallel.share(ids)
+    pending = parallel.pending(mine, predict.is_done, f"{len(mine)} images of '{args.domain}'", folder)
     left_out = LeftOut(folder, "inference", skip=args.on_error == "skip")
-    empty = sum(left_out.results(predict, mine, "inference", threads=parallel.own_workers(args.num_workers)))
-    if empty > len(mine) / 10:
+    empty = sum(left_out.results(predict, pending, "inference", threads=parallel.own_workers(args.num_workers)))
+    if empty > len(pending) / 10:
         print(
-            f"Warning: the CAMs of {empty} of {len(mine)} images are empty; {weights} does not see their "
+            f"Warning: the CAMs of {empty} of {len(pending)} images are empty; {weights} does not see their "
             "classes. Train it for longer, or at a lower learning rate (puzzle, poc, pnoc: or with a lower --w_re)."
         )
     for kind in outputs.wanted:

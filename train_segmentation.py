@@ -382,10 +382,11 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
     for kind in dict.fromkeys([*predictor.suffixes, *old]):  # those of the old masks go with them
         another = f"--tag (with --weights {weights})"
         identity.claim_folder(predictor.folder / kind, made_by, another=another, overwrite=args.overwrite)
-    what, threads = f"{len(ids)} images of '{name}'", parallel.own_workers(args.num_workers)
-    pending = parallel.pending(ids, lambda i: not predictor.missing(i), what, predictor.folder)
+    mine, threads = parallel.share(ids), parallel.own_workers(args.num_workers)
+    what = f"{len(mine)} images of '{name}'"
+    pending = parallel.pending(mine, lambda i: not predictor.missing(i), what, predictor.folder)
     left_out = LeftOut(predictor.folder, "train_segmentation", skip=args.on_error == "skip")
-    for _ in left_out.results(predictor, parallel.share(ids, pending), "predicting", threads=threads):
+    for _ in left_out.results(predictor, pending, "predicting", threads=threads):
         pass
     for kind in predictor.suffixes:
         print(f"{kind}: {predictor.folder / kind}")

@@ -71,16 +71,8 @@ def own_workers(workers: int) -> int:
     return -(-workers // processes)
 
 
-def share(
-    items: Sequence[Item],
-    pending: Iterable[Item] | None = None,
-    *,
-    shard: tuple[int, int] | None = None,
-    announced: bool = True,
-) -> Sequence[Item]:
-    """This process's part of a job: every n-th item; of these only the `pending` ones, if they are given.
-
-    `items` are dealt out, and not `pending`, because `pending` shrinks while other processes start.
+def share(items: Sequence[Item], *, shard: tuple[int, int] | None = None, announced: bool = True) -> Sequence[Item]:
+    """This process's part of a job: every n-th item. What is done already counts: it grows while processes start.
 
     Args:
         shard: which part of how many, (0..n-1, n); by default that of torchrun.
@@ -90,10 +82,7 @@ def share(
     mine = items[index::number]
     if number > 1 and announced:
         print(f"part {index + 1} of {number}: {len(mine)} of {len(items)} images", file=sys.stderr)
-    if pending is None:
-        return mine
-    todo = set(pending)
-    return [item for item in mine if item in todo]
+    return mine
 
 
 def pending(ids: Sequence[str], is_done: Callable[[str], bool], what: str, folder: Path) -> list[str]:

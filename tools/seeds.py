@@ -122,7 +122,7 @@ def write_labels(
         labels = labels_of_cams(source, image_id, files[image_id], thresholds, crf, views)
         save_mask(made / f"{image_id}.png", labels.numpy(), source.info.palette)
 
-    pending = parallel.share(list(files), [i for i in files if not (made / f"{i}.png").exists()])
+    pending = [i for i in parallel.share(list(files)) if not (made / f"{i}.png").exists()]
     for _ in parallel.run_jobs(make, pending, name="labels of CAM files", threads=threads):
         pass
     distributed.wait()
