@@ -35,10 +35,10 @@ from tools.files import atomic_write, read_json
 from tools.identity import VERSION
 
 DAMAGE = (
-    *(OSError, EOFError, RuntimeError, ValueError, LookupError, NotImplementedError),
+    *(OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError),
     *(pickle.UnpicklingError, SafetensorError, zipfile.BadZipFile, zlib.error),
 )
-"""What reading a damaged file raises."""
+"""What reading a damaged file of weights raises."""
 
 
 def save_checkpoint(path: Path, **content: Any) -> None:

@@ -10,7 +10,6 @@ weights (`argparse.Namespace`, NumPy numbers, paths). Blanks replace these, so t
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -19,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from tools.checkpoint import read_export, warn_unfinished
+from tools.checkpoint import DAMAGE, read_export, warn_unfinished
 from tools.errors import UserError
 
 HARMLESS = (
@@ -99,7 +97,6 @@ def common_prefix(names: Iterable[str], wanted: set[str]) -> str:
 
 
 def _read(path: Path) -> Any:
-    unreadable = f"{path}: not a readable file of weights"
     try:
         if path.suffix == ".safetensors":
             return read_export(path) if path.with_name("config.json").is_file() else load_file(path)
@@ -107,16 +104,14 @@ def _read(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file of weights. Make it first, or pass another.") from error
-    except pickle.UnpicklingError as error:
-        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if foreign is None:
-            raise UserError(f"{unreadable}. Pass a state dict (.pth or .safetensors).") from error
-        raise UserError(
-            f"{unreadable}: it holds Python objects ({foreign[1]}), which could run code. "
-            "Save the state dict alone, where that code is at home: torch.save(model.state_dict(), FILE)."
-        ) from error
-    except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, SafetensorError) as error:
-        raise UserError(f"{unreadable}. Pass a state dict (.pth or .safetensors).") from error
+    except DAMAGE as error:
+        fault = f"{path}: not a readable file of weights"
+        if foreign := re.search(r"GLOBAL ([\w.]+)", str(error)):  # what PyTorch says of a pickle
+            raise UserError(
+                f"{fault}: it holds Python objects ({foreign[1]}), which could run code. "
+                "Save the state dict alone, where that code is at home: torch.save(model.state_dict(), FILE)."
+            ) from error
+        raise UserError(f"{fault}. Pass a state dict (.pth or .safetensors).") from error
 
 
 def _unwrap(content: Any) -> Any:
