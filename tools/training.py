@@ -40,8 +40,6 @@ from tools.optim import Update
 SECONDS_TO_END = 15
 """How long a run waits for another one of its name: helper processes of a killed one take seconds to end."""
 
-NEVER = 2**31 - 1
-
 STEPS_TO_TELL = 10
 """After so many steps, the first one left out, a run says how long it will take."""
 
@@ -82,9 +80,9 @@ class Trainer:
         self.steps_per_save = max(1, STEPS_PER_SAVE // accumulated) * accumulated
         self.updates = self.batch = 0  # optimiser steps of the run, batches of the epoch
         self.sums: dict[str, torch.Tensor] = {}
-        # batch of the epoch with the first loss that is not finite
-        self.first_bad = torch.tensor(NEVER, device=self.device)
-        self.ids: list[list[str]] = []  # of the batches since the losses were last looked at
+        # of the batches since the losses were last looked at
+        self.ids: list[list[str]] = []
+        self.losses: list[torch.Tensor] = []
 
     # -- epochs ---------------------------------------------------------------------------------------------------
     def epochs(self) -> Iterator[int]:
@@ -182,15 +180,15 @@ class Trainer:
                 "--mixed_precision off, and start under another --tag."
             )
         self.ids.clear()
+        self.losses.clear()
         return means
 
     def _where(self) -> str:
         """Step and images of the first loss that was not finite; "" if it was another process's."""
-        step = int(self.first_bad)
-        if step == NEVER:
-            return ""
-        ids = self.ids[step - self.batch - 1]
-        return f"; first in step {step} of the epoch, images {', '.join(ids)}"
+        for step, (ids, loss) in enumerate(zip(self.ids, self.losses, strict=True), self.batch - len(self.ids) + 1):
+            if not loss.isfinite():
+                return f"; first in step {step} of the epoch, images {', '.join(ids)}"
+        return ""
 
     def log(self, epoch: int, values: dict[str, float]) -> None:
         """Write scalars to TensorBoard at the end of an epoch."""
@@ -214,9 +212,7 @@ class Trainer:
         """
         self.record(losses)
         self.batch += 1
-        # The update is left out by itself (`Update.step`); this only remembers when, without waiting for the device.
-        bad = torch.where(losses["loss"].detach().isfinite(), NEVER, self.batch)
-        self.first_bad = torch.minimum(self.first_bad, bad)
+        self.losses.append(losses["loss"].detach())  # `Update.step` leaves out the update if it is not finite
         self.update.backward(losses["loss"])
         if self.batch % self.run.optimization.accumulate_steps and self.batch != self.steps_per_epoch:
             return False
