@@ -118,9 +118,17 @@ def write_labels(
     inputs = {**source.fingerprints(list(files), labels=True), "CAM files": identity.contents(files)}
     identity.claim_folder(made, identity.describe("train_csrm.py", flags, inputs=inputs), overwrite=overwrite)
 
+    refinement = {"crf_iterations": crf.iterations, "gt_prob": crf.gt_prob, "backend": crf.backend}
+
     def make(image_id: str) -> None:
-        labels = labels_of_cams(source, image_id, files[image_id], thresholds, crf, views)
-        save_mask(made / f"{image_id}.png", labels.numpy(), source.info.palette)
+        photograph, label = source.photograph(image_id), source.image_label(image_id)
+        size, working = tuple(photograph.shape[-2:]), working_photograph(photograph, views)
+        classes, maps = cams_of_file(files[image_id], label, size)
+        cams = torch.zeros(1, len(label), *working.shape[-2:])
+        if len(classes):  # no map at all could not be resized
+            cams[0, classes] = resize_maps(torch.from_numpy(maps)[None], working.shape[-2:])[0]
+        labels = reliable_cam_labels(working, cams, torch.from_numpy(label)[None], *thresholds, **refinement)
+        save_mask(made / f"{image_id}.png", resize_labels(labels, size)[0].numpy(), source.info.palette)
 
     pending = [i for i in parallel.share(list(files)) if not (made / f"{i}.png").exists()]
     for _ in parallel.run_jobs(make, pending, name="labels of CAM files", threads=threads):
@@ -142,18 +150,3 @@ def cams_of_file(path: Path, label: np.ndarray, size: tuple[int, int]) -> tuple[
     classes = keys[1:] - 1
     present = label[classes] > 0
     return classes[present], maps[present].astype(np.float32)
-
-
-def labels_of_cams(
-    source: Any, image_id: str, path: Path, thresholds: tuple[float, float], crf: CRF, views: Views
-) -> torch.Tensor:
-    """Reliable labels int64 [H,W] of one CAM file (UserError: see `cams_of_file`)."""
-    photograph, label = source.photograph(image_id), source.image_label(image_id)
-    size, working = tuple(photograph.shape[-2:]), working_photograph(photograph, views)
-    classes, maps = cams_of_file(path, label, size)
-    cams = torch.zeros(1, len(label), *working.shape[-2:])
-    if len(classes):  # no map at all could not be resized
-        cams[0, classes] = resize_maps(torch.from_numpy(maps)[None], working.shape[-2:])[0]
-    options = {"crf_iterations": crf.iterations, "gt_prob": crf.gt_prob, "backend": crf.backend}
-    labels = reliable_cam_labels(working, cams, torch.from_numpy(label)[None], *thresholds, **options)
-    return resize_labels(labels, size)[0]
