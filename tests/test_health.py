@@ -16,7 +16,7 @@ from test_training import Killed, change_steps, kill_at
 from torch import nn
 
 from tools import health as health_module
-from tools.health import HARM, READY_VANISHED, Health, teaching_epochs
+from tools.health import HARM, READY_VANISHED, Health
 from tools.history import SIGNALS
 from train_csrm import Criterion, Targets, loss_options
 
@@ -151,7 +151,9 @@ SOME, FEW = READY_VANISHED + 0.1, READY_VANISHED
     ("auto", epochs([-1, -1, -1]), (2, 6)),  # nothing to fall from
 ])  # fmt: skip
 def test_when_all_losses_teach(mode, history, expected):
-    assert teaching_epochs(history, mode, warmup_epochs=2, max_epoch=6) == expected
+    health = Health(mode, warmup_epochs=2, max_epoch=6)
+    health.history = history
+    assert health.teaching_epochs() == expected
 
 
 def test_warm_up_lasts_until_self_training_starts_and_comes_back_when_it_stops():

@@ -60,8 +60,19 @@ class Health:
 
     def warmup_epochs(self, epoch: int) -> int:
         """Epochs before self-training, as known in `epoch` (from 0); `epoch` + 1 once self-training has stopped."""
-        first, last = teaching_epochs(self.history[:epoch], self.mode, self.warmup, self.max_epoch)
+        first, last = self.teaching_epochs(epoch)
         return first if epoch < last else epoch + 1
+
+    def teaching_epochs(self, epoch: int | None = None) -> tuple[int, int]:
+        """(first, last): epochs first <= e < last have all five losses, as known in `epoch`, by default now."""
+        if self.mode == "off":
+            return self.max_epoch, self.max_epoch
+        if self.mode == "on":
+            return self.warmup, self.max_epoch
+        history = self.history[:epoch]
+        ready = (e for e in range(max(1, self.warmup), len(history) + 1) if is_ready(history[e - 1]))
+        first = next(ready, self.max_epoch)
+        return first, harmed(history, first) or self.max_epoch
 
     def s2c_limit(self, epoch: int, w_c2s: float) -> float:
         """The largest weight of L_s2c in "auto": its weighted gradient does not exceed that of w_c2s L_c2s."""
@@ -98,7 +109,7 @@ class Health:
     def news(self) -> str | None:
         """A line for the user if the signals of the last epoch start or stop self-training, or show that it harms."""
         epoch = len(self.history)
-        first, last = teaching_epochs(self.history, self.mode, self.warmup, self.max_epoch)
+        first, last = self.teaching_epochs()
         if self.mode == "auto" and epoch < self.max_epoch and epoch in (first, last):
             what = "starts" if epoch == first else "stops, since class logits have fallen,"
             return f"self-training {what} after epoch {epoch}."
@@ -111,7 +122,7 @@ class Health:
 
     def report(self) -> dict[str, object]:
         """All epochs, signal by signal; and the [first, last] epoch of self-training, counted from 1, or []."""
-        first, last = teaching_epochs(self.history, self.mode, self.warmup, self.max_epoch)
+        first, last = self.teaching_epochs()
         series = {name: [record[name] for record in self.history] for name in SIGNALS}
         return {**series, "self_training": self.mode, "teaches_itself": [first + 1, last] if first < last else []}
 
@@ -137,17 +148,6 @@ def _gradient_norm(loss: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """The norm of the gradient of the whole batch, of which each process has its share."""
     gradients = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
     return nn.utils.get_total_norm([all_reduce_sum(each) / world_size() for each in gradients if each is not None])
-
-
-def teaching_epochs(history: Sequence[Record], mode: str, warmup_epochs: int, max_epoch: int) -> tuple[int, int]:
-    """(first, last): epochs first <= e < last have all five losses, as far as the history tells."""
-    if mode == "off":
-        return max_epoch, max_epoch
-    if mode == "on":
-        return warmup_epochs, max_epoch
-    ready = (e for e in range(max(1, warmup_epochs), len(history) + 1) if is_ready(history[e - 1]))
-    first = next(ready, max_epoch)
-    return first, harmed(history, first) or max_epoch
 
 
 def is_ready(record: Record) -> bool:
