@@ -4,14 +4,9 @@
     masks = generator(images)  # for each image its masks, as COCO RLE
 
 Rules and defaults are those of `segment_anything.SamAutomaticMaskGenerator`: a grid of point prompts with three masks
-each, filtered by predicted IoU, by stability and by the NMS of their boxes, on the image and on crops of it. That one
-enlarges all masks before it filters them, and encodes them one by one before NMS. Here
-    * images and crops are encoded several at a time, with `dtype` in half precision;
-    * the decoder gets one image embedding rather than one per prompt, so its first layer does the image's part once;
-    * masks are filtered by predicted IoU at low resolution; those left are enlarged by two small matrices, measured and
-      dropped again, so that memory is bounded by `points_per_batch` and not by the number of masks;
-    * only the masks that survive NMS are drawn, and the RLEs of many are cut from one list of the places where they
-      change. The host waits for the device a few times per batch of prompts, never per mask.
+each, filtered by predicted IoU, by stability and by the NMS of their boxes, on the image and on crops of it.
+docs/sam-refinement.md says what is done in another order here, and why. Memory is bounded by `points_per_batch`, not by
+the number of masks; the host waits for the device a few times per batch of prompts, never per mask.
 """
 
 import copy
