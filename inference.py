@@ -63,7 +63,6 @@ from models import cam_forward, load_model, segmentation_forward
 from tools import distributed, identity
 from tools.cam import enlarged_argmax, multi_scale_cams, multi_scale_logits, working_photograph
 from tools.cam_files import cam_labels, load_cams, save_cams
-from tools.checkpoint import check_classes
 from tools.crf import CAM_SETTINGS, mean_field, unary_from_labels
 from tools.devices import select_device
 from tools.files import save_mask
@@ -264,7 +263,7 @@ def main(args: argparse.Namespace) -> None:
     # First: if a training replaces the weights meanwhile, the next run finds others in the record.
     maps, pseudos = identities(args, source, ids, weights)
     model, checkpoint = load_model(weights, device, kinds=["classifier", "csrm", "segmentation"])
-    check_classes(checkpoint, source.info.classes, weights)
+    identity.compare_classes(weights, checkpoint["classes"][1:], source.info.classes[1:])
     check_flags(args, model)
     folder = options.predictions_dir(args.tag, args.domain)
     views = options.views(args, checkpoint["args"])

@@ -92,7 +92,6 @@ from models import build_model, load_model, segmentation_forward
 from models.restore import restore
 from tools import distributed, identity
 from tools.cam import enlarged_argmax, multi_scale_logits, values_at, working_photograph
-from tools.checkpoint import check_classes
 from tools.crf import CAM_SETTINGS, SEGMENTATION_SETTINGS, mean_field, unary_from_labels, unary_from_probabilities
 from tools.devices import select_device
 from tools.drawing import save_overlay
@@ -353,7 +352,7 @@ def photographs(args: argparse.Namespace, checkpoint: dict, weights: Path) -> tu
     """The source of the photographs, their domain in it, and the name that the predictions get."""
     if not args.images:
         source = build_source(args.dataset, options.data_dir(args))
-        check_classes(checkpoint, source.info.classes, weights)
+        identity.compare_classes(weights, checkpoint["classes"][1:], source.info.classes[1:])
         return source, args.domain, args.domain
     source = Photographs(args.images, checkpoint["classes"])
     if others := source.images.others:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from models import build_model, load_model
-from tools.checkpoint import VERSION, check_classes, load_checkpoint, save_checkpoint
+from tools.checkpoint import VERSION, load_checkpoint, save_checkpoint
 from tools.errors import UserError
 
 CPU = torch.device("cpu")
@@ -93,9 +93,3 @@ def test_code_in_a_file_is_never_run(tmp_path):
     torch.save({"config": print, "model": {}, "classes": [], "epoch": 1}, tmp_path / "a.pth")
     with pytest.raises(UserError, match="not a readable checkpoint"):
         load_checkpoint(tmp_path / "a.pth")
-
-
-def test_classes_must_be_the_datasets():
-    check_classes({"classes": CLASSES}, tuple(CLASSES), "a.pth")
-    with pytest.raises(UserError, match=r"trained on the classes \[cat, dog\], but the dataset has \[dog, cat\]"):
-        check_classes({"classes": CLASSES}, ("background", "dog", "cat"), "a.pth")

@@ -301,7 +301,7 @@ def test_checkpoints_that_cannot_be_used(capsys, folder_root, script):
     flags = [*data_flags(folder_root), "--tag", "t", "--domain", "val", *predict]
     assert "experiments/models/t.pth: no such checkpoint" in refusal(capsys, script, *flags)
     path = write_checkpoint("t", "csrm", ["background", "cat", "horse"])
-    assert "trained on the classes [cat, horse], but the dataset has [cat, dog]" in refusal(capsys, script, *flags)
+    assert "made of the classes [cat, horse], but the dataset has [cat, dog]" in refusal(capsys, script, *flags)
     path.write_bytes(path.read_bytes()[:5000])
     assert "t.pth: not a readable checkpoint" in refusal(capsys, script, *flags)
     torch.save(build_model("csrm", architecture="test_resnet", num_classes=3).state_dict(), path)

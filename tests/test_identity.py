@@ -14,6 +14,7 @@ from conftest import SPLITS
 
 from tools import identity
 from tools.cam_files import load_cams
+from tools.errors import UserError
 from tools.files import load_mask, save_mask
 
 MODEL = Path("experiments/models/t.pth")
@@ -211,6 +212,13 @@ def test_a_list_that_grows_is_continued_and_what_is_not_made_may_be_mended(data,
         "c": "cat",
         "d": "",
     }
+
+
+def test_classes_of_models_and_folders():
+    identity.compare_classes(MODEL, ["cat", "dog"], ("cat", "dog"))
+    for others in (["dog", "cat"], ["cat"]):
+        with pytest.raises(UserError, match=rf"t\.pth: made of the classes \[cat, dog\].* has \[{', '.join(others)}\]"):
+            identity.compare_classes(MODEL, ["cat", "dog"], others)
 
 
 WRONG_TYPES = [b'{"files": []}', b'{"files": {"weights": 3}}', b'{"settings": null}', b'{"inputs": {"labels": 3}}']

@@ -109,13 +109,3 @@ def warn_unfinished(path: str | Path, checkpoint: dict[str, Any]) -> None:
     epoch, last = (checkpoint.get(key) for key in ("epoch", "max_epoch"))
     if isinstance(epoch, int) and isinstance(last, int) and epoch < last:
         print(f"Warning: {path}: after epoch {epoch} of {last}. Its training has stopped, or is going on.")
-
-
-def check_classes(checkpoint: dict[str, Any], classes: tuple[str, ...], path: str | Path) -> None:
-    """Refuse a model trained on other classes than the dataset's (UserError: the class names differ)."""
-    if tuple(checkpoint["classes"]) != tuple(classes):
-        ours, theirs = ", ".join(classes[1:]), ", ".join(checkpoint["classes"][1:])
-        raise UserError(
-            f"{path}: trained on the classes [{theirs}], but the dataset has [{ours}]. Check --dataset and --data_dir; "
-            "a folder lists its classes in classes.txt."
-        )

@@ -261,13 +261,19 @@ def check_classes(folder: Path, classes: Sequence[str]) -> None:
         UserError: the record names others.
     """
     try:
-        made_of = read_record(folder / RECORD).get("settings", {}).get("classes", list(classes))
+        made_of = read_record(folder / RECORD).get("settings", {}).get("classes", classes)
     except UserError:  # of another program, perhaps
         return
-    if made_of != list(classes):
+    compare_classes(folder, made_of, classes)
+
+
+def compare_classes(place: Path, made_of: Sequence[str], classes: Sequence[str]) -> None:
+    """Refuse what is made of other classes than the dataset's, or of the same in another order (UserError)."""
+    if list(made_of) != list(classes):
         theirs, ours = ", ".join(made_of), ", ".join(classes)
         raise UserError(
-            f"{folder}: made of the classes [{theirs}], but the dataset has [{ours}]. Make it again; check --data_dir."
+            f"{place}: made of the classes [{theirs}], but the dataset has [{ours}]. Check --dataset and --data_dir, "
+            "or make it again."
         )
 
 
