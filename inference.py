@@ -300,7 +300,7 @@ def main(args: argparse.Namespace) -> None:
         flags = ["--tag", args.tag, "--domain", args.domain, "--pseudo_dir", predict.folders["pseudos"]]
         note = "with Segment Anything: --checkpoint FILE instead of --proposals regions"
         print(options.next_step(args, "refine_sam.py", *flags, "--proposals", "regions", note=note))
-    left_out.finish(ids)
+    left_out.finish(ids, mine)
 
 
 if __name__ == "__main__":

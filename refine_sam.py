@@ -173,7 +173,7 @@ def main(args: argparse.Namespace) -> None:
         distributed.wait_for_shares()
     if args.stage == "propose":
         print("Next: the same command with --stage merge --pseudo_dir FOLDER")
-        left_out.finish(listed, args.shard)
+        left_out.finish(listed, ids)
         return
     rule = options.from_flags(Rule, args)
     if args.stage == "merge" and args.proposals != "files":
@@ -185,7 +185,7 @@ def main(args: argparse.Namespace) -> None:
     merge(rule, source.info, ids, folders, workers, left_out)
     flags = ["--tag", f"{args.tag}-deeplab", "--domain_train", args.domain, "--masks_dir", folders.refined]
     print(options.next_step(args, "train_segmentation.py", *flags, note="and the flags of network and images"))
-    left_out.finish(listed, args.shard)
+    left_out.finish(listed, ids)
 
 
 def check_flags(args: argparse.Namespace) -> None:

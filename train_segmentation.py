@@ -394,7 +394,7 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
     elif args.max_images is None and all(map(source.has_mask, ids)):
         masks = predictor.folder / "masks"
         print(options.next_step(args, "evaluate.py", "--pred_dir", masks, "--domain", domain))
-    left_out.finish(ids)
+    left_out.finish(ids, mine)
 
 
 def main(args: argparse.Namespace) -> None:

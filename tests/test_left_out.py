@@ -138,7 +138,7 @@ def test_each_part_keeps_its_own_lines_of_the_list(tmp_path):
         results = list(left_out.results(work if damaged else str, share, "test"))
         assert results == [i for i in share if not damaged or i in "ad"]
         with pytest.raises(Incomplete) if damaged else contextlib.nullcontext():
-            left_out.finish(ids, (index, 2))
+            left_out.finish(ids, share)
         return json.loads(left_out.path.read_text()) if left_out.path.exists() else {}
 
     assert part(0, True) == {"c": "c: damaged"}

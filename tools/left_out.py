@@ -1,9 +1,9 @@
 """--on_error skip: an image is left out and listed if one of its files cannot be used; the stage does all others.
 
 left_out = LeftOut(folder, "inference", skip=True)
-for result in left_out.results(work, ids, "inference", threads=2):  # of the images that could be done
+for result in left_out.results(work, mine, "inference", threads=2):  # of the images that could be done
     ...
-left_out.finish(ids)  # raises Incomplete: exit code 3
+left_out.finish(ids, mine)  # raises Incomplete: exit code 3
 """
 
 import functools
@@ -49,14 +49,13 @@ class LeftOut:
             else:
                 yield result
 
-    def finish(self, ids: Sequence[str], shard: tuple[int, int] | None = None) -> None:
-        """Update this process's share of the list (`parallel.share` of the `ids`), and wait for the other processes.
+    def finish(self, ids: Sequence[str], mine: Sequence[str]) -> None:
+        """Update what the list of all `ids` says of `mine`, this process's share, and wait for the other processes.
 
         Raises:
             Incomplete: images are left out.
             UserError: the list is there and damaged.
         """
-        mine = parallel.share(ids, shard=shard, announced=False)
         with locked(check_writable(self.path.parent)):
             others = set(ids) - set(mine)
             remedy = "Delete it, and run the same command again."

@@ -71,16 +71,17 @@ def own_workers(workers: int) -> int:
     return -(-workers // processes)
 
 
-def share(items: Sequence[Item], *, shard: tuple[int, int] | None = None, announced: bool = True) -> Sequence[Item]:
-    """This process's part of a job: every n-th item. What is done already counts: it grows while processes start.
+def share(items: Sequence[Item], *, shard: tuple[int, int] | None = None) -> Sequence[Item]:
+    """This process's part of a job: every n-th item; if there are others, it says which part it does.
+
+    Items that are done already are dealt out, too: while processes start, more get done.
 
     Args:
         shard: which part of how many, (0..n-1, n); by default that of torchrun.
-        announced: say which part it is, in every process.
     """
     index, number = shard or (rank(), world_size())
     mine = items[index::number]
-    if number > 1 and announced:
+    if number > 1:
         print(f"part {index + 1} of {number}: {len(mine)} of {len(items)} images", file=sys.stderr)
     return mine
 

@@ -42,9 +42,8 @@ def validate(
     ids, classes = source.ids(domain), source.info.num_classes
     of_cams = np.zeros((len(THRESHOLDS), classes, classes + 1), np.int64)
     of_masks, logits = np.zeros_like(of_cams[0]), torch.zeros(len(ids), classes - 1)
-    for index in parallel.progress(
-        parallel.share(range(len(ids)), announced=False), desc=f"validating on {domain}", unit="image"
-    ):
+    mine = range(parallel.rank(), len(ids), parallel.world_size())
+    for index in parallel.progress(mine, desc=f"validating on {domain}", unit="image"):
         image_id = ids[index]
         image = normalize(source.photograph(image_id).to(device))
         (view,) = scaled_views(image, views)
