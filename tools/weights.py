@@ -8,8 +8,6 @@ Files are read with `weights_only=True`: no code in them runs. Training scripts 
 weights (`argparse.Namespace`, NumPy numbers, paths). Blanks replace these, so their code does not run either.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -50,9 +48,6 @@ class Weights:
 
 class _Blank:
     """Stands in for a Python object: takes what it is made of, keeps nothing."""
-
-    def __new__(cls, *_: Any) -> _Blank:
-        return super().__new__(cls)
 
     def __init__(self, *_: Any) -> None: ...
 
