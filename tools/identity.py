@@ -107,7 +107,7 @@ def difference(stored: Mapping[str, Any], made_by: Mapping[str, Any]) -> str:
     before, now = _named(stored), _named(made_by)
     for flag in now:
         if flag in before and before[flag][0] != now[flag][0]:
-            return f"{_shown(flag)} {before[flag][1]}, not {now[flag][1]}"
+            return f"{flag} {before[flag][1]}, not {now[flag][1]}"
     for kind in stored["inputs"].keys() ^ made_by["inputs"].keys():
         return f"{kind}, not without" if kind in stored["inputs"] else f"no {kind}"
     for kind, each in made_by["inputs"].items():
@@ -121,17 +121,13 @@ def difference(stored: Mapping[str, Any], made_by: Mapping[str, Any]) -> str:
 
 
 def _named(made_by: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
-    """flag -> what is compared, and how it is shown."""
+    """--flag, or "classes" -> what is compared, and how it is shown."""
     settings = {name: (value, str(value)) for name, value in made_by["settings"].items()}
     files = {
         name: (each["sha256"], f"{each['file']} (content {each['sha256'][:8]})")
         for name, each in made_by["files"].items()
     }
-    return {**settings, **files}
-
-
-def _shown(name: str) -> str:
-    return name if name == "classes" else f"--{name}"
+    return {name if name == "classes" else f"--{name}": value for name, value in {**settings, **files}.items()}
 
 
 def _digest_in_words(made_by: Mapping[str, Any], kind: str) -> str:
@@ -281,8 +277,8 @@ def sentence(made_by: Mapping[str, Any]) -> str:
     """The identity in one line, for people."""
     if not {"script", "version", "settings", "files", "inputs"} <= made_by.keys():
         return "of a version of the code that did not note what it read"
-    named = {name: value for name, (_, value) in _named(made_by).items() if name != "classes"}
-    shown = " ".join(f"--{name} {value}" for name, value in named.items() if value not in ("None", ""))
+    named = {flag: value for flag, (_, value) in _named(made_by).items() if flag != "classes"}
+    shown = " ".join(f"{flag} {value}" for flag, value in named.items() if value not in ("None", ""))
     data = ", ".join(f"{_count(each)} {kind}" for kind, each in made_by["inputs"].items())
     return f"{made_by['script']} (version {made_by['version']}) of {data}: {shown}"
 
