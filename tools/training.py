@@ -226,16 +226,12 @@ class Trainer:
             self.sums[name] = self.sums.get(name, 0) + value.detach()
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
-    def _share_statistics(self) -> None:
-        """Make running statistics equal in all processes, which see different images; those of a teacher, too."""
-        for network in (self.model, self.companions.get("teacher")):
-            if network is not None:
-                distributed.broadcast(network.buffers())
-
     def _save_within(self, epoch: int) -> None:
         """Make all processes equal, save, and seed as a run does that is resumed here."""
         self.means()
-        self._share_statistics()
+        for network in (self.model, self.companions.get("teacher")):
+            if network is not None:  # its running statistics are of the images of a process
+                distributed.broadcast(network.buffers())
         self.sums = {n: distributed.all_reduce_sum(total) / parallel.world_size() for n, total in self.sums.items()}
         for companion in self.companions.values():
             if hasattr(companion, "share"):
