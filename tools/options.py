@@ -93,7 +93,6 @@ class Training:
 
     tag: str  # name of the run
     seed: int  # of all random numbers
-    batch_size: int  # images per loader and step, over all processes
     max_epoch: int  # epochs
     mixed_precision: str  # auto, bf16, fp16 or off
     compile: bool  # whether torch.compile fuses the networks
