@@ -107,9 +107,9 @@ from tools import devices, distributed, identity
 from tools.files import check_present, file_of, load_image, save_mask
 from tools.left_out import LeftOut
 from tools.merging import merge_masks
-from tools.proposals import Propose, load_proposals, load_sam, save_proposals
+from tools.proposals import Propose, load_proposals, save_proposals
 from tools.proposals.files import fingerprints, read_masks
-from tools.proposals.generator import MaskGenerator, MaskOptions
+from tools.proposals.generator import MaskGenerator, MaskOptions, load_sam
 from tools.proposals.later_sams import LaterMaskGenerator, load_later_sam, weights_file
 from tools.proposals.regions import RegionGenerator
 

@@ -13,8 +13,8 @@ from pycocotools import mask as coco_rle
 
 from tests.tiny_sam import build_tiny_sam
 from tools.errors import UserError
-from tools.proposals import load_proposals, load_sam, save_proposals
-from tools.proposals.generator import MaskGenerator, MaskOptions
+from tools.proposals import load_proposals, save_proposals
+from tools.proposals.generator import MaskGenerator, MaskOptions, load_sam
 from tools.proposals.regions import RegionGenerator, merge_regions
 from tools.rle import encode
 

@@ -12,15 +12,17 @@ the number of masks; the host waits for the device a few times per batch of prom
 import copy
 import functools
 import math
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from segment_anything import SamAutomaticMaskGenerator
+from segment_anything import SamAutomaticMaskGenerator, sam_model_registry
 from segment_anything.modeling import Sam
 from segment_anything.utils.amg import (
     MaskData,
@@ -37,7 +39,9 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from tools.errors import UserError
+from tools.weights import common_prefix, load_weights
 
+SAM_WIDTHS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}  # channels of the image encoder
 STABILITY_OFFSET = 1.0  # of the mask threshold, in logits; these three as in SamAutomaticMaskGenerator
 CROP_NMS_THRESH = 0.7  # box IoU above which masks of two crops are duplicates
 CROP_OVERLAP = 512 / 1500  # of neighbouring crops, as a fraction of the image's shorter side
@@ -253,6 +257,34 @@ class MaskGenerator:
             threshold = max(self.options.box_nms_thresh, CROP_NMS_THRESH)
             SamAutomaticMaskGenerator.postprocess_small_regions(masks, self.options.min_mask_region_area, threshold)
         return [coco_encode_rle(rle) for rle in masks["rles"]]
+
+
+def load_sam(checkpoint: str | os.PathLike, model_type: str, device: torch.device) -> Sam:
+    """Build SAM (one of `options.SAM_TYPES`), and load its public weights; nothing but tensors is unpickled.
+
+    Raises:
+        UserError: no such file, not a checkpoint, or weights of another model type.
+    """
+    if not Path(checkpoint).is_file():
+        remedy = "Download one, or use --proposals regions (or sam2, for a folder or a name on the hub)."
+        raise UserError(f"{checkpoint}: no such checkpoint. {remedy}")
+    tensors = load_weights(checkpoint).tensors
+    model = sam_model_registry[model_type](checkpoint=None)
+    wanted = model.state_dict()
+    prefix = common_prefix(tensors, set(wanted))
+    state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    fits = sum(name in state and state[name].shape == tensor.shape for name, tensor in wanted.items())
+    if fits < len(wanted) or len(state) > len(wanted):
+        position = state.get("image_encoder.pos_embed", torch.zeros(1))
+        other = SAM_WIDTHS.get(position.shape[-1], model_type)
+        remedy = "Pass weights of the first SAM; those of SAM-HQ, MobileSAM, SAM 2 and others cannot be used."
+        if other != model_type:
+            remedy = f"Set --model_type {other}."
+        raise UserError(
+            f"{checkpoint}: not the weights of SAM {model_type} ({fits} of {len(wanted)} tensors fit). {remedy}"
+        )
+    model.load_state_dict(state)
+    return model.to(device).eval()
 
 
 @functools.lru_cache(maxsize=64)
