@@ -24,7 +24,7 @@ train_model() {
     $RUN_FLAGS $BACKBONE_SEG $IMAGE_FLAGS $SEG_FLAGS "${@:2}"
 }
 
-START=()  # a model goes on from the weights of the one before: worth 1 to 3 points (docs/log.md)
+START=()  # a model goes on from the weights of the one before: worth 1.6 points (docs/log.md)
 for ((round = 1; round < ROUNDS; round++)); do
   train_model "$TAG_ROUND$round" ${START[@]+"${START[@]}"}
   START=(--restore "experiments/models/$TAG_ROUND$round.pth")
