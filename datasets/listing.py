@@ -3,7 +3,7 @@
     index = index_images([root / "images"])
     index.files["2024/a"]                       root/images/2024/a.jpg
     index.others                                files of kinds that are not read, such as .heic
-    index.advice("2024/a.JPG")                  ": perhaps '2024/a' is meant"
+    index.advice("2024/a.JPG")                  ": write ids without suffix (2024/a)"
 
 Names come from people, zip files and three systems. They are compared in one form (Unicode's NFC; a Mac writes é as
 two characters). Hidden files and files of file managers are ignored.
@@ -36,14 +36,12 @@ class FileIndex:
     others: list[Path]  # files of other kinds
 
     def advice(self, text: str) -> str:
-        """What to write instead of an id that no file has, as `: perhaps ...`; "" if no id is like it.
-
-        Alike are ids with a suffix, without leading zeros, in other case, with other folders before the name.
-        """
-        stem = _without_suffix(text.replace("\\", "/"))
+        """What to write instead of an id that no file has, as `: ... (the id)`; "" if no id is like it."""
+        plain = text.replace("\\", "/")
+        stem = _without_suffix(plain)
         tails = [stem.split("/", n)[n] for n in range(stem.count("/") + 1)]
         meant = next((found for tail in tails if (found := self._by_likeness.get(_folded(tail)))), None)
-        return "" if meant is None else f": perhaps '{meant}' is meant"
+        return "" if meant is None else f": {_difference(plain, stem, meant)} ({meant})"
 
     @functools.cached_property
     def _by_likeness(self) -> dict[str, str | None]:
@@ -160,6 +158,22 @@ def mask_of(name: str) -> str | None:
 def first_repeated(names: Iterable[str]) -> str | None:
     """A name that occurs more than once; None if all differ."""
     return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
+def _difference(plain: str, stem: str, meant: str) -> str:
+    if plain == meant:
+        return "write '/' between folders"
+    if stem == meant:
+        return "write ids without suffix"
+    if stem.endswith(f"/{meant}"):
+        return "write ids without the folders above"
+    if meant.endswith(f"/{stem}"):
+        return "write ids with their folder"
+    if stem.casefold() == meant.casefold():
+        return "write small and capital letters as in the file's name"
+    if stem.lstrip("0") == meant.lstrip("0"):
+        return "write leading zeros (have a spreadsheet take the column for text)"
+    return "write ids as the files are called"
 
 
 def _folded(image_id: str) -> str:

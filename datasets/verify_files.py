@@ -23,7 +23,7 @@ def leftovers(source: DataSource, lists: dict[str, Sequence[str]], *, published:
     images = source.images.files
     for image_id in source.labelled_ids():
         if image_id not in images:
-            yield "rows", f"the label of '{image_id}' belongs to no photograph{source.images.advice(image_id)}"
+            yield "rows", f"row '{image_id}' belongs to no photograph{source.images.advice(image_id)}"
     for path in source.images.others:
         yield "unread", f"{path}: a kind that is not read ({path.suffix or 'no suffix'}). Convert photographs to JPEG"
     strays = dict(source.stray_masks())

@@ -63,8 +63,8 @@ def test_a_folder_without_a_mask_of_the_split_is_refused(folder_root, folders):
     ("name", "told"),
     [
         ("b_mask.png", "b_mask.png: no ID.png of a photograph (one of 2 files)"),
-        ("b.jpg.png", "b.jpg.png: no ID.png of a photograph: perhaps 'b' is meant (one of 2 files)"),
-        ("cat/b.png", "cat/b.png: no ID.png of a photograph: perhaps 'b' is meant (one of 2 files)"),
+        ("b.jpg.png", "b.jpg.png: no ID.png of a photograph: write ids without suffix (b) (one of 2 files)"),
+        ("cat/b.png", "cat/b.png: no ID.png of a photograph: write ids without the folders above (b) (one of 2 files)"),
         ("a.JPG", "a.JPG: no ID.png of a photograph: masks are PNG (one of 2 files)"),
     ],
 )

@@ -616,7 +616,7 @@ def test_flags_that_are_missing_or_name_other_images(folder_root, masks, tmp_pat
     with pytest.raises(UserError, match="--input: the file to import"):
         call(folder_root, "import", "coco", masks, tmp_path)
     remedy = ". Remove them from the list, or add their photographs."
-    for image_id, told in (("z", remedy), ("a.jpg", ": perhaps 'a' is meant.")):
+    for image_id, told in (("z", remedy), ("a.jpg", ": write ids without suffix (a).")):
         (tmp_path / "review.csv").write_text(f"id,doubt\n{image_id},0.9\n")
         with pytest.raises(UserError) as caught:
             call(folder_root, "export", "coco", masks, tmp_path, "--review", tmp_path / "review.csv")

@@ -425,21 +425,21 @@ def test_other_files_beside_the_photographs_are_no_lists(tmp_path):
 @pytest.mark.parametrize(
     ("text", "advice"),
     [
-        ("0001.jpg", ": perhaps '0001' is meant"),
-        ("0001.JPG", ": perhaps '0001' is meant"),
-        ("1", ": perhaps '0001' is meant"),
-        ("images/0001.jpg", ": perhaps '0001' is meant"),
-        ("/data/birds/images/0001.jpg", ": perhaps '0001' is meant"),
-        ("C:\\birds\\images\\0001.jpg", ": perhaps '0001' is meant"),
-        ("2024\\Robin", ": perhaps '2024/Robin' is meant"),
-        ("Robin", ": perhaps '2024/Robin' is meant"),
-        ("2024/robin", ": perhaps '2024/Robin' is meant"),
-        ("ROBIN.PNG", ": perhaps '2024/Robin' is meant"),
+        ("0001.jpg", ": write ids without suffix (0001)"),
+        ("0001.JPG", ": write ids without suffix (0001)"),
+        ("1", ": write leading zeros (have a spreadsheet take the column for text) (0001)"),
+        ("images/0001.jpg", ": write ids without the folders above (0001)"),
+        ("/data/birds/images/0001.jpg", ": write ids without the folders above (0001)"),
+        ("C:\\birds\\images\\0001.jpg", ": write ids without the folders above (0001)"),
+        ("2024\\Robin", ": write '/' between folders (2024/Robin)"),
+        ("Robin", ": write ids with their folder (2024/Robin)"),
+        ("2024/robin", ": write small and capital letters as in the file's name (2024/Robin)"),
+        ("ROBIN.PNG", ": write ids as the files are called (2024/Robin)"),
         ("wren", ""),
         ("0003", ""),
-        ('="0001"', ": perhaps '0001' is meant"),
-        ("'0001", ": perhaps '0001' is meant"),
-        ("1.0", ": perhaps '0001' is meant"),
+        ('="0001"', ": write ids as the files are called (0001)"),
+        ("'0001", ": write ids as the files are called (0001)"),
+        ("1.0", ": write leading zeros (have a spreadsheet take the column for text) (0001)"),
         ("twin", ""),  # a/twin or b/twin
         ("", ""),
     ],
@@ -454,17 +454,14 @@ def test_ids_in_lists_and_tables_that_fit_no_photograph(tmp_path):
     (root / "splits").mkdir()
     (root / "splits" / "train.txt").write_text("0000.jpg\nnobody\n0001")
     source = build_source("folder", root)
-    line = r"train\.txt: 2 of 3 ids have no image in .*, the first is '0000\.jpg': perhaps '0000' is meant\."
+    line = r"train\.txt: 2 of 3 ids have no image in .*, the first is '0000\.jpg': write ids without suffix \(0000\)\."
     with pytest.raises(UserError, match=line):
         source.ids("train")
     found = findings(root)
-    assert found["missing"] == [
-        "0000.jpg: no photograph: perhaps '0000' is meant",
-        "nobody: no photograph",
-    ]
+    assert found["missing"] == ["0000.jpg: no photograph: write ids without suffix (0000)", "nobody: no photograph"]
     assert found["rows"] == [
-        "the label of '0000.jpg' belongs to no photograph: perhaps '0000' is meant",
-        "the label of '2' belongs to no photograph: perhaps '0002' is meant",
+        "row '0000.jpg' belongs to no photograph: write ids without suffix (0000)",
+        "row '2' belongs to no photograph: write leading zeros (have a spreadsheet take the column for text) (0002)",
     ]
     assert found["unlisted"] == [f"{root / 'images' / name}: in no list" for name in ("0000.jpg", "0002.jpg")]
 
@@ -607,7 +604,7 @@ def test_files_and_classes_that_belong_to_nothing_are_warned_of(tmp_path):
     for name in ("a.png", "b.png", "notes.txt"):
         Image.new("L", (8, 6), 1).save(root / "masks" / name, format="PNG")
     assert findings(root) == {
-        "rows": ["the label of 'b' belongs to no photograph"],
+        "rows": ["row 'b' belongs to no photograph"],
         "unread": [f"{root / 'images' / 'b.heic'}: a kind that is not read (.heic). Convert photographs to JPEG"],
         "stray": [f"{root / 'masks' / name}: no ID.png of a photograph" for name in ("b.png", "notes.txt")],
         "unused": [
@@ -630,10 +627,10 @@ def test_masks_among_the_photographs_are_errors(tmp_path, name):
     [
         ("{}_mask.png", ""),
         ("{}.jpg", ": masks are PNG"),
-        ("{}.jpg.png", ": perhaps 'a' is meant"),
+        ("{}.jpg.png", ": write ids without suffix (a)"),
         ("{}.jpg___fuse.png", ""),
         ("{}.tif", ": masks are PNG"),
-        ("sub/{}.png", ": perhaps 'a' is meant"),
+        ("sub/{}.png", ": write ids without the folders above (a)"),
         ("{}_gt.PNG", ""),
     ],
 )
