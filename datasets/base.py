@@ -55,9 +55,10 @@ class DatasetInfo:
 
     def index(self, name: str, place: str | Path) -> int:
         """The mask index, 1..K, of a class that `place` (a file, a line of it) names (UserError: it is unknown)."""
-        if name not in self.classes[1:]:
-            raise UserError(f"{place}: unknown class '{name}'. Known: {', '.join(self.classes[1:])}.")
-        return self.classes.index(name)
+        try:
+            return self.classes.index(name, 1)
+        except ValueError:
+            raise UserError(f"{place}: unknown class '{name}'. Known: {', '.join(self.classes[1:])}.") from None
 
 
 @dataclass(eq=False, repr=False)
