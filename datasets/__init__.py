@@ -26,7 +26,7 @@ from tools.identity import check_classes
 
 __all__ = ["DataSource", "DatasetInfo", "Photographs", "build_source"]
 
-READERS: dict[str, Callable[..., DataSource]] = {
+SOURCES: dict[str, Callable[..., DataSource]] = {
     "voc12": VOC12Source,
     "coco14": functools.partial(FolderSource, image_folders=COCO14_PARTS),
     "folder": FolderSource,
@@ -39,21 +39,21 @@ def build_source(dataset: str, data_dir: str | Path, masks_dir: str | Path | Non
     """Open a dataset.
 
     Args:
-        dataset: a key of `READERS`.
+        dataset: a key of `SOURCES`.
         masks_dir: folder of ID.png masks to read instead of the dataset's own, such as pseudo masks.
 
     Raises:
         UserError: unknown dataset, or the folder does not hold it; or the masks in `masks_dir` are of other classes.
     """
-    if dataset not in READERS:
-        raise UserError(f"--dataset {dataset}: unknown. Choose one of: {', '.join(READERS)}.")
+    if dataset not in SOURCES:
+        raise UserError(f"--dataset {dataset}: unknown. Choose one of: {', '.join(SOURCES)}.")
     data_dir = Path(data_dir)
     masks_dir = None if masks_dir is None else Path(masks_dir)
     if dataset in ("coco14", "deepglobe") and data_dir.is_dir() and not (data_dir / "classes.txt").exists():
         raise UserError(
             f"{data_dir}: not converted. Run python -m datasets.prepare --dataset {dataset} --data_dir {data_dir}."
         )
-    source = READERS[dataset](data_dir, masks_dir)
+    source = SOURCES[dataset](data_dir, masks_dir)
     if masks_dir is not None:
         check_classes(masks_dir, source.info.classes[1:])
     return source
