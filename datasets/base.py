@@ -60,7 +60,9 @@ class DatasetInfo:
         try:
             return self.classes.index(name, 1)
         except ValueError:
-            raise UserError(f"{place}: unknown class '{name}'. Known: {', '.join(self.classes[1:])}.") from None
+            known = ", ".join(self.classes[1:])
+            remedy = "Rename it, or add it to the classes."
+            raise UserError(f"{place}: unknown class '{name}'. Known: {known}. {remedy}") from None
 
 
 @dataclass(eq=False, repr=False)

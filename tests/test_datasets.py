@@ -115,7 +115,7 @@ def test_classes_txt_orders_the_folders_of_classes(tmp_path: Path):
     (root / "classes.txt").write_text("background\nrobin\nhouse sparrow\n")
     source = build_source("folder", root)
     np.testing.assert_array_equal(source.image_labels(["robin/1", "robin/spring/2"]), [[1, 0], [1, 0]])
-    with pytest.raises(UserError, match=r"images/cow: unknown class 'cow'\. Known: robin, house sparrow"):
+    with pytest.raises(UserError, match=r"images/cow: unknown class 'cow'\. Known: robin, house sparrow\. Rename it"):
         source.image_label("cow/1")
 
 

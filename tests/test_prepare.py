@@ -250,6 +250,13 @@ def test_deepglobe_that_is_not_there_is_one_line(capsys):
     assert "data/deepglobe/downloads: 0 photographs with a mask" in line
 
 
+def test_photographs_of_coco_in_another_folder_are_not_downloaded_again(coco, capsys):
+    inside = Path("data/coco14/images/train2014")
+    inside.mkdir(parents=True)
+    line = refusal(capsys, "datasets.prepare.__main__", "--dataset", "coco14", "--mirror", coco.url)
+    assert f"{inside}: photographs are read from data/coco14/train2014" in line and not coco.asked
+
+
 def test_mistakes_on_the_way_are_one_line(voc, coco, capsys):
     prepared = ["--num_workers", "0", "--mirror", f"{coco.url}/nowhere"]
     assert "404" in refusal(capsys, "datasets.prepare.__main__", "--dataset", "coco14", *prepared)

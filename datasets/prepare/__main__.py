@@ -122,6 +122,9 @@ def prepare_coco14(data_dir: Path, downloads: Path, mirror: str | None, workers:
     """Photographs, then masks, labels and lists from the annotations."""
     annotations, *photographs = COCO14
     for archive in photographs:
+        inside = data_dir / "images" / archive.yields  # many projects keep them there
+        if inside.is_dir() and not archive.is_unpacked(data_dir):
+            raise UserError(f"{inside}: photographs are read from {data_dir / archive.yields}. Move the folder there.")
         provide(archive, data_dir, downloads, mirror)
     if is_written(data_dir, COCO14_PARTS):
         print(f"{data_dir}: is converted")
