@@ -156,13 +156,19 @@ class Trainer:
             self.bar.update()
             if self.batch % self.steps_per_save == 0 and self.batch < self.steps_per_epoch:
                 self._save_within(epoch)
-        distributed.broadcast(self.model.buffers())
+        self._share_statistics()
         rate = (self.batch - done_before) / (time.perf_counter() - start)
         means = self.means()
         self.log(epoch, means)
         text = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
         speed = f"{rate:.2f} steps/s  {rate * len(ids) * parallel.world_size():.1f} images/s"
         tqdm.write(f"{title}  {text}  lr {self.update.schedule.get_last_lr()[0]:.2e}  {speed}")
+
+    def _share_statistics(self) -> None:
+        """Give all processes the first one's running statistics: on CPUs, each has those of its own images."""
+        for network in (self.model, self.companions.get("teacher")):
+            if network is not None:
+                distributed.broadcast(network.buffers())
 
     def means(self) -> dict[str, float]:
         """Mean of each loss over the batches of the epoch so far, of all processes.
@@ -229,9 +235,7 @@ class Trainer:
     def _save_within(self, epoch: int) -> None:
         """Make all processes equal, save, and seed as a run does that is resumed here."""
         self.means()
-        for network in (self.model, self.companions.get("teacher")):
-            if network is not None:  # its running statistics are of the images of a process
-                distributed.broadcast(network.buffers())
+        self._share_statistics()
         self.sums = {n: distributed.all_reduce_sum(total) / parallel.world_size() for n, total in self.sums.items()}
         for companion in self.companions.values():
             if hasattr(companion, "share"):
