@@ -153,6 +153,16 @@ def test_regions_keep_their_limits_and_are_repeatable():
     np.testing.assert_array_equal(generator.propose(image), masks)
 
 
+def test_regions_of_a_large_photograph_are_those_of_a_reduced_one():
+    small = disc_image()[0][:, :80]
+    large = small.repeat(3, axis=0).repeat(3, axis=1)  # its mean over 3x3 pixels is `small` again
+    generator = RegionGenerator(long_side=96)
+    of_small, of_large = generator(["small", "large"], [small, large])
+    assert len(of_small) > 1
+    decoded = coco_rle.decode(of_large).transpose(2, 0, 1).astype(bool)
+    np.testing.assert_array_equal(decoded, of_small.repeat(3, axis=1).repeat(3, axis=2))
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (7, 1), (2, 2), (33, 17)])
 def test_flat_and_tiny_images_have_no_regions_worth_proposing(shape):
     assert RegionGenerator().propose(np.full((*shape, 3), 128, np.uint8)).shape == (0, *shape)

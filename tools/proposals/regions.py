@@ -16,6 +16,8 @@ import numpy as np
 from skimage.segmentation import felzenszwalb
 
 from tools.errors import UserError
+from tools.maps import fit
+from tools.rle import encode
 
 CHANNEL_BINS = (16, 24, 24)  # of L, a, b: chroma is finer because photographs use only the middle of its range
 ORIENTATIONS, STRENGTHS = 4, 6  # of the texture histogram
@@ -50,14 +52,29 @@ class RegionGenerator:
     min_contrast: float = 0.0
     duplicate_iou: float = 0.85  # a region that shares this much with the next larger kept region around it is left out
     max_masks: int = 150  # at most this many per image, the largest ones
+    # pixels; longer photographs are reduced to it. The numbers above are for smaller ones, and the time grows faster
+    # than the number of pixels
+    long_side: int = 1024
 
     def __post_init__(self) -> None:
         if self.max_size <= self.min_size:
             raise UserError(f"--region_max_size {self.max_size}: not above {self.min_size}, the smallest. Raise it.")
 
-    def __call__(self, image_ids: Sequence[str], images: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """`propose` for each image."""
-        return [self.propose(image) for image in images]
+    def __call__(self, image_ids: Sequence[str], images: Sequence[np.ndarray]) -> list[np.ndarray | list[dict]]:
+        """`propose` for each image; for a photograph longer than `long_side`, on a reduced one, as COCO RLE."""
+        return [self._propose_reduced(image) for image in images]
+
+    def _propose_reduced(self, image: np.ndarray) -> np.ndarray | list[dict]:
+        height, width = image.shape[:2]
+        factor = fit(height, width, (0, self.long_side))
+        if factor == 1:
+            return self.propose(image)
+        size = [max(1, round(side * factor)) for side in (width, height)]
+        masks = self.propose(cv2.resize(image, size, interpolation=cv2.INTER_AREA))
+        # One at a time, and column by column as RLE: together they would take gigabytes.
+        columns = np.ascontiguousarray(masks.transpose(0, 2, 1)).view(np.uint8)
+        large = (cv2.resize(each, (height, width), interpolation=cv2.INTER_NEAREST_EXACT) for each in columns)
+        return [encode(each.T[None].view(bool))[0] for each in large]
 
     def propose(self, image: np.ndarray) -> np.ndarray:
         """Propose masks for an image, uint8 RGB HxWx3; bool [N, H, W], large to small, N may be 0."""
