@@ -72,7 +72,7 @@ folder)
     START_SEG=""  # the final model learns from where CSRM ended: worth 3 points and more in so few steps (docs/log.md)
     if [[ -f "experiments/models/$TAG_CSRM.pth" ]]; then START_SEG="--restore experiments/models/$TAG_CSRM.pth"; fi
     : "${BACKBONE_SEG:=$BACKBONE --decoder_channels 64 $START_SEG}"
-    : "${PRIOR_FLAGS:=--batch_size 16 --max_epoch 4 --max_steps 40 --lr 0.003 --augment none}"
+    : "${PRIOR_FLAGS:=--batch_size 16 --max_epoch 8 --max_steps 40 --lr 0.003 --augment none}"
     : "${CSRM_FLAGS:=--decoder_channels 64 --batch_size 8 --max_epoch 8 --max_steps 30 --optimizer adamw --lr 0.0001 --wd 0.01 --warmup_epochs 5 $LABEL_FLAGS}"
     : "${SEG_FLAGS:=--batch_size 16 --max_epoch 4 --max_steps 50 --optimizer adamw --lr 0.0001 --wd 0.01 --max_image_size 400}"
     ;;
