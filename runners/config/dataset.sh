@@ -47,8 +47,8 @@ coco14)
   ;;
 folder)
   # Measured with PRESET=small on 800 photographs of six animals, one CPU core, seeds 0, 1, 2 (docs/log.md): prior's CAMs
-  # 42.1, 43.7, 41.9, pseudo masks 59.9, 63.0, 58.0, those of the first round 66.4, 69.3, 64.4; final model 64.4, 68.0,
-  # 67.7 on val.
+  # 44.2, 44.8, 44.6, pseudo masks 62.0, 64.7, 62.4, those of the first round 67.6, 70.4, 67.7; final model 66.5, 66.2,
+  # 67.2 on val.
   : "${DATA_DIR:?set DATA_DIR to the folder that holds images/ and labels.csv}"
   # Without a val split, the final model segments the training photographs. Where there are lists, folders are no splits.
   LISTS=("$DATA_DIR"/splits/*.txt)
