@@ -65,9 +65,9 @@ from tools.cam import enlarged_argmax, multi_scale_cams, multi_scale_logits, wor
 from tools.cam_files import cam_labels, load_cams, save_cams
 from tools.crf import CAM_SETTINGS, mean_field, unary_from_labels
 from tools.devices import select_device
+from tools.files import save_mask
 from tools.left_out import LeftOut
 from tools.maps import cells, normalize, resize_maps, unit_maximum
-from tools.masks import save_mask
 from tools.pseudo_labels import foreground_maps, object_threshold
 from tools.seeds import auto_threshold, network_cams
 

@@ -104,11 +104,9 @@ import numpy as np
 from datasets import DataSource, build_source
 from datasets.base import DatasetInfo, check_shown, read_mask
 from tools import devices, distributed, identity
-from tools.files import check_present, file_of
+from tools.files import check_present, file_of, load_image, save_mask
 from tools.left_out import LeftOut
-from tools.masks import save_mask
 from tools.merging import merge_masks
-from tools.pictures import load_image
 from tools.proposals import Propose, load_proposals, save_proposals
 from tools.proposals.files import fingerprints, read_masks
 from tools.proposals.generator import MaskGenerator, MaskOptions, load_sam

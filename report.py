@@ -69,11 +69,10 @@ from datasets.base import DatasetInfo, DataSource, read_mask
 from tools import identity
 from tools.cam_files import cam_labels, load_cams, read_cams
 from tools.drawing import overlay, with_legend
-from tools.files import check_size, check_writable, file_of, save_json, save_text
+from tools.files import check_size, check_writable, file_of, save_json, save_png, save_text, upright_size
 from tools.history import read_commands, read_run
 from tools.metrics import load_scores
 from tools.page import Card, Layer, Page, heat_uri, mask_uri, photograph_uri, render, shares_text
-from tools.pictures import save_png, upright_size
 from tools.review import Row, doubt, image_iou, queue, save_queue
 
 CELL, DPI = 224, 100  # pixels: width of a picture, and the greatest height of one; pixels per inch

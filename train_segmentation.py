@@ -95,12 +95,10 @@ from tools.cam import enlarged_argmax, multi_scale_logits, values_at, working_ph
 from tools.crf import CAM_SETTINGS, SEGMENTATION_SETTINGS, mean_field, unary_from_labels, unary_from_probabilities
 from tools.devices import select_device
 from tools.drawing import save_overlay
-from tools.files import atomic_write, locked
+from tools.files import atomic_write, load_mask, locked, save_mask, save_png
 from tools.left_out import LeftOut
 from tools.losses import cross_entropy
 from tools.maps import normalize, resize_maps
-from tools.masks import load_mask, save_mask
-from tools.pictures import save_png
 from tools.pseudo_labels import RelativeReading
 from tools.tiles import Place, Rows, blended_strips
 from tools.training import Trainer, seed_everything

@@ -25,7 +25,7 @@ from benchmarks import measuring
 from benchmarks.measuring import print_row
 from tools import cli, devices
 from tools.crf import mean_field, unary_from_labels
-from tools.pictures import load_image
+from tools.files import load_image
 
 SIZES = ((375, 500), (512, 512))
 

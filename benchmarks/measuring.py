@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from datasets.base import voc_palette
 from datasets.folder import write_lists
 from tools.errors import UserError
-from tools.masks import save_mask
+from tools.files import save_mask
 
 HERE = Path(__file__).resolve().parent.parent
 PHOTOGRAPH = (375, 500)  # height and width of most photographs in VOC

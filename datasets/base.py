@@ -21,11 +21,9 @@ import numpy as np
 from datasets.listing import IMAGE_SUFFIXES, MASK_SUFFIXES, FileIndex, clean_id, first_repeated, index_files
 from tools import identity
 from tools.errors import UserError
-from tools.files import check_size, read_lines
-from tools.masks import load_mask
+from tools.files import check_size, file_orientation, load_image, load_mask, read_lines, upright_size
 from tools.options import IGNORE_INDEX
 from tools.parallel import READERS, thread_map
-from tools.pictures import file_orientation, load_image, upright_size
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 from datasets.base import DatasetInfo, DataSource, nothing_shown
-from tools.masks import count_values, mask_colours
+from tools.files import count_values, mask_colours
 from tools.options import IGNORE_INDEX
 
 SEVERAL = 3  # with fewer masks there is no finding: their objects may be too small to be drawn

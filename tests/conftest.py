@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from datasets.base import voc_palette
-from tools.masks import save_mask
+from tools.files import save_mask
 
 SIZES = {"a": (24, 40), "b": (31, 31), "c": (50, 18), "d": (20, 20)}  # height, width
 OBJECTS = {"a": ["cat"], "b": ["cat", "dog"], "c": ["dog"], "d": []}

@@ -567,7 +567,7 @@ FAULTS = (
     ),
     Fault(
         "photographs lie as the camera held them",
-        "tools/pictures.py",
+        "tools/files.py",
         "return _turn(pixels, orientation(image))",
         "return pixels",
         "test_pictures.py::test_every_orientation_in_every_container",

@@ -18,8 +18,7 @@ from datasets import build_source
 from datasets.folder import COCO14_PARTS, is_written
 from datasets.prepare.coco14 import convert, paint
 from tools.errors import UserError
-from tools.files import read_lines
-from tools.masks import load_mask
+from tools.files import load_mask, read_lines
 
 
 def write(root: Path, change: Callable[[dict], object] = lambda content: None) -> Path:

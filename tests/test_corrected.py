@@ -14,7 +14,7 @@ import train_segmentation
 from datasets import build_source
 from datasets.base import voc_palette
 from tools.errors import UserError
-from tools.masks import save_mask
+from tools.files import save_mask
 
 
 @pytest.fixture

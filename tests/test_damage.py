@@ -20,7 +20,7 @@ from tools import identity
 from tools.cam_files import load_cams, save_cams
 from tools.checkpoint import load_checkpoint, save_checkpoint
 from tools.errors import UserError
-from tools.masks import load_mask, save_mask
+from tools.files import load_mask, save_mask
 from tools.proposals import load_proposals, save_proposals
 
 MADE_BY = {"script": "inference.py", "version": "1", "settings": {"scales": [1.0, 2.0], "crf_t": 10}, "folders": {}}

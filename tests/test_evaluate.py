@@ -15,7 +15,7 @@ from datasets.base import voc_palette
 from tools import cli
 from tools.cam_files import cam_labels, load_cams, save_cams
 from tools.errors import UserError
-from tools.masks import save_mask
+from tools.files import save_mask
 
 IDS = ["a", "b", "c", "d"]
 CLASSES = ["background", "cat", "dog", "owl"]

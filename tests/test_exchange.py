@@ -20,7 +20,7 @@ from datasets.base import DatasetInfo, voc_palette
 from datasets.exchange import __main__ as exchange
 from datasets.exchange.labels import Labels
 from tools.errors import UserError
-from tools.masks import load_mask, save_mask
+from tools.files import load_mask, save_mask
 
 NO_SDK = pytest.mark.skipif(not importlib.util.find_spec("label_studio_sdk"), reason="no label-studio-sdk")
 FORMATS = ["cvat", "coco", pytest.param("labelstudio", marks=NO_SDK)]

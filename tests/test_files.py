@@ -13,9 +13,7 @@ from PIL import Image
 
 from datasets.base import voc_palette
 from tools.errors import UserError
-from tools.files import atomic_write, check_writable, read_lines, save_json
-from tools.masks import load_mask, save_mask
-from tools.pictures import load_image
+from tools.files import atomic_write, check_writable, load_image, load_mask, read_lines, save_json, save_mask
 
 PHOTOGRAPH = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 

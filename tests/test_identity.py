@@ -15,7 +15,7 @@ from conftest import SPLITS
 from tools import identity
 from tools.cam_files import load_cams
 from tools.errors import UserError
-from tools.masks import load_mask, save_mask
+from tools.files import load_mask, save_mask
 
 MODEL = Path("experiments/models/t.pth")
 CAMS = Path("experiments/predictions/t@train/cams")

@@ -32,7 +32,7 @@ from datasets.base import DatasetInfo, voc_palette
 from tools import losses, options, training
 from tools.cam_files import load_cams, save_cams
 from tools.ema import Teacher
-from tools.masks import load_mask, save_mask
+from tools.files import load_mask, save_mask
 from tools.optim import Update
 from tools.options import CRF, Optimization, Views
 from tools.priors import Opponent, PriorCriterion

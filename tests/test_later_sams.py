@@ -16,7 +16,7 @@ from segment_anything.utils.amg import build_point_grid
 from tests.test_mask_generator import assert_partners
 from tests.test_refine_sam import project, proposals_folder, run  # noqa: F401
 from tools.errors import UserError
-from tools.masks import load_mask
+from tools.files import load_mask
 from tools.proposals.generator import MaskOptions
 from tools.proposals.later_sams import LaterMaskGenerator, load_later_sam
 

@@ -22,9 +22,8 @@ from datasets.base import voc_palette
 from tests.tiny_sam import build_tiny_sam
 from tools import distributed
 from tools.errors import FileError, Incomplete, UserError
+from tools.files import load_image, save_mask
 from tools.left_out import LeftOut
-from tools.masks import save_mask
-from tools.pictures import load_image
 
 OUTPUT = Path("experiments/predictions/t@train")
 SAM = ["--proposals", "sam", "--checkpoint", "sam.pth", "--model_type", "vit_b", "--points_per_side", 2]

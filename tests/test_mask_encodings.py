@@ -20,7 +20,7 @@ from datasets import build_source
 from datasets.base import voc_palette
 from datasets.verify import ERRORS, verify
 from evaluate import count_part
-from tools.masks import save_mask
+from tools.files import save_mask
 
 GREY, COLOUR, PALETTE, GREY_ALPHA, COLOUR_ALPHA = 0, 2, 3, 4, 6  # PNG's colour types
 CHANNELS = {GREY: 1, COLOUR: 3, PALETTE: 1, GREY_ALPHA: 2, COLOUR_ALPHA: 4}

@@ -12,7 +12,7 @@ from PIL import Image
 from datasets import build_source
 from datasets.verify import verify
 from tools.errors import UserError
-from tools.pictures import load_image
+from tools.files import load_image
 
 
 def dataset(root: Path, masks: list[np.ndarray], labels: list[str], classes=("cat", "dog"), **options) -> Path:

@@ -16,7 +16,7 @@ import numpy as np
 from command import DECODER, TRAINING, run
 from PIL import Image
 
-from tools.masks import load_mask
+from tools.files import load_mask
 
 ROOT = Path(__file__).parent.parent
 NETWORK = " ".join(TRAINING[4:8])  # --architecture, --backbone_weights

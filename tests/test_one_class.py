@@ -17,8 +17,8 @@ from datasets import build_source
 from datasets.base import voc_palette
 from models import load_model
 from tools.cam_files import load_cams
+from tools.files import load_mask, save_mask
 from tools.maps import normalize
-from tools.masks import load_mask, save_mask
 
 PREDICTIONS = Path("experiments/predictions")
 CRF = ["--crf_t", "2", "--device", "cpu"]

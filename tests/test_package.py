@@ -13,7 +13,7 @@ from PIL import Image
 
 from datasets.base import voc_palette
 from datasets.exchange import voc_server
-from tools.masks import save_mask
+from tools.files import save_mask
 
 IDS = ["a", "c", "d"]
 

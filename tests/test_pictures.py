@@ -15,8 +15,7 @@ from PIL import Image, ImageDraw, ImageOps, TiffImagePlugin
 
 from datasets.base import voc_palette
 from tools.errors import UserError
-from tools.masks import load_mask, mask_colours
-from tools.pictures import file_orientation, load_image, orientation, upright_size
+from tools.files import file_orientation, load_image, load_mask, mask_colours, orientation, upright_size
 
 NOISE = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 INDICES = np.random.default_rng(1).integers(0, 3, (9, 13), dtype=np.uint8)

@@ -22,8 +22,8 @@ from tools.cam import enlarged_argmax, multi_scale_logits, values_at
 from tools.checkpoint import save_checkpoint
 from tools.crf import CAM_SETTINGS, mean_field, unary_from_labels
 from tools.errors import UserError
+from tools.files import load_mask
 from tools.maps import normalize, resize_maps
-from tools.masks import load_mask
 from tools.pseudo_labels import RelativeReading
 from train_segmentation import Segmentation, probabilities, refined, segment
 

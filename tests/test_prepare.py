@@ -34,8 +34,7 @@ from datasets.prepare import deepglobe, download
 from datasets.prepare.sbd import read_mat
 from datasets.verify import Published
 from tools.errors import UserError
-from tools.files import locked, read_lines
-from tools.masks import load_mask
+from tools.files import load_mask, locked, read_lines
 
 TRAIN_AUG = sorted({*VOC_SPLITS["train"], *VOC_OTHERS})
 

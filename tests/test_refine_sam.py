@@ -24,7 +24,7 @@ from tests.test_proposals import disc_image
 from tests.tiny_sam import build_tiny_sam
 from tools import options
 from tools.errors import UserError
-from tools.masks import load_mask, save_mask
+from tools.files import load_mask, save_mask
 from tools.merging import merge_masks
 from tools.proposals import load_proposals
 

@@ -20,8 +20,7 @@ from tools import identity
 from tools.cam_files import save_cams
 from tools.drawing import legend, with_legend
 from tools.errors import UserError
-from tools.files import save_json
-from tools.masks import save_mask
+from tools.files import save_json, save_mask
 
 CLASSES = ["background", "cat", "dog"]
 LABELS = {"a": "cat", "b": "cat", "c": "dog", "d": ""}

@@ -24,9 +24,9 @@ from models import load_model
 from tools import options
 from tools.cam import multi_scale_logits
 from tools.cam_files import load_cams
+from tools.files import load_mask
 from tools.identity import file_fingerprint
 from tools.maps import normalize
-from tools.masks import load_mask
 
 MODELS, PREDICTIONS = Path("experiments/models"), Path("experiments/predictions")
 REFINED = PREDICTIONS / "csrm@train" / "sam-regions-max_iou_imp2"

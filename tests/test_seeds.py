@@ -21,8 +21,8 @@ from datasets.base import voc_palette
 from tools.cam import multi_scale_cams
 from tools.cam_files import save_cams
 from tools.errors import UserError
+from tools.files import load_mask, save_mask
 from tools.maps import normalize
-from tools.masks import load_mask, save_mask
 from tools.options import CRF, Views
 from tools.pseudo_labels import reliable_cam_labels
 from tools.seeds import auto_threshold, cams_of_file, label_files, network_cams, write_labels

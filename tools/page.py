@@ -20,8 +20,8 @@ from markupsafe import Markup
 from PIL import Image
 
 from tools.charts import Points, line_chart
+from tools.files import mask_image
 from tools.history import SHARES, SIGNALS, Command, Run
-from tools.masks import mask_image
 from tools.options import IGNORE_INDEX
 
 TEMPLATE = Path(__file__).with_name("page.html")

@@ -21,9 +21,8 @@ from tools import distributed, identity, parallel
 from tools.cam import Forward, multi_scale_cams, working_photograph
 from tools.cam_files import read_cams
 from tools.errors import FileError
-from tools.files import check_present, file_of
+from tools.files import check_present, file_of, save_mask
 from tools.maps import normalize, resize_labels, resize_maps
-from tools.masks import save_mask
 from tools.options import CRF, PSEUDO_MASK_THRESHOLD, Views
 from tools.pseudo_labels import reliable_cam_labels
 

@@ -33,10 +33,8 @@ from datasets.exchange.labels import Item, Labels
 from datasets.listing import IMAGE_SUFFIXES, clean_id, index_files
 from tools import cli, options
 from tools.errors import UserError, require
-from tools.files import atomic_write, check_size, check_writable
+from tools.files import atomic_write, check_size, check_writable, load_mask, save_mask, save_png
 from tools.identity import RECORD
-from tools.masks import load_mask, save_mask
-from tools.pictures import save_png
 from tools.review import load_queue
 
 FORMATS = {"cvat": cvat, "coco": coco, "labelstudio": label_studio}

@@ -19,9 +19,7 @@ from PIL import Image
 from datasets.base import voc_palette
 from datasets.exchange.labels import Item, Labels, hexadecimal
 from tools.errors import UserError
-from tools.files import atomic_write, reading, save_json
-from tools.masks import mask_image
-from tools.pictures import open_picture
+from tools.files import atomic_write, mask_image, reading, save_json
 
 CLASSES, OBJECTS, LABEL_MAP = "SegmentationClass/", "SegmentationObject/", "labelmap.txt"
 LISTS = "ImageSets/Segmentation/"
@@ -78,7 +76,7 @@ def read(path: Path, labels: Labels) -> Iterator[tuple[str, np.ndarray | None]]:
         for image_id in sorted(listed | drawn.keys()):
             mask = None
             if name := drawn.get(image_id):
-                with open_picture(io.BytesIO(file.read(name))) as picture:
+                with Image.open(io.BytesIO(file.read(name))) as picture:
                     mask = labels.values(_indices(path, name, picture, name_of, labels))
             yield image_id, mask
 

@@ -21,10 +21,8 @@ from datasets.base import DataSource, read_mask
 from datasets.voc12 import VOC_CLASSES
 from tools import parallel
 from tools.errors import UserError
-from tools.files import atomic_write, check_size
-from tools.masks import mask_image
+from tools.files import atomic_write, check_size, mask_image, upright_size
 from tools.options import IGNORE_INDEX
-from tools.pictures import upright_size
 
 TEST_IMAGES = 1456
 """In ImageSets/Segmentation/test.txt."""

@@ -27,8 +27,7 @@ from datasets.class_names import BACKGROUND, check_classes
 from datasets.folder import COCO14_PARTS, write_lists
 from datasets.listing import clean_id
 from tools.errors import UserError
-from tools.files import check_writable, reading
-from tools.masks import save_mask
+from tools.files import check_writable, reading, save_mask
 from tools.parallel import run_jobs
 from tools.rle import check_counts
 

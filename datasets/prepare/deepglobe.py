@@ -22,11 +22,9 @@ from datasets.base import voc_palette
 from datasets.class_names import BACKGROUND
 from datasets.folder import write_lists
 from tools.errors import UserError
-from tools.files import atomic_write, check_writable
-from tools.masks import save_mask
+from tools.files import atomic_write, check_writable, load_image, save_mask
 from tools.options import IGNORE_INDEX
 from tools.parallel import run_jobs
-from tools.pictures import load_image
 
 COLOURS = {
     "urban": (0, 255, 255),

@@ -19,8 +19,7 @@ import scipy.io
 from datasets.base import voc_palette
 from datasets.voc12 import AUGMENTED_MASKS, VOC_CLASSES
 from tools.errors import UserError
-from tools.files import atomic_write, check_present, read_lines, reading, save_text
-from tools.masks import save_mask
+from tools.files import atomic_write, check_present, read_lines, reading, save_mask, save_text
 from tools.parallel import run_jobs
 
 

@@ -31,8 +31,7 @@ from datasets.prepare.shapes_painting import Brush, Canvas, ellipse
 from datasets.voc12 import SHAPES_CLASSES
 from tools import cli
 from tools.errors import UserError
-from tools.files import check_writable, save_json
-from tools.masks import save_mask
+from tools.files import check_writable, save_json, save_mask
 from tools.options import IGNORE_INDEX
 from tools.parallel import run_jobs
 

@@ -18,9 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from tools.errors import FileError, UserError
-from tools.files import check_size, file_of, read_text, reading
+from tools.files import check_size, file_of, load_mask, read_text, reading
 from tools.identity import contents
-from tools.masks import load_mask
 from tools.proposals import load_proposals
 from tools.rle import encode
 
