@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,19 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("evaluate", "inference", "refine_sam", "report", "train_classifier", "train_csrm", "train_segmentation")
 BELOW = {"tools": {"tools"}, "datasets": {"tools", "datasets"}, "models": {"tools", "models"}}
+CALLED_ELSEWHERE = {
+    "tools.crf": [
+        "CAM_SETTINGS",
+        "SEGMENTATION_SETTINGS",
+        "mean_field",
+        "unary_from_labels",
+        "unary_from_probabilities",
+    ],
+    "tools.files": ["load_image"],
+    "tools.losses": ["unsupervised_loss"],
+    "tools.merging": ["merge_masks"],
+    "tools.pseudo_labels": ["reliable_cam_labels"],
+}
 
 
 def imports(path: Path) -> set[str]:
@@ -47,6 +61,11 @@ def test_no_circle():
         leaves = {name for name, needs in below.items() if not needs & below.keys()}
         assert leaves, f"these import one another: {sorted(below)}"
         below = {name: needs for name, needs in below.items() if name not in leaves}
+
+
+def test_names_that_other_programs_call_stay_where_they_are():
+    for module, names in CALLED_ELSEWHERE.items():
+        assert not [name for name in names if not hasattr(importlib.import_module(module), name)], module
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
