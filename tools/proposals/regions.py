@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 from skimage.segmentation import felzenszwalb
 
+from tools.cam import WORKING_SIDE
 from tools.errors import UserError
 from tools.maps import fit
 from tools.rle import encode
@@ -54,7 +55,7 @@ class RegionGenerator:
     max_masks: int = 150  # at most this many per image, the largest ones
     # pixels; longer photographs are reduced to it. The numbers above are for smaller ones, and the time grows faster
     # than the number of pixels
-    long_side: int = 1024
+    long_side: int = WORKING_SIDE
 
     def __post_init__(self) -> None:
         if self.max_size <= self.min_size:
