@@ -156,6 +156,15 @@ def test_classes_that_the_label_lacks_are_left_out_of_a_cam_file(folder_root, tm
     assert np.array_equal(cams, maps[[present]])
 
 
+@pytest.mark.parametrize("keys, absent", [([0, 1], 2), ([0], 1)])
+def test_a_cam_file_without_a_class_of_the_label_is_refused(tmp_path, keys, absent):
+    """It is of an older label, or counts classes from 0: the object would be learnt as background."""
+    maps = np.ones((len(keys) - 1, 4, 4))
+    save_cams(tmp_path / "a.npz", np.array(keys), maps, maps)
+    with pytest.raises(UserError, match=f"a.npz: no CAM of class {absent} .0 is background., which the label"):
+        cams_of_file(tmp_path / "a.npz", np.ones(2, np.float32), (4, 4))
+
+
 def test_masks_are_taken_as_they_are_and_none_may_be_missing(folder_root, tmp_path):
     for image_id in SPLITS["train"]:
         save_mask(tmp_path / "masks" / f"{image_id}.png", np.zeros(SIZES[image_id], np.uint8), voc_palette())

@@ -144,9 +144,15 @@ def cams_of_file(path: Path, label: np.ndarray, size: tuple[int, int]) -> tuple[
         size: (H, W) of the photograph.
 
     Raises:
-        UserError: unreadable, of another size than the photograph, or with classes that the dataset has not.
+        UserError: unreadable, of another size than the photograph, with classes that the dataset has not, or without
+            a class of the label: its object would become background.
     """
     keys, maps = read_cams(path, size, 1 + len(label))
+    if absent := sorted({*(1 + np.flatnonzero(label)).tolist()} - {*keys.tolist()}):
+        raise FileError(
+            f"{path}: no CAM of class {absent[0]} (0 is background), which the label of the image names. Make it again "
+            "for this label, or correct the label."
+        )
     classes = keys[1:] - 1
     present = label[classes] > 0
     return classes[present], maps[present].astype(np.float32)
