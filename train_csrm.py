@@ -390,12 +390,18 @@ def labelled_source(source: DataSource, args: argparse.Namespace, views: options
 
 
 def cam_thresholds(args: argparse.Namespace, cams_of: CamsOf, ids: Sequence[str]) -> tuple[float, float]:
-    """--c2s_bg and --c2s_fg. `auto`: .5 t and 1.25 t, at most .99, where t is the `auto_threshold` of the CAMs."""
+    """--c2s_bg and --c2s_fg. `auto`: .5 t and 1.25 t, at most .99, where t is the `auto_threshold` of the CAMs.
+
+    Raises:
+        UserError: the first is above the second, so that no pixel could be in doubt.
+    """
     thresholds = {"bg": args.c2s_bg, "fg": args.c2s_fg}
     if automatic := [name for name, value in thresholds.items() if value == "auto"]:
         middle = auto_threshold(cams_of, ids)
         thresholds |= {name: min(round(middle * {"bg": 0.5, "fg": 1.25}[name], 3), 0.99) for name in automatic}
         print("  ".join(f"--c2s_{name} auto: {thresholds[name]:g}" for name in automatic))
+    if thresholds["bg"] > thresholds["fg"]:
+        raise UserError("--c2s_bg {bg:g}: above --c2s_fg {fg:g}. Lower it, or raise the other.".format(**thresholds))
     return thresholds["bg"], thresholds["fg"]
 
 

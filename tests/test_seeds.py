@@ -146,6 +146,15 @@ def test_a_computed_threshold_of_the_foreground_can_be_exceeded():
     assert 0.4 < low < 0.5 and high == 0.99
 
 
+@pytest.mark.parametrize("low, high, message", [(0.3, 0.05, "0.3: above --c2s_fg 0.05"), ("auto", 0.08, "0.1: above")])
+def test_a_background_threshold_above_that_of_the_foreground_is_refused(low, high, message):
+    """Else no pixel is ignored, and the lower of the two counts for nothing."""
+    args = argparse.Namespace(c2s_bg=low, c2s_fg=high)
+    cams = np.concatenate([np.full((1, 4, 4), 0.2), np.full((1, 4, 4), 0.8)], axis=2)
+    with pytest.raises(UserError, match=f"--c2s_bg .*{message}"):
+        train_csrm.cam_thresholds(args, lambda image_id: cams, ["a"])
+
+
 def test_classes_that_the_label_lacks_are_left_out_of_a_cam_file(folder_root, tmp_path):
     source, image_id = build_source("folder", folder_root), next(i for i in SPLITS["train"] if len(OBJECTS[i]) == 1)
     (present,) = np.flatnonzero(source.image_label(image_id))
