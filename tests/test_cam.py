@@ -224,6 +224,17 @@ def test_a_missing_file_names_the_remedy(tmp_path):
         load_cams(tmp_path / "a.npz")
 
 
+@pytest.mark.parametrize("suffix", ["npz", "npy"])
+def test_cam_files_of_others_with_other_names_are_not_to_be_deleted(tmp_path, suffix):
+    """IRN's, and CLIP-ES's are like them."""
+    content, path = {"keys": np.arange(2), "cam": np.ones((1, 2, 2)), "high_res": np.ones((1, 8, 8))}, tmp_path / "a"
+    np.savez(path, **content) if suffix == "npz" else np.save(path, content)
+    message = "not a readable CAM file: holds keys, cam, high_res, no hr_cam. Make it as docs/seeds.md says."
+    with pytest.raises(FileError) as error:
+        load_cams(f"{path}.{suffix}")
+    assert str(error.value) == f"{path}.{suffix}: {message}"
+
+
 HR_CAM = np.array([[[0, 0.25, 1], [0.5, 1, 0]], [[1, 0, 0.125], [0, 1, 0.5]]])  # of classes 1 and 2, 3x2 pixels
 
 

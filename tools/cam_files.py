@@ -21,6 +21,8 @@ import numpy as np
 from tools.errors import FileError
 from tools.files import atomic_write, check_size, reading
 
+ARRAYS = ("keys", "cam", "hr_cam")
+FORMAT = "Make it as docs/seeds.md says."
 _IN_PICKLES = {"numpy.ndarray", "numpy.dtype", "numpy._core.multiarray._reconstruct", "numpy._core.multiarray.scalar"}
 _IN_PICKLES |= {"_codecs.encode", "collections.OrderedDict", "torch._utils._rebuild_tensor_v2"}
 """What a pickle of arrays and tensors calls. None of it runs code of the file."""
@@ -49,9 +51,14 @@ def load_cams(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray, np.ndarr
     with reading(path, "CAM file", "Run inference.py again; if the file is there, delete it first."):
         if path.suffix == ".npy":
             content = _unpickle(path)
-            return np.asarray(content["keys"]), np.asarray(content["cam"]), np.asarray(content["hr_cam"])
-        with np.load(path, allow_pickle=False) as content:
-            return content["keys"], content["cam"], content["hr_cam"]
+        else:
+            with np.load(path, allow_pickle=False) as file:
+                content = dict(file)
+        if absent := [name for name in ARRAYS if name not in content]:
+            held = ", ".join(map(str, content))
+            raise FileError(f"{path}: not a readable CAM file: holds {held}, no {absent[0]}. {FORMAT}")
+        keys, cam, hr_cam = (np.asarray(content[name]) for name in ARRAYS)
+        return keys, cam, hr_cam
 
 
 def read_cams(path: Path, size: tuple[int, int], num_classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -65,7 +72,7 @@ def read_cams(path: Path, size: tuple[int, int], num_classes: int) -> tuple[np.n
     if (keys.ndim, cams.ndim) != (1, 3) or keys.dtype.kind not in "iu" or cams.dtype.kind not in "biuf":
         raise FileError(
             f"{path}: keys {keys.dtype} {[*keys.shape]}, hr_cam {cams.dtype} {[*cams.shape]}; expected whole numbers "
-            "[n+1] and numbers [n, H, W]. Make it as docs/seeds.md says."
+            f"[n+1] and numbers [n, H, W]. {FORMAT}"
         )
     check_size(path, cams.shape[1:], size)
     foreground = keys[1:]
