@@ -157,7 +157,7 @@ def main(args: argparse.Namespace) -> None:
     left_out = LeftOut(folders.refined.parent, "refine_sam", skip=args.on_error == "skip")
     if args.stage != "propose":
         remedy = "Pass the pseudo masks of inference.py with --pseudo_dir."
-        identity.check_classes(args.pseudo_dir, source.info.classes[1:])
+        identity.check_classes(args.pseudo_dir, source.info.classes[1:], source.fingerprints(ids)["photographs"])
         check_present(args.pseudo_dir, ids, ".png", remedy, some=left_out.skip)
         paths = (file_of(args.pseudo_dir, image_id, ".png") for image_id in listed)
         check_shown(filter(Path.is_file, paths), source.info)

@@ -371,7 +371,7 @@ def c2s_mode(args: argparse.Namespace) -> str:
 def labelled_source(source: DataSource, args: argparse.Namespace, views: options.Views) -> DataSource:
     """The dataset with the masks of --c2s_labels instead of its own (UserError: see `tools.seeds.label_files`)."""
     files = label_files(args.c2s_labels, source.ids(args.domain_train))
-    identity.check_classes(args.c2s_labels, source.info.classes[1:])
+    identity.check_classes(args.c2s_labels, source.info.classes[1:], source.fingerprints([*files])["photographs"])
     folder = args.c2s_labels
     if next(iter(files.values())).suffix != ".png":
         folder = options.EXPERIMENTS / "labels" / args.tag

@@ -138,6 +138,8 @@ def training_data(source: DataSource, args: argparse.Namespace) -> tuple[Dataset
     read = functools.partial(ImageDataset, transform=geometry, with_masks=True, with_labels=False)
     ids = source.ids(args.domain_train)
     inputs = source.fingerprints(ids, masks=True)
+    if args.masks_dir:
+        identity.check_classes(args.masks_dir, source.info.classes[1:], inputs["photographs"])
     if not args.corrected_dir:
         return read(source, ids), inputs
     better = build_source(args.dataset, options.data_dir(args), args.corrected_dir)

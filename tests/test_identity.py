@@ -11,6 +11,7 @@ import pytest
 import torch
 from command import DECODER, TRAINING, data_flags, parse, refusal, run
 from conftest import SPLITS
+from PIL import Image
 
 from tools import identity
 from tools.cam_files import load_cams
@@ -337,6 +338,23 @@ def test_masks_and_maps_of_classes_in_another_order(data, capsys):
     ):
         line = refusal(capsys, script, *data_flags(data), *flags)
         assert f"{folder}: made of the classes [cat, dog], but the dataset has [dog, cat]." in line
+
+
+def test_masks_and_maps_of_other_photographs_of_the_same_names_and_sizes(data, capsys):
+    """As of two datasets that both have a 0001.jpg of one camera."""
+    run("train_classifier", *data_flags(data), "--tag", "t", *TRAINING)
+    infer(data)
+    masks = CAMS.parent / "pseudos-t0.4-c0"
+    with Image.open(data / "images" / "c.jpeg") as image:
+        image.transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(data / "images" / "c.jpeg", quality=50)
+    for folder, script, *flags in (
+        (masks, "evaluate", "--domain", "train", "--pred_dir", masks, "--num_workers", 0),
+        (masks, "refine_sam", "--tag", "o", "--domain", "train", "--proposals", "regions", "--pseudo_dir", masks),
+        (masks, "train_segmentation", *SEGMENTATION, "--masks_dir", masks),
+        (CAMS, "train_csrm", "--tag", "c", *TRAIN["train_csrm"], "--c2s_labels", CAMS),
+    ):
+        line = refusal(capsys, script, *data_flags(data), *flags)
+        assert f"{folder}: made of other photographs of 1 images, the first is c (" in line
 
 
 def test_segmentations_of_classes_in_another_order(data, capsys):

@@ -54,7 +54,7 @@ def scores_file(path, **changes):
 
 def made_by(threshold):
     """The identity of masks, as `claim_folder` keeps it."""
-    inputs = {"photographs": {"a": 1, "b": 2, "c": 3}}
+    inputs = {"labels": {"a": "cat", "b": "cat", "c": "dog"}}
     return identity.describe("inference.py", {"threshold": threshold}, inputs=inputs)
 
 

@@ -14,7 +14,7 @@ An identity is a dict of plain values:
 A checkpoint depends on all its images: it keeps a `digest` of its inputs, and all must agree. In a folder, each file
 depends on one image: only the inputs of existing files must agree (`claim_folder`). So a list of images may grow, and
 an image that stopped a stage may be replaced. Masks and maps hold indices of classes: who reads a folder of them asks
-`check_classes` whether they are indices of the same classes.
+`check_classes` whether they are indices of the same classes, and of the same photographs.
 """
 
 import functools
@@ -247,20 +247,24 @@ def _is_identity(content: Any) -> bool:
     )
 
 
-def check_classes(folder: Path, classes: Sequence[str]) -> None:
-    """Refuse masks or maps of other classes, or of the same in another order, if the folder's record says so.
+def check_classes(folder: Path, classes: Sequence[str], photographs: Mapping[str, int] = {}) -> None:
+    """Refuse masks or maps of other classes, or of the same in another order, or of other photographs under the same
+    ids, if the folder's record says so.
 
     Args:
         classes: of the dataset, without the background.
+        photographs: their `sizes`, by id.
 
     Raises:
         UserError: the record names others.
     """
     try:
-        made_of = read_record(folder / RECORD).get("settings", {}).get("classes", classes)
+        record = read_record(folder / RECORD)
     except UserError:  # of another program, perhaps
         return
-    compare_classes(folder, made_of, classes)
+    compare_classes(folder, record.get("settings", {}).get("classes", classes), classes)
+    if changed := _first_changed(record.get("inputs", {}).get("photographs", {}), photographs):
+        raise UserError(f"{folder}: made of other photographs {changed}. Check --data_dir, or make it again.")
 
 
 def compare_classes(place: Path, made_of: Sequence[str], classes: Sequence[str]) -> None:
