@@ -129,7 +129,21 @@ def read_stages(texts: Sequence[str]) -> dict[str, dict]:
             print(f"{file}: {fault}. Left out; run its stage and evaluate.py again.")
         else:
             stages[name] = score
+    warn_unlike(stages)
     return stages
+
+
+def warn_unlike(stages: Mapping[str, dict]) -> None:
+    """Name the scores that cannot be compared with the last ones of their split: of other photographs or masks."""
+    last: dict[tuple, tuple[str, dict]] = {}
+    for name, score in reversed(stages.items()):
+        if "identity" not in score:  # of a version that did not note it
+            continue
+        inputs = score["identity"]["inputs"]
+        other, of_other = last.setdefault((score["dataset"], score["domain"]), (name, inputs))
+        if inputs != of_other:
+            split = f"of '{score['domain']}', but of other photographs or true masks than {other}"
+            print(f"Warning: {name}: {split}, so not to be compared. Run evaluate.py again.")
 
 
 def predictions_fault(score: Mapping) -> str:

@@ -285,6 +285,23 @@ def test_scores_of_predictions_that_are_gone_or_have_changed_are_left_out(data, 
     assert json.loads(Path("out/summary.json").read_text()) == {}, "not the scores of the last time"
 
 
+def test_scores_against_other_masks_are_named(data, tmp_path, monkeypatch, capsys):
+    """Somebody has corrected the ground truth between two evaluations."""
+    monkeypatch.chdir(tmp_path)
+    squares(Path("masks"), a=16, b=12, c=4)
+    flags = ["--dataset", "folder", "--data_dir", str(data), "--pred_dir", "masks", "--num_workers", "0", "--output"]
+    for name in ("first", "second", "third"):
+        evaluate.main(evaluate.make_parser().parse_args([*flags, f"{name}.json"]))
+        if name == "first":
+            save_mask(data / "masks" / "a.png", np.full(SIZE, 2), voc_palette())
+    capsys.readouterr()
+    run(data, tmp_path / "out", "--summary", *(f"{name}={name}.json" for name in ("first", "second", "third")))
+    assert [line for line in capsys.readouterr().out.splitlines() if "Warning" in line] == [
+        "Warning: first: of 'train', but of other photographs or true masks than third, so not to be compared. "
+        "Run evaluate.py again."
+    ]
+
+
 def test_thinning_keeps_the_first_half_and_spreads_the_other():
     assert report.thin_out(list(range(5)), 5) == [0, 1, 2, 3, 4]
     assert report.thin_out(list(range(100)), 6) == [0, 1, 2, 3, 51, 99]
