@@ -211,7 +211,10 @@ def parse_columns(texts: Sequence[str]) -> list[Column]:
         name, threshold = re.fullmatch(r"(.+?)(?::(\d*\.?\d+))?", place).groups()
         if not Path(name).is_dir():
             raise UserError(f"{name}: no such folder (column '{title}').")
-        folders.setdefault(title, []).append((Path(name), float(threshold or options.PSEUDO_MASK_THRESHOLD)))
+        threshold = float(threshold or options.PSEUDO_MASK_THRESHOLD)
+        if threshold > 1:
+            raise UserError(f"--columns {title}={place}: the threshold must be between 0 and 1.")
+        folders.setdefault(title, []).append((Path(name), threshold))
     return [Column(title, tuple(places)) for title, places in folders.items()]
 
 

@@ -321,6 +321,7 @@ def test_files_that_are_not_scores(data, tmp_path, content):
         (["--summary", "x=nowhere.json"], "nowhere.json: no such JSON file"),
         (["--summary", "prior.json"], "not of the form NAME=PATH"),
         (["--columns", "X=nowhere:0.3"], "nowhere: no such folder"),
+        (["--columns", "X=.:40"], "--columns X=.:40: the threshold must be between 0 and 1"),  # all would be background
         (["--columns", "X=.", "Y=.", "--review", "Z"], "--review Z: no such column. Choose one of: X, Y"),
     ],
 )
