@@ -93,9 +93,12 @@ def model_card(checkpoint: Mapping[str, Any], scores: Mapping[str, Any] | None, 
     }[config["kind"]]
     table = ""
     if scores:
-        rows = [f"| {cls} | {value:.1f} |" for cls, value in scores["iou"].items()]
-        rows.append(f"| **mean** | {scores['miou']:.1f} |")
-        table = "\n## Scores\n\n| class | IoU, % |\n|---|---|\n" + "\n".join(rows) + "\n"
+        absent = scores.get("absent", [])
+        rows = [f"| {cls} | {'–' if cls in absent else f'{value:.1f}'} |" for cls, value in scores["iou"].items()]
+        rows.append(f"| **mean**{' (– counts as 0)' if absent else ''} | {scores['miou']:.1f} |")
+        of = f"{scores['images']} images of the split '{scores['domain']}'" if "domain" in scores else "unknown images"
+        cut = "" if scores["threshold"] is None else f", CAMs cut at {scores['threshold']:g}"
+        table = f"\n## Scores\n\nOf {of}{cut}.\n\n| class | IoU, % |\n|---|---|\n" + "\n".join(rows) + "\n"
     return f"""---
 library_name: pytorch
 pipeline_tag: image-segmentation

@@ -283,6 +283,18 @@ def test_a_repository_that_does_not_exist_is_one_line(folder_as_hub):
         hub.download("me/none")
 
 
+def test_the_card_says_what_the_scores_are_of(tmp_path):
+    """Those of CAMs on training images are not those of masks on new ones, and a class that never occurs has none."""
+    scores = {"miou": 40.0, "miou_foreground": 20.0, "iou": {"background": 80.0, "cat": 40.0, "dog": 0.0}}
+    scores |= {"threshold": 0.25, "domain": "train", "images": 12, "absent": ["dog"]}
+    (tmp_path / "cams.json").write_text(json.dumps(scores))
+    run(checkpoint_of(tmp_path, "csrm"), tmp_path / "out", "--format", "hub", "--scores", str(tmp_path / "cams.json"))
+    card = (tmp_path / "out/README.md").read_text()
+    for line in ("Of 12 images of the split 'train', CAMs cut at 0.25.", "| cat | 40.0 |", "| dog | – |"):
+        assert f"\n{line}\n" in card
+    assert "\n| **mean** (– counts as 0) | 40.0 |\n" in card
+
+
 def test_without_scores_the_card_has_no_table(tmp_path, folder_as_hub):
     run(checkpoint_of(tmp_path, "segmentation"), tmp_path / "out", "--format", "hub")
     card = (tmp_path / "out/README.md").read_text()

@@ -114,6 +114,14 @@ def test_the_page_has_all_numbers_and_needs_nothing_from_outside():
     assert not re.findall(r"<img(?![^>]*alt=\"[^\"]+\")", text)
 
 
+def test_a_class_that_never_occurs_has_no_iou():
+    """A 0 would say that the model fails at it."""
+    text = render(page([], stages={"cam": score(44.4), "final": score(61.25, absent=[CLASSES[2]])}))
+    cells = [unescape(cell) for cell in re.findall(r"<td[^>]*>(?:<code>)?([^<]*)", text)]
+    assert cells[10:16] == ["90.0", "90.0", "44.4", "61.2", "0.0", "–"]
+    assert "–: neither in the true masks nor in the predicted ones" in text
+
+
 def test_what_is_empty_is_left_out():
     text = render(Page("empty", "today"))
     assert "<section" not in text and "<title>empty</title>" in text

@@ -118,7 +118,11 @@ def shares_text(mask: np.ndarray, classes: Sequence[str]) -> str:
 def render(page: Page) -> str:
     """The whole file. Names and texts are escaped; only charts are HTML already."""
     titles = list(dict.fromkeys([PHOTOGRAPH, *(title for card in page.cards for title in card.layers)]))
-    ious = {name: score["iou"] for name, score in page.stages.items() if score.get("iou")}
+    ious = {
+        name: {cls: None if cls in score.get("absent", ()) else value for cls, value in score["iou"].items()}
+        for name, score in page.stages.items()
+        if score.get("iou")
+    }
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"duration": _duration, "plain": lambda v: v if isinstance(v, str) else json.dumps(v)}
     environment.filters |= {"loss_charts": _loss_charts, "health_charts": _health_charts, "decisions": _decisions}
@@ -127,6 +131,7 @@ def render(page: Page) -> str:
         titles=titles,
         start=max(1, titles.index(page.reviewed)) if page.reviewed in titles else 0,
         ious=ious,
+        absent=any(score.get("absent") for score in page.stages.values()),
         classes=list(dict.fromkeys(name for values in ious.values() for name in values)),
         thresholds=_threshold_chart(page.stages),
         shown=sorted(frozenset().union(*(card.shown for card in page.cards))),
