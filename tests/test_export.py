@@ -105,20 +105,26 @@ def test_onnx_of_a_classifier_gives_logits_and_cams(tmp_path, onnxruntime):
     assert metadata["classes"] == list(CLASSES) and metadata["args"]["image_size"] == 97
 
 
-def test_the_example_of_the_docs_runs(tmp_path, onnxruntime, monkeypatch):
+@pytest.mark.parametrize(
+    "size, seen, turn", [((230, 150), (97, 65), 1), ((24, 15), (33, 17), 1), ((24, 15), (33, 17), 6)]
+)
+def test_the_example_of_the_docs_runs(tmp_path, onnxruntime, monkeypatch, size, seen, turn):
+    """Also for a photograph that is smaller than those of the training, and for one that its EXIF block turns."""
     text = (Path(__file__).parents[1] / "docs/export.md").read_text(encoding="utf-8")
     example = re.search(r"```python\n(.+?)```", text, re.DOTALL)[1]
     weights = checkpoint_of(tmp_path, "segmentation")
     run(weights, tmp_path)
-    photo = Image.fromarray(photographs(1, 150, 230)[0].permute(1, 2, 0).numpy())
-    photo.save(tmp_path / "photo.png")
+    photo, exif = Image.fromarray(photographs(1, *size[::-1])[0].permute(1, 2, 0).numpy()), Image.Exif()
+    exif[0x112] = turn
+    stored = photo.transpose(Image.Transpose.ROTATE_90) if turn == 6 else photo  # counter-clockwise, what 6 undoes
+    stored.save(tmp_path / "photo.png", exif=exif)
     monkeypatch.chdir(tmp_path)
     exec(example.replace("photo.jpg", "photo.png"), {})
-    view = torch.from_numpy(np.array(photo.resize((97, 65)))).permute(2, 0, 1)[None]
+    view = torch.from_numpy(np.array(photo.resize(seen))).permute(2, 0, 1)[None]
     small = by_hand(weights, view)["seg_logits"].argmax(dim=1)[0].numpy().astype(np.uint8)
-    expected = np.asarray(Image.fromarray(small).resize((230, 150), Image.Resampling.NEAREST))
+    expected = np.asarray(Image.fromarray(small).resize(size, Image.Resampling.NEAREST))
     mask = np.asarray(Image.open("mask.png"))
-    assert mask.shape == (150, 230) and (mask == expected).mean() >= 0.999
+    assert mask.shape == size[::-1] and (mask == expected).mean() >= 0.999
 
 
 def test_a_graph_that_disagrees_is_not_written(tmp_path, onnxruntime, monkeypatch):
