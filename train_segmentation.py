@@ -161,7 +161,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     distributed.start(options.EXPERIMENTS, device)
     source = build_source(args.dataset, options.data_dir(args), args.masks_dir)
     truth = build_source(args.dataset, options.data_dir(args))
-    check_domain(truth, args.domain_valid)
+    check_domain(truth, args.domain_valid, cams=False)
     dataset, inputs = training_data(source, args)
     loader = build_loader(dataset, args.batch_size, **options.loader_arguments(args))
     seed_everything(args.seed)

@@ -247,9 +247,13 @@ def test_unknown_domains_are_refused_before_training(capsys, folder_root, script
 
 
 @pytest.mark.parametrize("script", ["train_classifier", "train_csrm"])
-def test_validation_without_masks_is_refused_before_training(capsys, folder_copy, script):
-    shutil.rmtree(folder_copy / "masks")
+def test_validation_without_masks_or_labels_is_refused_before_training(capsys, folder_copy, script):
+    table = folder_copy / "labels.csv"
+    table.write_text(table.read_text().replace("d,\n", ""))  # of val only
     flags = [*data_flags(folder_copy), "--tag", "t", *TRAINING, "--domain_valid", "val"]
+    assert f"{table}: no row for id 'd'." in refusal(capsys, script, *flags)
+    assert not Path("experiments/logs/t").exists()
+    shutil.rmtree(folder_copy / "masks")
     assert "this dataset has no masks" in refusal(capsys, script, *flags)
 
 

@@ -20,10 +20,19 @@ from tools.options import PSEUDO_MASK_THRESHOLD, Views
 THRESHOLDS = threshold_range(0.05, 0.80, 0.05)
 
 
-def check_domain(source: Any, domain: str) -> None:
-    """Check, before training, that `validate` will find ids and masks (UserError: it will not); '': no validation."""
+def check_domain(source: Any, domain: str, *, cams: bool = True) -> None:
+    """Check, before training, that `validate` will find ids, masks and, for a model with CAMs, image labels.
+
+    Args:
+        domain: the split; '': no validation.
+
+    Raises:
+        UserError: it will not.
+    """
     if domain:
         source.check_masks(source.ids(domain))
+        if cams:
+            source.image_labels(source.ids(domain))
 
 
 @torch.inference_mode()
