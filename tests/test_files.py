@@ -18,12 +18,13 @@ from tools.files import atomic_write, check_writable, load_image, load_mask, rea
 PHOTOGRAPH = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 
 
-def test_a_file_appears_when_it_is_complete(tmp_path):
-    path = tmp_path / "new" / "folder" / "file.txt"
+@pytest.mark.parametrize("name", ["file.txt", "x" * 251 + ".txt", "鳥" * 83 + ".txt"])
+def test_a_file_appears_when_it_is_complete(tmp_path, name):
+    path = tmp_path / "new" / "folder" / name
     with atomic_write(path) as temporary:
         temporary.write_text("all of it")
         assert not path.exists() and temporary.suffix == ".txt"
-    assert path.read_text() == "all of it" and os.listdir(path.parent) == ["file.txt"]
+    assert path.read_text() == "all of it" and os.listdir(path.parent) == [name]
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
 
 

@@ -65,7 +65,8 @@ def atomic_write(path: str | os.PathLike, *, durable: bool = True) -> Iterator[P
     path = Path(path)
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+        start = path.stem[:40]  # not all of it: names end at 255 bytes
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{start}.", suffix=path.suffix)
         os.close(handle)
     temporary = Path(name)
     try:
