@@ -1,4 +1,4 @@
-# One block of settings per dataset; every variable can be set in the environment. The numbers of voc12 and coco14 are
+# One block of settings per dataset; SETUP.md says which variables can be set in the environment. The numbers of voc12 and coco14 are
 # the published ones. Variables that end in _FLAGS, and BACKBONE*, are lists of flags, split at blanks: a path with blanks
 # in them needs a link without (ln -s "/content/drive/My Drive" drive). All other paths may have blanks; NAME and DOMAIN_* may not.
 #

@@ -1,4 +1,4 @@
-# Where and how the stages run. Every variable can be set in the environment: DEVICE=cpu ./runners/1-csrm.sh
+# Where and how the stages run. The variables of SETUP.md can be set in the environment: DEVICE=cpu ./runners/1-csrm.sh
 # Sourced by the runners, and sources dataset.sh; works under bash, sbatch and srun (submit from the repository's root).
 
 set -euo pipefail
