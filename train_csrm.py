@@ -94,6 +94,7 @@ from datasets.dataset import ImageDataset
 from datasets.loaders import Loader, build_loader
 from datasets.mixing import classmix, cutmix
 from datasets.transforms import PhotometricAugmentation, crop_geometry, train_geometry
+from datasets.verify_masks import check_agreement
 from models import build_model, cam_forward
 from models.restore import restore
 from tools import distributed, identity, parallel
@@ -115,7 +116,7 @@ from tools.maps import normalize, resize_labels, resize_maps
 from tools.memory_bank import MemoryBank, contrastive_loss, entropy_masks
 from tools.options import IGNORE_INDEX
 from tools.pseudo_labels import mutual_promotion_labels, reliable_cam_labels, teacher_labels
-from tools.seeds import CamsOf, auto_threshold, file_cams, label_files, network_cams, write_labels
+from tools.seeds import SAMPLE, CamsOf, auto_threshold, file_cams, label_files, network_cams, write_labels
 from tools.training import Trainer, seed_everything
 from tools.validation import check_domain, validate
 
@@ -369,7 +370,11 @@ def c2s_mode(args: argparse.Namespace) -> str:
 
 
 def labelled_source(source: DataSource, args: argparse.Namespace, views: options.Views) -> DataSource:
-    """The dataset with the masks of --c2s_labels instead of its own (UserError: see `tools.seeds.label_files`)."""
+    """The dataset with the masks of --c2s_labels instead of its own.
+
+    Raises:
+        UserError: see `tools.seeds.label_files`; or masks are of other classes or photographs.
+    """
     files = label_files(args.c2s_labels, source.ids(args.domain_train))
     identity.check_classes(args.c2s_labels, source.info.classes[1:], source.fingerprints([*files])["photographs"])
     folder = args.c2s_labels
@@ -386,7 +391,10 @@ def labelled_source(source: DataSource, args: argparse.Namespace, views: options
             overwrite=args.overwrite,
             threads=parallel.own_workers(args.num_workers),
         )
-    return build_source(args.dataset, options.data_dir(args), folder)
+    learnt = build_source(args.dataset, options.data_dir(args), folder)
+    if folder == args.c2s_labels:
+        check_agreement(learnt, [*files][:: -(-len(files) // SAMPLE)])
+    return learnt
 
 
 def cam_thresholds(args: argparse.Namespace, cams_of: CamsOf, ids: Sequence[str]) -> tuple[float, float]:

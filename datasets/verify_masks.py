@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 
 from datasets.base import DatasetInfo, DataSource, nothing_shown
+from tools.errors import UserError
 from tools.files import count_values, mask_colours
 from tools.options import IGNORE_INDEX
 
@@ -47,6 +48,23 @@ class MaskLook:
 def is_systematic(count: int, total: int) -> bool:
     """Whether `count` of `total` images share a fault that so many do not have by chance: several, and a third."""
     return count >= SEVERAL and 3 * count >= total
+
+
+def check_agreement(source: DataSource, ids: Sequence[str]) -> None:
+    """Compare masks that are to be learnt with the image labels. Masks without any class are passed over.
+
+    Raises:
+        UserError: a third show none of the classes of their labels; or a mask or label cannot be used.
+    """
+    strange, count = [], 0
+    for image_id in ids:
+        label = source.image_label(image_id) > 0
+        shown = count_values(source.mask(image_id))[1 : source.info.num_classes] > 0
+        if label.any() and shown.any():
+            count += 1
+            strange += [source.mask_path(image_id)] * (not shown[label].any())
+    if is_systematic(len(strange), count):
+        raise UserError(f"{strange[0]}: one of {len(strange)} masks (of {count}) that {STRANGE}.")
 
 
 def look_at_mask(source: DataSource, image_id: str, label: np.ndarray | None) -> MaskLook:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +185,20 @@ def test_masks_are_taken_as_they_are_and_none_may_be_missing(folder_root, tmp_pa
         label_files(tmp_path / "masks", SPLITS["train"])
     with pytest.raises(UserError, match="a.png is missing .3 of 3 are.. --c2s_labels needs ID.png or ID.npz"):
         label_files(tmp_path / "none", SPLITS["train"])
+
+
+@pytest.mark.parametrize("shown, is_refused", [("22220", True), ("21110", False), ("00020", False), ("22211", True)])
+def test_masks_of_classes_in_another_order_are_refused(tmp_path, shown, is_refused):
+    """Five photographs of cats, class 1. Masks without a class say nothing."""
+    for name, value in zip("abcde", shown, strict=True):
+        save_mask(tmp_path / "seeds" / f"{name}.png", np.full((8, 8), int(value)), voc_palette())
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / f"{name}.png")
+    (tmp_path / "classes.txt").write_text("background\ncat\ndog\n")
+    (tmp_path / "labels.csv").write_text("id,labels\n" + "".join(f"{name},cat\n" for name in "abcde"))
+    args = parse("train_csrm", "--tag", "t", *data_flags(tmp_path), *TRAINING, "--c2s_labels", tmp_path / "seeds")
+    with pytest.raises(UserError, match="a.png: one of . masks .* that show none") if is_refused else nullcontext():
+        train_csrm.labelled_source(build_source("folder", tmp_path), args, VIEWS)
 
 
 def test_photograph_and_label_take_the_same_crop_flip_and_mixing(folder_root, tmp_path):

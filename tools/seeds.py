@@ -27,7 +27,7 @@ from tools.options import CRF, PSEUDO_MASK_THRESHOLD, Views
 from tools.pseudo_labels import reliable_cam_labels
 
 SAMPLE = 100
-"""Images that are looked at for a threshold."""
+"""Images that are looked at for a threshold, or to see whether labels fit."""
 
 
 CamsOf = Callable[[str], np.ndarray]
