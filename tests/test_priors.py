@@ -289,27 +289,37 @@ def test_a_killed_run_ends_with_the_same_bytes(folder_root, folder, ordinary, mo
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("method, trained", [("poc", set()), ("pnoc", {"layer1", "layer2", "layer3", "layer4"})])
-def test_what_may_change_in_the_ordinary_classifier(ordinary, method, trained):
-    args = parse("train_classifier", "--tag", "t", *TRAINING, *method_flags(method, ordinary))
+STAGES = {"layer1", "layer2", "layer3", "layer4"}
+
+
+@pytest.mark.parametrize(
+    "method, extra, trained", [("poc", [], set()), ("pnoc", [], STAGES), ("pnoc", ["--mode", "normal"], STAGES)]
+)
+def test_what_may_change_in_the_ordinary_classifier(ordinary, method, extra, trained):
+    args = parse("train_classifier", "--tag", "t", *TRAINING, *method_flags(method, ordinary), *extra)
     train_classifier.complete(args)
     model = train_classifier.load_ordinary(args, DatasetInfo(("background", "cat", "dog")))
     changing = [name for name, p in model.named_parameters() if p.requires_grad]
     assert {name.split(".")[2] for name in changing if name.startswith("backbone")} == trained
     assert ("classifier.weight" in changing) == bool(trained) and not any(".bn" in name for name in changing)
     assert not model.training
+    other_order = train_classifier.load_ordinary(args, DatasetInfo(("background", "dog", "cat")))
+    assert torch.equal(other_order.classifier.weight, model.classifier.weight.flip(0))
 
 
 def test_the_opponent_of_pnoc_is_trained_but_for_its_batch_norm_and_stem(folder_root, folder, ordinary):
     before = torch.load(ordinary, weights_only=True)["model"]
     folder("run")
-    states = {}
+    states, rates, smoothing = {}, [], []
 
     def keep(self):
         states["after"] = {name: value.clone() for name, value in self.model.state_dict().items()}
+        rates.append(self.update.schedule.get_last_lr()[0])
+        smoothing.append(self.label_smoothing)
         return {}
 
     flags = [*data_flags(folder_root), "--tag", "a", *SHORT, *method_flags("pnoc", ordinary), "--label_smoothing", 0]
+    flags += ["--lr", 0.1, "--accumulate_steps", 2]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Opponent, "state_dict", keep)
         run("train_classifier", *flags)
@@ -317,6 +327,8 @@ def test_the_opponent_of_pnoc_is_trained_but_for_its_batch_norm_and_stem(folder_
     changed = {name for name, value in weights.items() if not torch.equal(value, before[name])}
     assert "classifier.weight" in changed and any("layer4" in name for name in changed)
     assert not any("running" in name or ".bn" in name or "net.conv1" in name for name in changed)
+    assert smoothing == [0] * 3
+    assert rates == pytest.approx([0.1 * (2 / 3) ** 0.9, *[0.1 * (1 / 3) ** 0.9] * 2]), "one step in an epoch"
 
 
 def test_pnoc_freezes_batch_norm_and_stem_unless_told_otherwise(folder_root, folder, ordinary):
