@@ -155,6 +155,18 @@ def test_a_run_is_its_masks(data, capsys, tmp_path):
     assert MODEL.read_bytes() == anew, "nothing of the old run is in the new one"
 
 
+def test_a_run_of_csrm_is_its_masks_and_image_labels(data, capsys):
+    flags = [*data_flags(data), "--tag", "t", *TRAIN["train_csrm"], "--c2s_labels", data / "masks"]
+    run("train_csrm", *flags)
+    path = data / "masks" / "c.png"
+    before, mask = path.read_bytes(), load_mask(path)
+    save_mask(path, np.where(mask == 2, 1, mask), np.zeros((256, 3), np.uint8))
+    assert "made with other masks, or in another order" in refusal(capsys, "train_csrm", *flags)
+    path.write_bytes(before)
+    change_a_label(data)
+    assert "made with other labels, or in another order" in refusal(capsys, "train_csrm", *flags)
+
+
 @pytest.mark.parametrize("script", TRAIN)
 def test_a_run_is_its_flags_and_weights(data, capsys, script):
     run("train_classifier", *data_flags(data), "--tag", "p", *TRAINING)

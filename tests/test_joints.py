@@ -45,6 +45,7 @@ MEAN, DEVIATION = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.22
 LABELS, SOFTMAX = GOLDEN["labels_0"], torch.from_numpy(GOLDEN["softmax_0"])
 WHOLE = Views((1.0,), False, (0, 10**6))
 MAX_STEPS = ["--max_steps", 2]
+DECODED = ("segmentation.4.weight", "segmentation.4.bias")  # have a row for each class
 
 
 def normalized(images: torch.Tensor) -> torch.Tensor:
@@ -246,15 +247,20 @@ def test_the_reading_is_that_of_the_training():
 
 
 # -- CSRM ----------------------------------------------------------------------------------------------------------
-def test_the_losses_get_the_image_labels_after_mixing():
-    """Masks of one class each: what is pasted covers all, so the mask's class is the partner's, and a label too."""
+def test_the_losses_get_the_image_labels_after_mixing(monkeypatch):
+    """Masks of one class each: what is pasted covers all, so the mask's class is the partner's, and a label too.
+
+    The signals of `health` are of the class logits before mixing, and so of those labels.
+    """
     step = Step("--c2s_mode", "gt", "--augment", "classmix", "--cutmix_prob", 1)
     step.batch.masks.copy_(torch.tensor([1, 2, 3, 1])[:, None, None])
     step.batch.image_labels.copy_(torch.eye(NUM_CLASSES - 1)[[0, 1, 2, 0]])
-    taught = []
+    taught, observed = [], []
     step.criterion.register_forward_pre_hook(lambda module, inputs: taught.append(inputs[2]))
+    monkeypatch.setattr(step.criterion, "observe", lambda targets, logits, labels: observed.append(labels))
     step()
     (targets,) = taught
+    assert torch.equal(observed[0], step.batch.image_labels)
     painted = targets.cam_labels[:, 0, 0]
     assert (targets.image_labels[torch.arange(2), painted - 1] == 1).all()
     assert (targets.image_labels.sum(dim=1) == 2).any()
@@ -400,14 +406,15 @@ def test_batches_of_csrm(csrm):
     assert csrm.observed == [True, False] * 3, "every fifth batch of an epoch"
 
 
-def test_options_of_csrm_and_its_teacher(csrm):
+def test_options_of_csrm_and_its_teacher(csrm, folder_root):
     _, labels, criterion, _ = csrm.steps[0]
     assert (labels.c2s_thresholds, labels.c2s_mode) == (None, "gt")
     assert (criterion.contra_low_rank, criterion.contra_high_rank) == (2, 6)
     assert (criterion.warmup_epochs, criterion.max_epoch) == (0, 3)
     assert csrm.decays == [0, 0, *(pytest.approx(1 - 1 / (1 + t)) for t in (3, 4, 5, 6))]
-    model, _, domain, _, size = csrm.validated[0]
+    model, source, domain, _, size = csrm.validated[0]
     assert model is csrm.teacher and (domain, size) == ("val", (32, 48))
+    assert source.mask_path("b") == folder_root / "masks" / "b.png", "not the labels that are learnt"
 
 
 # -- the prior -----------------------------------------------------------------------------------------------------
@@ -416,6 +423,8 @@ def test_progress_and_average_of_a_classifier(folder_root, folder, monkeypatch):
     progress, ids, decays, validated = [], [], [], []
 
     def step(criterion, model, sample, at):
+        assert (criterion.w_re, criterion.label_smoothing) == (3, 0.2)
+        assert torch.equal(sample.hidden.sum(dim=1), sample.labels.amax(dim=1)), "one class of each image"
         progress.append(at)
         return {"loss": sum(p.sum() for p in model.parameters() if p.requires_grad)}
 
@@ -427,6 +436,7 @@ def test_progress_and_average_of_a_classifier(folder_root, folder, monkeypatch):
     monkeypatch.setattr(train_classifier, "validate", lambda model, *rest: validated.append(model) or {})
     monkeypatch.setattr(Teacher, "update", lambda self, student, decay: decays.append((self.module, decay)))
     flags = [*TRAINING, "--max_epoch", 3, *MAX_STEPS, "--ema", 0.6, "--domain_valid", "val"]
+    flags += ["--w_re", 3, "--label_smoothing", 0.2]
     run("train_classifier", *data_flags(folder_root), "--tag", "t", *flags)
     assert progress == pytest.approx([0, 1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6])
     assert sorted(ids) == sorted([*SPLITS["train"]] * 4)
@@ -442,12 +452,23 @@ def test_the_balanced_sampler_draws_classes_not_images(folder_root):
 
 def test_colour_jitter_changes_colours_and_only_on_request():
     images, labels = torch.full((16, 3, 9, 9), 100, dtype=torch.uint8), torch.ones(16, 1)
-    images[:, 0] = 180
+    images[:, 0], images[..., 5:] = 180, 60
     plain = train_classifier.augmented(images, labels, [], 1.0).images
     torch.testing.assert_close(plain, normalized(images))
     jittered = train_classifier.augmented(images, labels, ["colorjitter"], 1.0).images
     assert ((jittered - plain).abs().amax(dim=(1, 2, 3)) > 0.02).sum() >= 6
-    assert torch.equal(jittered, jittered[..., :1, :1].expand_as(jittered))  # flat photographs stay flat
+    for half in (jittered[..., :5], jittered[..., 5:]):  # nothing is blurred
+        assert torch.equal(half, half[..., :1, :1].expand_as(half))
+
+
+@pytest.mark.parametrize("names", ["none", "colorjitter,cutmix", "randaugment"])
+def test_randaugment_only_on_request(gradients, names):
+    for path in (gradients / "images").iterdir():
+        Image.new("RGB", (64, 64), (100, 100, 100)).save(path)
+    args = parse("train_classifier", "--tag", "t", *data_flags(gradients), *TRAINING, "--max_steps", 8)
+    args.augment = train_classifier.augmentations(names)
+    loader = train_classifier.build_training_loader(build_source("folder", gradients), args)
+    assert all((batch["image"] == 100).all() for batch in loader) == (names != "randaugment")
 
 
 def test_cutmix_pastes_a_rectangle_and_mixup_blends():
@@ -514,11 +535,15 @@ def test_chunks_are_of_as_many_values_as_allowed(monkeypatch, channels, expected
 
 @pytest.mark.parametrize("script", ["train_classifier", "train_csrm", "train_segmentation"])
 def test_a_training_starts_from_the_weights_of_restore(folder_root, folder, script):
-    """A step of no length keeps them."""
+    """A step of no length keeps them. Those of a class go to the class of that name."""
     folder("restored")
     torch.manual_seed(0)
     kind = {"train_classifier": "classifier", "train_csrm": "csrm", "train_segmentation": "segmentation"}[script]
-    weights = torch.load(write_checkpoint("start", kind), weights_only=True)["model"]
+    path = write_checkpoint("start", kind, classes=["background", "dog", "cat"])
+    weights = torch.load(path, weights_only=True)["model"]
+    for output, rows in {"classifier.weight": [1, 0], **dict.fromkeys(DECODED, [0, 2, 1])}.items():
+        if output in weights:
+            weights[output] = weights[output][rows]
     decoder = [] if kind == "classifier" else DECODER
     flags = [*data_flags(folder_root), *TRAINING, *decoder, "--lr", 1e-30, "--crf_t", 0][: None if decoder else -2]
     run(script, *flags, "--tag", "t", "--restore", "experiments/models/start.pth", "--mode", "fix")

@@ -19,6 +19,7 @@ from torch import nn
 import train_csrm
 from datasets import build_source
 from datasets.base import voc_palette
+from models import cam_forward
 from tools.cam import multi_scale_cams
 from tools.cam_files import save_cams
 from tools.errors import UserError
@@ -236,8 +237,13 @@ def test_auto_thresholds_in_training_and_inference(folder_root, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     data = data_flags(folder_root)
     run("train_classifier", *data, "--tag", "p", *TRAINING)
-    restore = ["--restore", "experiments/models/p.pth", "--c2s_fg", "auto", "--c2s_bg", "auto"]
-    run("train_csrm", *data, "--tag", "c", *TRAINING, *DECODER, *restore)
+    restore = ["--restore", "experiments/models/p.pth", "--c2s_fg", "auto", "--c2s_bg", "auto", "--mode", "normal"]
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(train_csrm, "cam_forward", lambda model: seen.append(model.training) or cam_forward(model))
+        patch.setattr(train_csrm, "network_cams", lambda *args: seen.append(args[2]) or network_cams(*args))
+        run("train_csrm", *data, "--tag", "c", *TRAINING, *DECODER, *restore)
+    assert seen == [False, Views((1.0,), True, (32, 48))], "in evaluation mode, at the size of the training"
     found = dict(re.findall(r"--c2s_(bg|fg) auto: (\S+)", capsys.readouterr().out))
     assert float(found["fg"]) == pytest.approx(2.5 * float(found["bg"]), abs=0.002) and 0 < float(found["bg"]) < 0.5
     views = ["--scales", "1", "--crf_t", 0, "--device", "cpu", "--num_workers", 0]
@@ -259,6 +265,7 @@ def test_auto_thresholds_are_those_of_the_cam_files(folder_root, tmp_path, monke
         [plain_otsu(maps_of(source, tmp_path / "cams", i).numpy()[0].max(axis=0)) for i in ids if OBJECTS[i]]
     )
     flags = ["--c2s_labels", tmp_path / "cams", "--c2s_fg", "auto", "--c2s_bg", "auto", "--max_steps", 1]
+    flags += ["--crf_t", 2, "--crf_gt_prob", 0.9]
     run("train_csrm", *data_flags(folder_root), "--tag", "c", *TRAINING, *DECODER, *flags)
     found = dict(re.findall(r"--c2s_(bg|fg) auto: (\S+)", capsys.readouterr().out))
     assert float(found["bg"]) == pytest.approx(0.5 * middle, abs=0.01)
@@ -266,7 +273,7 @@ def test_auto_thresholds_are_those_of_the_cam_files(folder_root, tmp_path, monke
     thresholds = float(found["bg"]), float(found["fg"])
     views = Views(scales=(1.0,), hflip=True, long_side=(32, 48))
     files = label_files(tmp_path / "cams", ids)
-    write_labels(source, files, tmp_path / "made", thresholds=thresholds, crf=CRF(), views=views)
+    write_labels(source, files, tmp_path / "made", thresholds=thresholds, crf=CRF(2, 0.9), views=views)
     for image_id in ids:
         made = [load_mask(folder / f"{image_id}.png") for folder in (Path("experiments/labels/c"), tmp_path / "made")]
         assert np.array_equal(*made)

@@ -78,6 +78,9 @@ def test_warm_up_has_two_losses_and_needs_no_teacher(golden, golden_inputs):
     criterion = golden_criterion(golden, "--warmup_epochs", 2)
     assert [criterion.has_any(epoch, "u", "contra") for epoch in range(4)] == [False, False, True, True]
     assert criterion(student, {}, targets, 1).keys() == {"loss", "c", "c2s"}
+    losses = criterion(*golden_inputs, 4)
+    rest = losses["loss"] - losses["c"] - losses["c2s"] - losses["u"] - losses["contra"]
+    assert rest.item() == pytest.approx((0.1 + 0.9 * 2 / 13) * losses["s2c"].item(), abs=1e-4), "linear from there"
 
 
 @pytest.mark.parametrize("name", sorted(ALL - {"loss"}))
@@ -133,9 +136,14 @@ class Step:
 
 @pytest.mark.parametrize("mode", ["cam", "mp", "gt"])
 @pytest.mark.parametrize("augment", ["classmix", "cutmix", "none"])
-def test_every_source_of_labels_and_every_mix(mode, augment):
+def test_every_source_of_labels_and_every_mix(monkeypatch, mode, augment):
+    mixes = []
+    for name in ("classmix", "cutmix"):
+        mix = getattr(train_csrm, name)
+        monkeypatch.setattr(train_csrm, name, lambda *args, name=name, mix=mix: mixes.append(name) or mix(*args))
     step = Step("--c2s_mode", mode, "--augment", augment, "--cutmix_prob", 1, "--c2s_sigma", 0.3)
     losses = step()
+    assert mixes == ([] if augment == "none" else [augment])
     assert losses.keys() == ALL and all(loss.isfinite() and loss.ndim == 0 for loss in losses.values())
     assert all(p.grad.isfinite().all() for p in step.student.parameters() if p.grad is not None)
     assert all(p.grad is None for p in step.teacher.parameters())
