@@ -107,6 +107,9 @@ def test_masks_table_json_and_csv(data, masks, tmp_path, capsys):
         np.testing.assert_allclose([float(row[name]) for row in rows], values, atol=1e-4)
     text = capsys.readouterr().out
     assert "counted as 0 in the means: owl." in text and f"mIoU {result['miou']:.2f}" in text
+    columns = [[*values, np.mean(values)] for values in (expected, wrong, missed)]
+    for name, *numbers in zip([*CLASSES, "mean"], *columns, strict=True):
+        assert f"\n{name:<10}  " + "  ".join(f"{number:6.2f}" for number in numbers) in text
 
 
 def test_cams_sweep_finds_the_best_threshold(data, cams, tmp_path, capsys):
@@ -129,7 +132,13 @@ def test_cams_sweep_finds_the_best_threshold(data, cams, tmp_path, capsys):
     np.testing.assert_allclose([p["miou"] for p in result["curve"]], list(expected.values()))
     assert result["threshold"] == max(expected, key=expected.get)
     assert result["miou"] == pytest.approx(max(expected.values()))
-    assert len(output.with_suffix(".csv").read_text().splitlines()) == 1 + 16 * 4
+    rows = list(csv.DictReader(output.with_suffix(".csv").open()))
+    assert len(rows) == 16 * 4
+    for t, miou in expected.items():
+        of_t = [row for row in rows if float(row["threshold"]) == t]
+        errors = [np.mean([float(row[f"false_{sign}"]) for row in of_t]) for sign in ("positive", "negative")]
+        assert f"\n{t:9.3g}  {miou:6.2f}  {errors[0]:6.2f}  {errors[1]:6.2f}" in text
+    assert f"\ncat         {result['iou']['cat']:6.2f}  " in text
 
 
 def test_single_threshold(data, cams, tmp_path):

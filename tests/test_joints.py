@@ -37,7 +37,7 @@ from tools.optim import Update
 from tools.options import CRF, Optimization, Views
 from tools.priors import Opponent, PriorCriterion
 from tools.proposals.files import mask_file
-from tools.pseudo_labels import reliable_cam_labels
+from tools.pseudo_labels import mutual_promotion_labels, reliable_cam_labels
 from tools.seeds import label_files
 from train_segmentation import Segmentation
 
@@ -301,6 +301,15 @@ def test_cam_labels_follow_the_flags():
     assert not torch.equal(expected, reliable_cam_labels(images, cams, labels, 0.2, 0.5, crf_iterations=2))
 
 
+def test_labels_against_the_background_follow_the_flag():
+    step = Step("--c2s_mode", "mp", "--c2s_sigma", 0.4)
+    cams, logits = torch.rand(4, NUM_CLASSES - 1, 6, 6), torch.randn(4, NUM_CLASSES, 12, 12)
+    found = train_csrm.pixel_labels(step.batch, {"cams": cams, "seg_logits": logits}, slice(1, 3), step.labels)
+    background = F.interpolate(logits, (48, 48), mode="bilinear", align_corners=True).softmax(dim=1)[1:3, 0]
+    expected = mutual_promotion_labels(background, cams[1:3], step.batch.image_labels[1:3], 0.4)
+    assert torch.equal(found, expected) and len(expected.unique()) > 2
+
+
 @pytest.fixture
 def gradients(tmp_path):
     """A `folder` dataset of two photographs that get brighter from left to right: one of 48 pixels, one of 96."""
@@ -368,7 +377,7 @@ class Recorded:
 
 @pytest.fixture
 def csrm(folder_root, folder, tmp_path, monkeypatch):
-    """Three epochs of two images of three, on labels from elsewhere that are all of class 2."""
+    """Three epochs of two images of three, and of one update, on labels from elsewhere that are all of class 2."""
     folder("csrm")
     for image_id in SPLITS["train"]:
         save_mask(tmp_path / "labels" / f"{image_id}.png", np.full(SIZES[image_id], 2), voc_palette())
@@ -379,7 +388,7 @@ def csrm(folder_root, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(train_csrm, "report_health", lambda health, trainer, epoch: None)
     monkeypatch.setattr(train_csrm, "validate", lambda model, *rest: recorded.validated.append((model, *rest)) or {})
     monkeypatch.setattr(Teacher, "update", lambda self, student, decay: recorded.decays.append(decay))
-    flags = [*TRAINING, *DECODER, "--max_epoch", 3, *MAX_STEPS, "--warmup_epochs", 0, "--domain_valid", "val"]
+    flags = [*TRAINING, *DECODER, "--max_epoch", 3, *MAX_STEPS, "--accumulate_steps", 2, "--domain_valid", "val"]
     flags += [
         "--c2s_labels",
         tmp_path / "labels",
@@ -410,8 +419,8 @@ def test_options_of_csrm_and_its_teacher(csrm, folder_root):
     _, labels, criterion, _ = csrm.steps[0]
     assert (labels.c2s_thresholds, labels.c2s_mode) == (None, "gt")
     assert (criterion.contra_low_rank, criterion.contra_high_rank) == (2, 6)
-    assert (criterion.warmup_epochs, criterion.max_epoch) == (0, 3)
-    assert csrm.decays == [0, 0, *(pytest.approx(1 - 1 / (1 + t)) for t in (3, 4, 5, 6))]
+    assert (criterion.warmup_epochs, criterion.max_epoch) == (1, 3)
+    assert csrm.decays == [0, 0, pytest.approx(1 - 1 / (1 + 2))], "two updates after the warm-up of one"
     model, source, domain, _, size = csrm.validated[0]
     assert model is csrm.teacher and (domain, size) == ("val", (32, 48))
     assert source.mask_path("b") == folder_root / "masks" / "b.png", "not the labels that are learnt"

@@ -16,7 +16,7 @@ import train_csrm
 from models import build_model
 from tools import optim, options, pseudo_labels, training
 from tools.ema import Teacher
-from tools.losses import s2c_weight
+from tools.losses import c2s_loss, multilabel_loss, s2c_loss, s2c_weight
 from tools.memory_bank import MemoryBank
 from tools.pseudo_labels import reliable_cam_labels, teacher_labels
 from train_csrm import Batch, Criterion, Targets, batches, label_options, loss_options, teacher_decay, train_step
@@ -81,6 +81,25 @@ def test_warm_up_has_two_losses_and_needs_no_teacher(golden, golden_inputs):
     losses = criterion(*golden_inputs, 4)
     rest = losses["loss"] - losses["c"] - losses["c2s"] - losses["u"] - losses["contra"]
     assert rest.item() == pytest.approx((0.1 + 0.9 * 2 / 13) * losses["s2c"].item(), abs=1e-4), "linear from there"
+
+
+def test_smoothing_threshold_and_ranks_are_those_of_the_flags(golden, golden_inputs, monkeypatch):
+    """Besides those of the golden vectors, .1, .5, 3 and 6."""
+    student, _, targets = golden_inputs
+    flags, ranks = ["--label_smoothing", 0.3, "--s2c_sigma", 0.9], []
+    monkeypatch.setattr(train_csrm, "contrastive_loss", lambda *args, **given: ranks.append(given) or torch.zeros(()))
+    criterion = golden_criterion(golden, *flags, "--contra_low_rank", 2, "--contra_high_rank", 4)
+    losses = criterion(*golden_inputs, 3)
+    sure = targets.teacher_labels.where(targets.confidence > 0.9, 255)
+    expected = {
+        "c": multilabel_loss(student["class_logits"], targets.image_labels, 0.3),
+        "c2s": c2s_loss(student["seg_logits"][:2], targets.cam_labels, 0.3),
+        "s2c": s2c_loss(student["cams"], student["seg_logits"], sure, 0.3),
+    }
+    assert {name: losses[name].item() for name in expected} == pytest.approx(
+        {name: loss.item() for name, loss in expected.items()}, abs=1e-5
+    )
+    assert ranks == [{"low_rank": 2, "high_rank": 4}]
 
 
 @pytest.mark.parametrize("name", sorted(ALL - {"loss"}))
