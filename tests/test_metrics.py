@@ -94,6 +94,7 @@ def test_threshold_range_includes_its_end_and_does_not_drift():
     assert threshold_range(0.05, 0.80, 0.05).tolist() == [round(0.05 * i, 2) for i in range(1, 17)]
     assert threshold_range(0.3, 0.3, 0.1).tolist() == [0.3]
     assert threshold_range(0.1, 0.45, 0.1).tolist() == [0.1, 0.2, 0.3, 0.4]
+    assert threshold_range(0.1, 0.7, 0.1).tolist() == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], "though 0.6 / 0.1 < 6"
 
 
 @settings(max_examples=25, deadline=None)
@@ -168,4 +169,5 @@ def test_precision_and_recall_of_classes():
     assert got["precision"] == got["recall"] == (50 + 100) / 2  # no image has the third class
     assert got["average_precision"] == pytest.approx((100 * (1 / 2 + 1 / 2 * 2 / 3) + 100) / 2)
     assert classification_scores(logits[:, ::2], labels[:, ::2])["recall"] == 50
+    assert classification_scores(logits / 10, labels) == got, "present above one half, a logit of 0"
     assert set(classification_scores(logits, 0 * labels).values()) == {0}

@@ -227,8 +227,13 @@ def test_the_queue_is_by_doubt_and_the_page_by_iou(data, tmp_path):
     assert [rows[i]["IoU Refined"] for i in "abc"] == ["100.0", "37.5", "0.0"]  # b: 12/16 and 0 for the background
     assert [rows[i]["IoU Other"] for i in "abc"] == ["25.0", "37.5", ""]
     page = (tmp_path / "out" / "report.html").read_text()
-    assert re.findall(r"<figcaption><b>(\w)</b>", page) == ["b", "a"]  # every column has these
+    assert re.findall(r"<figcaption><b>(\w)</b> (\w+)<br>", page) == [
+        ("b", "cat"),
+        ("a", "cat"),
+    ]  # every column has these
     assert re.findall(r'data-iou="([^"]*)"', page) == ["0.3750", "1.0000"] and "2 of 3 images" in page
+    shown = re.findall(r"(Refined|Other): IoU (\d+)", page)
+    assert shown == [("Refined", "38"), ("Other", "38"), ("Refined", "100"), ("Other", "25")]
 
 
 def test_without_ground_truth_the_page_too_is_by_doubt(data, tmp_path):
