@@ -13,6 +13,8 @@ from command import DECODER, TRAINING, data_flags, parse, refusal, run
 from conftest import SPLITS
 from PIL import Image
 
+import inference
+from datasets import build_source
 from tools import identity
 from tools.cam_files import load_cams
 from tools.errors import UserError
@@ -187,6 +189,28 @@ def test_a_run_is_its_flags_and_weights(data, capsys, script):
 
 def infer(data, *flags):
     run("inference", *data_flags(data), *INFERENCE, *flags)
+
+
+@pytest.mark.parametrize(
+    ("changed", "flags"),
+    [
+        (["maps", "pseudo masks"], ["--scales", 0.5]),
+        (["maps", "pseudo masks"], ["--hflip", "false"]),
+        (["pseudo masks"], ["--pseudos_from", "masks"]),
+        (["pseudo masks"], ["--threshold", 0.3]),
+        (["pseudo masks"], ["--crf_t", 3]),
+        (["pseudo masks"], ["--crf_gt_prob", 0.9]),
+        (["pseudo masks"], ["--crf_backend", "pydensecrf"]),
+        ([], ["--cam_format", "npy", "--save_cams", "false", "--save_masks", "--save_pseudos", "false", "--seed", 3]),
+    ],
+)
+def test_what_each_flag_of_inference_changes(folder_root, tmp_path, changed, flags):
+    source, weights = build_source("folder", folder_root), tmp_path / "model.pth"
+    weights.touch()
+    parsed = [parse("inference", "--tag", "t", *given) for given in ([], flags)]
+    made_by = [inference.identities(args, source, SPLITS["train"], weights) for args in parsed]
+    kinds = zip(("maps", "pseudo masks"), *made_by, strict=True)
+    assert [name for name, *both in kinds if identity.difference(*both)] == changed
 
 
 def keys(image_id):

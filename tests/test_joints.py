@@ -31,6 +31,7 @@ from datasets import build_source
 from datasets.base import DatasetInfo, voc_palette
 from tools import losses, options, training
 from tools.cam_files import load_cams, save_cams
+from tools.crf import CAM_SETTINGS, mean_field, unary_from_labels
 from tools.ema import Teacher
 from tools.files import load_mask, save_mask
 from tools.optim import Update
@@ -141,13 +142,14 @@ class OnePhotograph:
         return golden_image(0)
 
 
-def pseudo_mask(tmp_path, iterations: int) -> np.ndarray:
+def pseudo_mask(tmp_path, iterations: int, **crf) -> np.ndarray:
     """The pseudo mask at threshold .6 of CAMs that are .9 on the golden labels and .5 elsewhere."""
     keys = np.arange(len(SOFTMAX))
     cams = np.where(keys[1:, None, None] == LABELS, 0.9, 0.5)
     save_cams(tmp_path / "cams" / "a.npz", keys, cams[:, ::4, ::4], cams)
     wanted = ("cams", "pseudos")
-    outputs = inference.Outputs(wanted, "npz", WHOLE, "present", True, "cams", 0.6, False, CRF(iterations=iterations))
+    settings = CRF(iterations=iterations, **crf)
+    outputs = inference.Outputs(wanted, "npz", WHOLE, "present", True, "cams", 0.6, False, settings)
     predict = inference.Predictor(nn.Linear(1, 1), OnePhotograph(), tmp_path, outputs)
     predict("a")
     return load_mask(predict.path("pseudos", "a"))
@@ -156,6 +158,37 @@ def pseudo_mask(tmp_path, iterations: int) -> np.ndarray:
 def test_pseudo_masks_are_refined_as_the_golden_labels(tmp_path):
     expected = GOLDEN["q_labels_gt0.7_g3-3_b50-5-10_t10_0"].argmax(axis=0)
     assert agreement(pseudo_mask(tmp_path, 10), expected) > 0.9999 > agreement(LABELS, expected)
+
+
+def test_pseudo_masks_are_refined_with_the_confidence_of_the_flag(tmp_path):
+    unary = unary_from_labels(torch.from_numpy(LABELS)[None].long(), len(SOFTMAX), 0.97)
+    expected = mean_field(golden_image(0), unary, CAM_SETTINGS, 10)[0].argmax(dim=0)
+    assert agreement(pseudo_mask(tmp_path, 10, gt_prob=0.97), expected) > 0.9999
+    assert agreement(pseudo_mask(tmp_path / "default", 10), expected) < 0.999
+
+
+def test_a_large_photograph_is_reduced_for_network_and_crf_and_its_pseudo_mask_enlarged(tmp_path, monkeypatch):
+    """To half its size."""
+    height, width = LABELS.shape
+    monkeypatch.setattr("tools.cam.WORKING_SIDE", max(height, width) // 2)
+    monkeypatch.setattr("test_joints.WHOLE", Views((1.0,), False, (0, 1)))
+    small = (height // 2, width // 2)
+    photograph = F.interpolate(golden_image(0), small, mode="bilinear", antialias=True)
+    maps = torch.from_numpy(np.where(np.arange(1, len(SOFTMAX))[:, None, None] == LABELS, 0.9, 0.5)).half().float()
+    maps = F.interpolate(maps[None], small, mode="bilinear", align_corners=True)
+    labels = F.pad(maps, (0, 0, 0, 0, 1, 0), value=0.6).argmax(dim=1)
+    q = mean_field(photograph, unary_from_labels(labels, len(SOFTMAX)), CAM_SETTINGS, 10)
+    expected = F.interpolate(q, (height, width), mode="bilinear", align_corners=True)[0].argmax(dim=0)
+    assert agreement(pseudo_mask(tmp_path, 10), expected) > 0.999
+    seen = []
+    monkeypatch.setattr(inference, "multi_scale_cams", lambda forward, image, *rest, size: seen.append((image, size)))
+    monkeypatch.setattr(inference, "cam_forward", lambda model: None)
+    monkeypatch.setattr(OnePhotograph, "image_label", lambda self, image_id: np.ones(2, np.float32), raising=False)
+    outputs = inference.Outputs((), "npz", WHOLE, "present", True, "cams", 0.6, False, CRF())
+    inference.Predictor(nn.Linear(1, 1), OnePhotograph(), tmp_path, outputs)._maps("cams", golden_image(0), "a")
+    ((image, size),) = seen
+    assert size == (height, width)
+    torch.testing.assert_close(image, normalized(photograph.float()))
 
 
 def test_pseudo_masks_are_cut_at_the_threshold(tmp_path):

@@ -341,6 +341,18 @@ def test_masks_with_other_tiles_are_not_taken_for_done(models, holiday, capsys):
     assert "made with --reading argmax, not relative" in refusal(capsys, *command, "--reading", "relative")
 
 
+def test_nor_are_those_with_other_views_weights_or_photographs(models, holiday, capsys):
+    """The other photographs are in a folder of the same name."""
+    command = [*PREDICT, "--tag", "m", "--weights", models / "segmentation.pth", "--images", holiday]
+    run(*command)
+    assert "made with --scales [1.0], not [0.5]" in refusal(capsys, *command, "--scales", "0.5")
+    assert "made with --hflip True, not False" in refusal(capsys, *command, "--hflip", "false")
+    assert "made with --crf_t 2, not 3" in refusal(capsys, *command, "--crf_t", "3")
+    assert "made with --weights " in refusal(capsys, *command, "--weights", models / "csrm.pth")
+    other = shutil.copytree(holiday, holiday.parent / "other" / "holiday")
+    assert f"made with --images {holiday}, not {other}." in refusal(capsys, *command, "--images", other)
+
+
 @pytest.mark.parametrize("size", [(7, 9), (15, 22)])
 def test_values_at_an_index_are_those_of_the_enlarged_maps(size):
     maps = torch.rand(1, 4, 7, 9, generator=torch.Generator().manual_seed(0))
