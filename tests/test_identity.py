@@ -211,6 +211,9 @@ def test_what_each_flag_of_inference_changes(folder_root, tmp_path, changed, fla
     made_by = [inference.identities(args, source, SPLITS["train"], weights) for args in parsed]
     kinds = zip(("maps", "pseudo masks"), *made_by, strict=True)
     assert [name for name, *both in kinds if identity.difference(*both)] == changed
+    weights.write_bytes(b"of another training")
+    anew = inference.identities(parsed[0], source, SPLITS["train"], weights)
+    assert all(identity.difference(*both).startswith("--weights ") for both in zip(made_by[0], anew, strict=True))
 
 
 def keys(image_id):

@@ -272,6 +272,14 @@ def test_maps_of_the_segmentation_branch_pixel_by_pixel(reading):
         np.testing.assert_allclose(high[:, y, x], shares * foreground, atol=1e-5)
 
 
+@pytest.mark.parametrize("graded", [False, True])
+def test_relative_maps_are_divided_each_by_its_maximum(graded):
+    maps = np.zeros((2, 4, 9), np.float16)
+    maps[0, :, 3:6], maps[1, :, 6:] = 0.1, 0.9
+    labels = inference.segmentation_labels(maps, "relative", graded=graded)
+    np.testing.assert_array_equal(labels, np.repeat([0, 1, 2], 3)[None].repeat(4, axis=0))
+
+
 def test_the_reading_is_that_of_the_training():
     csrm, segmentation = {"kind": "csrm"}, {"kind": "segmentation"}
     assert inference.reading({"config": csrm, "args": {"teacher_labels": "foreground"}}) == "foreground"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tests.tiny_sam import build_tiny_sam
 from tools.errors import UserError
 from tools.proposals import load_proposals, save_proposals
 from tools.proposals.generator import MaskGenerator, MaskOptions, load_sam
-from tools.proposals.regions import RegionGenerator, merge_regions
+from tools.proposals.regions import RegionGenerator, RegionTree, merge_regions
 from tools.rle import encode
 
 
@@ -153,6 +154,15 @@ def test_regions_keep_their_limits_and_are_repeatable():
     np.testing.assert_array_equal(generator.propose(image), masks)
 
 
+def test_regions_out_of_range_or_without_an_edge_or_nearly_there_already_are_left_out():
+    """Of 1000 pixels: 0 is too small, 6 too large, 5 has no edge; 2 is nearly 3; 1, which is in both, is not."""
+    sizes, parents = np.array([9, 84, 95, 100, 480, 110, 600]), np.array([3, 2, 3, 5, 6, 6, -1])
+    tree = RegionTree(np.eye(7, dtype=bool), sizes, parents, np.array([9.0, 2, 9, 9, 9, 1.9, 9]))
+    limits = {"min_size": 0.01, "max_size": 0.5, "min_contrast": 2.0}
+    assert RegionGenerator(**limits)._select(tree, 1000).tolist() == [4, 3, 1]
+    assert RegionGenerator(**limits, max_masks=2)._select(tree, 1000).tolist() == [4, 3]
+
+
 def test_regions_of_a_large_photograph_are_those_of_a_reduced_one():
     small = disc_image()[0][:, :80]
     large = small.repeat(3, axis=0).repeat(3, axis=1)  # its mean over 3x3 pixels is `small` again
@@ -176,6 +186,34 @@ def test_the_tree_joins_the_leaves_to_the_whole_image():
     np.testing.assert_array_equal(tree.sizes, 16 * tree.members.sum(axis=1))
     for child, parent in enumerate(tree.parents[:-1]):
         assert parent > child and (tree.members[child] <= tree.members[parent]).all()
+
+
+def test_the_first_merge_and_the_contrasts_are_those_of_plain_loops():
+    """Leaves of several sizes. Half a histogram distance per channel group, edges, small ones first."""
+    rng = np.random.default_rng(1)
+    image = (rng.normal(0, 12, (20, 24, 3)) + rng.integers(60, 200, (4, 4, 3)).repeat(5, 0).repeat(6, 1)).clip(0, 255)
+    image, labels = image.astype(np.uint8), np.arange(6).reshape(2, 3).repeat([7, 13], 0).repeat([4, 9, 11], 1)
+    lab = cv2.cvtColor(image, cv2.COLOR_RGB2LAB).astype(np.float32)
+    dx, dy = cv2.Sobel(lab[..., 0], cv2.CV_32F, 1, 0), cv2.Sobel(lab[..., 0], cv2.CV_32F, 0, 1)
+    smooth = cv2.GaussianBlur(lab, (0, 0), 1.0)
+    slopes = [cv2.Sobel(smooth, cv2.CV_32F, *order, scale=1 / 8) for order in ((1, 0), (0, 1))]
+    edges, histograms, borders = np.sqrt(sum((s**2).sum(axis=2) for s in slopes)), np.zeros((6, 4, 24)), {}
+    for y, x in np.ndindex(labels.shape):
+        angle = int(np.arctan2(dy[y, x], dx[y, x]) % np.pi / np.pi * 4) % 4
+        strength = min(int(np.log2(1 + np.hypot(dx[y, x], dy[y, x])) * 6 / 9), 5)
+        bins = [int(lab[y, x, k] * n / 256) for k, n in enumerate((16, 24, 24))] + [6 * angle + strength]
+        histograms[labels[y, x], range(4), bins] += 1 / (labels == labels[y, x]).sum()
+        for v, u in ((y + 1, x), (y, x + 1)):
+            if v < 20 and u < 24 and labels[v, u] != labels[y, x]:
+                borders.setdefault((labels[y, x], labels[v, u]), []).append(max(edges[y, x], edges[v, u]))
+    sizes, costs = np.bincount(labels.ravel()), {}
+    for (a, b), strengths in borders.items():
+        distance = 1 - np.minimum(histograms[a], histograms[b]).sum() / 4
+        costs[a, b] = (distance + 0.02 * np.mean(strengths)) * (min(sizes[a], sizes[b]) / labels.size) ** 0.3
+    tree = merge_regions(image, labels)
+    assert tuple(np.flatnonzero(tree.parents == 6)) == min(costs, key=costs.get)
+    of_leaf = [np.concatenate([s for pair, s in borders.items() if leaf in pair]).mean() for leaf in range(6)]
+    np.testing.assert_allclose(tree.contrasts[:6], of_leaf, rtol=1e-5)
 
 
 def test_the_most_alike_neighbours_are_merged_first():
