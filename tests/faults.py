@@ -266,6 +266,69 @@ FAULTS = (
         "    if False:\n",
         "test_joints.py::test_a_training_starts_from_the_weights_of_restore",
     ),
+    Fault(
+        "classes of --restore are taken by place, not by name",
+        "train_csrm.py",
+        "restore(student, args.restore, classes)",
+        "restore(student, args.restore)",
+        "test_joints.py::test_a_training_starts_from_the_weights_of_restore",
+    ),
+    Fault(
+        "CSRM goes on though the masks of --c2s_labels are others now",
+        "train_csrm.py",
+        'masks=labels.c2s_mode == "gt")',
+        "masks=False)",
+        "test_identity.py::test_a_run_of_csrm_is_its_masks_and_image_labels",
+    ),
+    Fault(
+        "CSRM is validated on the masks it learns",
+        "train_csrm.py",
+        "validate(teacher.module, source, ",
+        "validate(teacher.module, learnt, ",
+        "test_joints.py::test_options_of_csrm_and_its_teacher",
+    ),
+    Fault(
+        "L_s2c ignores --s2c_sigma",
+        "train_csrm.py",
+        "targets.confidence > self.options.s2c_sigma, IGNORE_INDEX)",
+        "targets.confidence > 0.5, IGNORE_INDEX)",
+        "test_train_csrm.py::test_smoothing_threshold_and_ranks_are_those_of_the_flags",
+    ),
+    Fault(
+        "the ramp of L_s2c begins after one epoch, however long the warm-up",
+        "train_csrm.py",
+        "s2c_weight(epoch, options.max_epoch, warmup)",
+        "s2c_weight(epoch, options.max_epoch)",
+        "test_train_csrm.py::test_warm_up_has_two_losses_and_needs_no_teacher",
+    ),
+    Fault(
+        "--c2s_mode mp ignores --c2s_sigma",
+        "train_csrm.py",
+        "labels, options.c2s_sigma, max_classes",
+        "labels, max_classes",
+        "test_joints.py::test_labels_against_the_background_follow_the_flag",
+    ),
+    Fault(
+        "--augment cutmix is classmix",
+        "train_csrm.py",
+        'mix = classmix if labels.augment == "classmix" else cutmix',
+        "mix = classmix",
+        "test_train_csrm.py::test_every_source_of_labels_and_every_mix",
+    ),
+    Fault(
+        "health compares logits from before mixing with labels from after it",
+        "train_csrm.py",
+        "criterion.observe(targets, class_logits, batch.image_labels)",
+        "criterion.observe(targets, class_logits, image_labels)",
+        "test_joints.py::test_the_losses_get_the_image_labels_after_mixing",
+    ),
+    Fault(
+        "labels of CAM files ignore the flags of the dense CRF",
+        "train_csrm.py",
+        "thresholds=thresholds,\n            crf=options.crf(args)",
+        "thresholds=thresholds,\n            crf=options.CRF()",
+        "test_seeds.py::test_auto_thresholds_are_those_of_the_cam_files",
+    ),
     # -- joints of the classifier ------------------------------------------------------------------------------------
     Fault(
         "the schedules of the CAM priors begin again with each epoch",
@@ -301,6 +364,27 @@ FAULTS = (
         '"cutmix": v2.CutMix',
         '"cutmix": v2.MixUp',
         "test_joints.py::test_cutmix_pastes_a_rectangle_and_mixup_blends",
+    ),
+    Fault(
+        "all classes of an image are hidden at once",
+        "train_classifier.py",
+        "hidden=random_class(labels)",
+        "hidden=labels",
+        "test_joints.py::test_progress_and_average_of_a_classifier",
+    ),
+    Fault(
+        "the ordinary classifier's classes are taken by place, not by name",
+        "train_classifier.py",
+        "restore(model, args.oc_weights, info.classes)",
+        "restore(model, args.oc_weights)",
+        "test_priors.py::test_what_may_change_in_the_ordinary_classifier",
+    ),
+    Fault(
+        "the ordinary classifier of P-NOC steps with every batch",
+        "train_classifier.py",
+        "                if stepped:\n                    opponent",
+        "                if True:\n                    opponent",
+        "test_priors.py::test_the_opponent_of_pnoc_is_trained_but_for_its_batch_norm_and_stem",
     ),
     # -- joints of pseudo masks and proposals ------------------------------------------------------------------------
     Fault(
@@ -401,6 +485,34 @@ FAULTS = (
         "graded=False",
         "test_scripts.py::test_the_threshold_on_relative_maps_is_that_of_the_network",
     ),
+    Fault(
+        "pseudo masks ignore --crf_gt_prob",
+        "inference.py",
+        "unary_from_labels(labels[None], len(keys), crf.gt_prob)",
+        "unary_from_labels(labels[None], len(keys))",
+        "test_joints.py::test_pseudo_masks_are_refined_with_the_confidence_of_the_flag",
+    ),
+    Fault(
+        "maps of the weights before a training anew are taken",
+        "inference.py",
+        '{**vars(args), "weights": weights, ',
+        "{**vars(args), ",
+        "test_identity.py::test_what_each_flag_of_inference_changes",
+    ),
+    Fault(
+        "relative maps are not divided by their maxima",
+        "inference.py",
+        "maps = unit_maximum(torch.from_numpy(maps)).numpy()",
+        "pass",
+        "test_joints.py::test_relative_maps_are_divided_each_by_its_maximum",
+    ),
+    Fault(
+        "regions without an edge are proposed",
+        "tools/proposals/regions.py",
+        "allowed &= tree.contrasts >= self.min_contrast",
+        "pass",
+        "test_proposals.py::test_regions_out_of_range_or_without_an_edge_or_nearly_there_already_are_left_out",
+    ),
     # -- joints of the last model ------------------------------------------------------------------------------------
     Fault(
         "DeepLabV3+ ignores --label_smoothing",
@@ -451,6 +563,13 @@ FAULTS = (
         "geometry = segmentation_geometry(*[args.image_size] * 3)",
         "test_joints.py::test_geometry_of_the_last_model",
     ),
+    Fault(
+        "predictions of another folder of the same name are taken",
+        "train_segmentation.py",
+        "args.images and str(args.images.resolve())",
+        "None",
+        "test_predict.py::test_nor_are_those_with_other_views_weights_or_photographs",
+    ),
     # -- scores ------------------------------------------------------------------------------------------------------
     Fault(
         "false positives and false negatives change places in FILE.json",
@@ -486,6 +605,13 @@ FAULTS = (
         "for title, mask in found.items() if title != reviewed.title]",
         "for title, mask in found.items()]",
         "test_report.py::test_the_queue_is_by_doubt_and_the_page_by_iou",
+    ),
+    Fault(
+        "the last threshold of a sweep is left out",
+        "tools/metrics.py",
+        " / step + 1e-6)) + 1",
+        " / step)) + 1",
+        "test_metrics.py::test_threshold_range_includes_its_end_and_does_not_drift",
     ),
     # -- the ground --------------------------------------------------------------------------------------------------
     Fault(
