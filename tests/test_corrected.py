@@ -103,3 +103,7 @@ def test_a_second_model_needs_its_own_tag(folder_root, folders, tmp_path, monkey
     )
     run("train_segmentation", *flags, "--tag", "second", *corrected)
     assert "1 of 3 masks are corrected; each of them counts 3 times" in capsys.readouterr().out
+    again = ["train_segmentation", *flags, "--tag", "second", *corrected]
+    assert "made with --corrected_weight 3, not 4" in refusal(capsys, *again, "--corrected_weight", 4)
+    save_mask(folders / "corrected" / "b.png", np.full(SIZES["b"], 1), voc_palette())
+    assert "made with other corrected masks, or in another order" in refusal(capsys, *again)

@@ -19,7 +19,7 @@ from PIL import Image
 
 import refine_sam
 from datasets import build_source
-from datasets.base import voc_palette
+from datasets.base import DatasetInfo, voc_palette
 from tests.test_proposals import disc_image
 from tests.tiny_sam import build_tiny_sam
 from tools import options
@@ -87,6 +87,29 @@ def test_what_changed_is_counted_from_before_to_after(project):
     before, after = load_mask("pseudos/a.png"), load_mask(refined_folder() / "a.png")
     assert counts.tolist() == [[((before == i) & (after == j)).sum() for j in (0, 1, 255)] for i in (0, 1, 255)]
     assert counts[0, 1] != counts[1, 0]
+
+
+def test_the_table_of_changes(capsys):
+    """Of 100 pixels, 70, 25 and 5 before, and 65, 35 and 0 after. What changes is in per cent of before."""
+    changes = np.array([[60, 10, 0], [5, 20, 0], [0, 5, 0]])
+    refine_sam.print_changes(DatasetInfo(("background", "ball")), changes)
+    *lines, last = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: [float(text) for text in line.split()[1:]] for line in lines[1:]}
+    assert rows == {"background": [70, 65, 7.14, 14.29], "ball": [25, 35, 60, 20], "ignore": [5, 0, 0, 100]}
+    assert last == "20.00 % of the pixels changed"
+
+
+def test_proposals_are_made_of_upright_rgb_and_of_regions_as_the_flags_say(project):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save("data/images/a.png")
+    seen = []
+    make = lambda image_ids, images: seen.extend(images) or [np.zeros((0, 5, 7), bool)]  # noqa: E731
+    refine_sam.propose_batch(make, build_source("folder", "data"), Path("made"), ["a"])
+    np.testing.assert_array_equal(seen, [pixels])
+    flags = ["--region_max_size", "0.3", "--region_min_contrast", "2"]
+    backend = refine_sam.select_backend(refine_sam.make_parser().parse_args([*COMMON, *flags]))
+    assert (backend.build().max_size, backend.build().min_contrast) == (0.3, 2)
+    assert backend.settings.items() >= {"region_max_size": 0.3, "region_min_contrast": 2}.items()
 
 
 def test_a_second_run_makes_only_what_is_missing(project, capsys):
@@ -311,6 +334,11 @@ def test_masks_from_files_and_shared_proposals(project):
     run("--stage", "merge", "--proposals_dir", "shared")
     (ours, copied) = (load_mask(refined_folder(f"{name}-max_iou_imp2") / "a.png") for name in ("regions", "files"))
     np.testing.assert_array_equal(ours, copied)
+    for place, kind in (("shared", "mask files"), ("copied", "proposals")):
+        with open(f"{place}/b.json", "a") as file:
+            file.write(" ")
+        with pytest.raises(UserError, match=f"made with other {kind} of 1 images, the first is b"):
+            run(*flags, *(["--stage", "merge"] if kind == "proposals" else []))
 
 
 def in_a_fork(work, *args):
