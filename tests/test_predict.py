@@ -234,13 +234,13 @@ def sure_model(models):
 @pytest.mark.parametrize("size", [(40, 56), (91, 33)])
 def test_sure_classes_are_read_like_the_classes_of_a_label(sure_model, iterations, size):
     """The other side is inference.py's way to pseudo masks, told which classes the photograph holds."""
-    picture, settings = photograph(size), how(crf=options.CRF(iterations=iterations), reading="relative")
+    picture, settings = photograph(size), how(crf=options.CRF(iterations, gt_prob=0.97), reading="relative")
     with torch.inference_mode():
         logits = multi_scale_logits(segmentation_forward(sure_model), normalize(picture), VIEWS)
     label = (logits.softmax(dim=1).amax(dim=(2, 3))[0, 1:] > 0.5).float()
     keys, _, maps = inference.segmentation_maps(logits, label, size, "relative")
     labels = inference.segmentation_labels(maps, "relative", graded=False)
-    unary = unary_from_labels(torch.from_numpy(labels)[None], len(keys))
+    unary = unary_from_labels(torch.from_numpy(labels)[None], len(keys), 0.97)
     expected = keys[mean_field(picture, unary, CAM_SETTINGS, iterations).argmax(dim=1)[0].numpy()]
     mask, _ = segment(sure_model, picture, settings)
     assert len(keys) > 1 and len(np.unique(expected)) > 1
