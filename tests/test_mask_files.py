@@ -21,11 +21,11 @@ IMAGE = np.zeros((*SIZE, 3), np.uint8)
 
 
 def write_folder(folder, masks):
-    """As `write_masks_to_folder` of segment_anything's amg.py."""
+    """As `write_masks_to_folder` of segment_anything's amg.py, whose 255 is 1 in some that others write."""
     folder.mkdir(parents=True)
     rows = ["id,area,bbox_x0,bbox_y0,bbox_w,bbox_h,point_input_x,point_input_y,predicted_iou,stability_score"]
     for index, mask in enumerate(masks):
-        cv2.imwrite(str(folder / f"{index}.png"), mask * 255)
+        cv2.imwrite(str(folder / f"{index}.png"), mask * (1 if index % 2 else 255))
         rows.append(f"{index},{mask.sum()},0,0,1,1,0.5,0.5,0.9,0.9")
     (folder / "metadata.csv").write_text("\n".join(rows))
 

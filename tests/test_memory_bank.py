@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import deque
 from pathlib import Path
@@ -68,6 +69,14 @@ def test_contrastive_loss_golden():
         temperature=data["temperature"].item(),
     )
     assert loss.item() == pytest.approx(data["loss"].item(), abs=1e-4)
+
+
+def test_published_numbers_are_the_defaults():
+    data, *_ = load("contrastive_loss.npz")
+    defaults = {name: each.default for name, each in inspect.signature(contrastive_loss).parameters.items()}
+    for name, golden in (("num_anchors", "num_queries"), ("num_negatives",) * 2, ("temperature",) * 2):
+        assert defaults[name] == data[golden].item()
+    assert MemoryBank(num_classes=3, dim=1).capacities == [50_000, 30_000, 30_000]
 
 
 @settings(max_examples=30, deadline=None)
@@ -195,7 +204,8 @@ def test_absent_classes_do_not_shift_the_banks():
 def test_classes_without_anchors_or_keys_count_only_in_the_divisor():
     labels = torch.tensor([0, 1, 2, 3] * 4).view(2, 2, 4)
     arguments, prototypes = setting(labels)
-    arguments["teacher_probs"][:, 1] = 0.2  # no anchor for class 1
+    arguments["teacher_probs"][:, 1] = 0.3  # no anchor for class 1
+    arguments["teacher_probs"][:, 3] = 0.31
     arguments["bank"].sizes[2] = 0  # no key for class 2
     assert contrastive_loss(**arguments).item() == pytest.approx(expected_loss(prototypes, [0, 3], 4), abs=1e-5)
 

@@ -100,6 +100,19 @@ def test_weights_whose_first_gradient_comes_late_have_velocity_like_all(name):
         torch.testing.assert_close(late.detach(), start)
 
 
+@pytest.mark.parametrize("name, second", [("adamw", 0.08 / 0.19 / (0.001009 / 0.001999) ** 0.5), ("lion", -1)])
+def test_each_optimizer_is_that_of_its_name(name, second):
+    """Their first steps are alike. Of the gradients 1 and -.1 AdamW divides the means; Lion takes the sign of one."""
+    model = Network()
+    optimizer = build_optimizer(model, Optimization(name, 0.1, 0, lr_alpha_scratch=1))
+    weight = model.head.weight
+    start = weight.detach().clone()
+    for gradient in (1.0, -0.1):
+        weight.grad = torch.full_like(weight, gradient)
+        optimizer.step()
+    torch.testing.assert_close(weight.detach(), start - 0.1 * (1 + second))
+
+
 @pytest.mark.parametrize("batches", [1, 3, 4])
 def test_an_update_follows_the_mean_over_the_batches_that_were_there(batches):
     """Four are asked for; at the end of an epoch there may be fewer."""

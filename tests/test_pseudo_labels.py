@@ -28,15 +28,16 @@ def golden():
 
 
 def test_reliable_cam_labels_golden(golden):
+    """The thresholds are the published ones: the defaults."""
     data, images, cams, labels = golden
-    ours = reliable_cam_labels(images, cams, labels, data["bg_threshold"].item(), data["fg_threshold"].item())
+    ours = reliable_cam_labels(images, cams, labels)
     assert ours.dtype == torch.int64
     assert (ours.numpy() == data["masks_cam_mode"]).mean() >= 0.999
 
 
 def test_mutual_promotion_labels_golden(golden):
     data, _, cams, labels = golden
-    ours = mutual_promotion_labels(torch.from_numpy(data["bg_probs"]), cams, labels, data["sigma"].item())
+    ours = mutual_promotion_labels(torch.from_numpy(data["bg_probs"]), cams, labels)
     assert (ours.numpy() == data["masks_mutual_promotion_mode"]).mean() >= 0.999
 
 
@@ -233,6 +234,8 @@ def test_an_object_begins_somewhere_on_any_maps():
 
 
 def test_a_relative_reading_without_a_sure_class_is_background():
-    reading = RelativeReading.of(torch.full((1, 3, 2, 2), 1 / 3))
-    assert reading.keys.tolist() == [0]
-    assert not reading.labels(torch.full((1, 3, 2, 2), 1 / 3)).any()
+    """A half is not sure."""
+    for probabilities in (torch.full((1, 3, 2, 2), 1 / 3), torch.full((1, 2, 2, 2), 1 / 2)):
+        reading = RelativeReading.of(probabilities)
+        assert reading.keys.tolist() == [0]
+        assert not reading.labels(probabilities).any()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
@@ -88,6 +89,13 @@ def test_images_are_brought_to_the_size_of_training_first(shape: tuple[int, int]
     assert side // 2 <= min(sides) < 0.7 * side and 1.3 * side < max(sides) <= 1.5 * side + 1
 
 
+def test_reduced_images_are_those_of_pillow_which_antialiases():
+    noise = torch.randint(0, 256, (3, 40, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    small = T.RandomScale(0.25, 0.25)({"image": tv_tensors.Image(noise)})["image"]
+    expected = Image.fromarray(noise.permute(1, 2, 0).numpy()).resize((7, 10), Image.Resampling.BILINEAR)
+    assert np.abs(small.permute(1, 2, 0).numpy().astype(int) - np.asarray(expected)).max() <= 1
+
+
 def test_flip_happens_half_the_time():
     torch.manual_seed(0)
     geometry = T.train_geometry(8, 8, 8)
@@ -151,10 +159,10 @@ def test_images_that_are_not_chosen_keep_every_pixel(monkeypatch):
 def test_photometric_probabilities_hold_per_image(monkeypatch):
     torch.manual_seed(0)
     x = images(1, 8, 8).expand(600, -1, -1, -1)
-    for blur_prob, jitter_prob, probability in ((0, 0.8, 0.8), (0.5, 0, 0.5)):
+    for options, jitter_prob, probability in (({"blur_prob": 0}, T.JITTER_PROB, 0.8), ({}, 0, 0.5)):
         monkeypatch.setattr(T, "JITTER_PROB", jitter_prob)
         monkeypatch.setattr(T, "SIGMA", (0.8, 1.15))  # weak blurs change nothing in some images
-        y = T.PhotometricAugmentation(blur_prob)(x)
+        y = T.PhotometricAugmentation(**options)(x)
         assert y.dtype == torch.uint8 and y.shape == x.shape
         assert (y != x).flatten(1).any(1).float().mean() == pytest.approx(probability, abs=0.06)
         assert len(y.unique(dim=0)) > 0.8 * probability * 600  # every image drew its own strength

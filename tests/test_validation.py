@@ -19,14 +19,14 @@ VIEWS = Views(scales=(1,), hflip=False, long_side=(0, 64))
 
 
 class Net(nn.Module):
-    """CAMs that are colours: red stands for the first class, blue for the second."""
+    """CAMs that are colours: red stands for the first class, blue for the second. In training half of them are out."""
 
     def __init__(self, segments: bool) -> None:
         super().__init__()
-        self.segments = segments
+        self.segments, self.dropout = segments, nn.Dropout()
 
     def forward(self, x):
-        maps = nn.functional.avg_pool2d(x, 2, ceil_mode=True)
+        maps = nn.functional.avg_pool2d(self.dropout(x), 2, ceil_mode=True)
         outputs = {"cams": maps[:, [0, 2]], "class_logits": maps[:, [0, 2]].mean(dim=(2, 3))}
         return {**outputs, "seg_logits": maps[:, [1, 0, 2]]} if self.segments else outputs
 
