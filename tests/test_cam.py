@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from tools.cam import enlarged_argmax, multi_scale_cams, multi_scale_logits, scaled_views, working_photograph
 from tools.cam_files import cam_labels, load_cams, read_cams, save_cams
@@ -145,6 +146,13 @@ def test_views_have_sides_of_16n_plus_1_next_to_the_scaled_ones(size):
         for side, original in zip(view.shape[-2:], size, strict=True):
             assert side % 16 == 1 and side >= 17
             assert abs(side - original * scale) <= 8 or side == 17
+
+
+def test_reduced_views_are_those_of_pillow_which_antialiases():
+    image = image_of((113, 97))
+    (view,) = scaled_views(image, views_of([0.3]))
+    expected = Image.fromarray(image[0, 0].numpy()).resize((33, 33), Image.Resampling.BILINEAR)
+    np.testing.assert_allclose(view[0, 0], np.asarray(expected), atol=1e-5)
 
 
 def test_labels_of_pixels():

@@ -16,7 +16,7 @@ from test_training import Killed, change_steps, kill_at
 from torch import nn
 
 from tools import health as health_module
-from tools.health import HARM, READY_VANISHED, Health
+from tools.health import Health
 from tools.history import SIGNALS
 from train_csrm import Criterion, Targets, loss_options
 
@@ -131,8 +131,8 @@ def test_the_ratio_of_gradients_is_that_of_the_whole_trained_backbone():
 
 # -- decisions -----------------------------------------------------------------------------------------------------
 
-LOW = HARM * 3.0 - 0.01
-SOME, FEW = READY_VANISHED + 0.1, READY_VANISHED
+LOW = 0.7 * 3.0 - 0.01
+SOME, FEW = 10.1, 10.0
 
 
 @pytest.mark.parametrize("mode, history, expected", [
@@ -146,7 +146,7 @@ SOME, FEW = READY_VANISHED + 0.1, READY_VANISHED
     ("auto", epochs([3, 3, 3], [FEW, SOME, SOME]), (6, 6)),
     ("auto", epochs([3, 3, 3], [None, None, None]), (6, 6)),
     ("auto", epochs([3, 3, LOW]), (2, 3)),
-    ("auto", epochs([3, 3, HARM * 3.0, 3, LOW, 3]), (2, 5)),
+    ("auto", epochs([3, 3, 0.7 * 3.0, 3, LOW, 3]), (2, 5)),
     ("auto", epochs([1, 1, LOW, 1], [SOME, SOME, SOME, FEW]), (4, 6)),
     ("auto", epochs([-1, -1, -1]), (2, 6)),  # nothing to fall from
 ])  # fmt: skip

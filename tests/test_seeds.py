@@ -96,8 +96,48 @@ def test_cam_files_become_reliable_labels(folder_root, tmp_path):
         cams, label = maps_of(source, tmp_path / "cams", image_id), torch.from_numpy(source.image_label(image_id))[None]
         expected = reliable_cam_labels(source.photograph(image_id), cams, label, 0.3, 0.6, crf_iterations=2)[0]
         assert np.array_equal(load_mask(made / f"{image_id}.png"), expected.numpy())
-    with pytest.raises(UserError, match="made: made with --c2s_bg 0.3, not 0.2"):
-        write_labels(source, files, made, thresholds=(0.2, 0.6), **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"thresholds": (0.2, 0.6)}, "--c2s_bg 0.3, not 0.2"),
+        ({"thresholds": (0.3, 0.7)}, "--c2s_fg 0.6, not 0.7"),
+        ({"crf": CRF(iterations=3)}, "--crf_t 2, not 3"),
+        ({"crf": CRF(2, gt_prob=0.9)}, "--crf_gt_prob 0.7, not 0.9"),
+        ({"crf": CRF(2, backend="pydensecrf")}, "--crf_backend torch, not pydensecrf"),
+        ({"views": Views((1.0,), False, (32, 64))}, r"--long_side \[0, 64\], not \[32, 64\]"),
+    ],
+)
+def test_labels_of_cam_files_of_other_settings_do_not_mix(folder_root, tmp_path, change, told):
+    source, files = cam_files(folder_root, tmp_path)
+    options = {"thresholds": (0.3, 0.6), "crf": CRF(2), "views": VIEWS}
+    write_labels(source, files, tmp_path / "made", **options)
+    with pytest.raises(UserError, match=f"made: made with {told}"):
+        write_labels(source, files, tmp_path / "made", **options | change)
+
+
+def test_nor_do_those_of_other_classes_image_labels_or_cam_files(folder_copy, tmp_path):
+    source, files = cam_files(folder_copy, tmp_path)
+    options = {"thresholds": (0.3, 0.6), "crf": CRF(2), "views": VIEWS}
+    write_labels(source, files, tmp_path / "made", **options)
+    table, classes = folder_copy / "labels.csv", folder_copy / "classes.txt"
+    classes.write_text("background\ndog\ncat\n")
+    with pytest.raises(UserError, match=r"made: made with classes \['cat', 'dog'\], not \['dog', 'cat'\]"):
+        write_labels(build_source("folder", folder_copy), files, tmp_path / "made", **options)
+    classes.write_text("background\ncat\ndog\n")
+    table.write_text(table.read_text().replace("c,dog", "c,cat"))
+    with pytest.raises(UserError, match="made: made with other labels of 1 images, the first is c"):
+        write_labels(build_source("folder", folder_copy), files, tmp_path / "made", **options)
+    files["a"].write_bytes(files["c"].read_bytes())
+    with pytest.raises(UserError, match="made: made with other CAM files of 1 images, the first is a"):
+        write_labels(source, files, tmp_path / "made", **options)
+
+
+def cam_files(root: Path, tmp_path: Path):
+    """The source of a dataset, and the CAM files of its images."""
+    write_cams(tmp_path / "cams")
+    return build_source("folder", root), label_files(tmp_path / "cams", SPLITS["train"])
 
 
 def test_labels_of_a_large_photograph_are_made_of_a_reduced_one(folder_root, tmp_path, monkeypatch):
