@@ -402,6 +402,10 @@ def test_segmentations_of_classes_in_another_order(data, capsys):
     (data / "classes.txt").write_text("background\ndog\ncat\n")
     flags = ["--domain", "val", "--pred_dir", "experiments/predictions/t@val/masks", "--num_workers", 0]
     assert "made of the classes [cat, dog], but" in refusal(capsys, "evaluate", *data_flags(data), *flags)
+    anew = [*SEGMENTATION, "--predict", "--domain", "train"]
+    assert f"{MODEL}: made of the classes [cat, dog], but" in refusal(
+        capsys, "train_segmentation", *data_flags(data), *anew
+    )
 
 
 def test_an_unfinished_model_is_named(data, capsys):

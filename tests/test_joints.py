@@ -118,14 +118,20 @@ def test_epochs_smoothing_and_validation_of_the_last_model(folder_root, folder, 
     smoothing, ids, scored = [], [], []
 
     def step(model, batch, device, label_smoothing):
+        assert model.training, "also after validation"
         smoothing.append(label_smoothing)
         ids.extend(batch["id"])
         return {"loss": sum(p.sum() for p in model.parameters() if p.requires_grad)}
 
     monkeypatch.setattr(train_segmentation, "train_step", step)
-    monkeypatch.setattr(
-        train_segmentation, "validate", lambda model, source, domain, *rest: scored.append(source.mask("b")) or {}
-    )
+
+    def validate(model, source, domain, device, long_side):
+        assert long_side == (32, 48)
+        model.eval()
+        scored.append(source.mask("b"))
+        return {}
+
+    monkeypatch.setattr(train_segmentation, "validate", validate)
     flags = [*data_flags(folder_root), *TRAINING, *DECODER, "--max_epoch", 3, "--label_smoothing", 0.3]
     run("train_segmentation", "--tag", "t", *flags, "--masks_dir", tmp_path / "pseudo", "--domain_valid", "val")
     assert smoothing == [0.3] * 3 and sorted(ids) == sorted([*SPLITS["train"]] * 2)
@@ -553,11 +559,12 @@ class Weight(nn.Module):
         update.step()
 
 
-def test_a_long_gradient_is_cut_and_batches_are_averaged():
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_a_long_gradient_is_cut_and_batches_are_averaged(dtype):
     model = Weight()
     before = model.layer.weight.item()
     run = Optimization("sgd", 0.1, 0.0, momentum=0.0, nesterov=False, grad_max_norm=3.0, accumulate_steps=2)
-    update = Update(model, run, updates=10, dtype=None)
+    update = Update(model, run, updates=10, dtype=dtype)
     for factor in (3, 1):  # a mean of 2
         update.backward(factor * model.layer.weight.sum())
     update.step()
@@ -566,6 +573,22 @@ def test_a_long_gradient_is_cut_and_batches_are_averaged():
         update.backward(factor * model.layer.weight.sum())
     update.step()
     assert model.layer.weight.item() == pytest.approx(before - 0.1 * 2 - 0.1 * 0.9**0.9 * 3, rel=1e-4)
+
+
+def test_half_precision_scales_its_losses_and_goes_on_with_the_scale():
+    """A gradient of 2^-30 is 0 in half precision; a scale that is too large is halved."""
+    run = Optimization("sgd", 2.0**30, 0.0, momentum=0.0, nesterov=False, lr_poly_power=0.0, grad_max_norm=0.0)
+    model = Weight()
+    first, resumed = (Update(model, run, updates=10, dtype=torch.float16) for _ in range(2))
+    before = model.layer.weight.item()
+    first.backward(model.layer.weight.half().sum().float() * 2.0**-30)
+    first.step()
+    assert model.layer.weight.item() == pytest.approx(before - 1)
+    scale = first.scaler.get_scale()
+    first.backward(model.layer.weight.sum() * torch.inf)
+    first.step()
+    resumed.load_state_dict(first.state_dict())
+    assert resumed.scaler.get_scale() == first.scaler.get_scale() == scale / 2
 
 
 def test_the_ordinary_classifier_of_pnoc_goes_on_at_its_learning_rate():
@@ -637,20 +660,26 @@ def test_every_flag_of_the_network_counts():
     assert options.network_arguments(parse("train_csrm", "--tag", "t"))["output_stride"] == 16
 
 
-def test_every_flag_of_sam_counts(monkeypatch):
-    monkeypatch.setattr(refine_sam, "load_sam", lambda *args: args)
-    made = lambda model, sought, **running: lambda images: (model, sought, running)  # noqa: E731
-    monkeypatch.setattr(refine_sam, "MaskGenerator", made)
+@pytest.mark.parametrize("proposals", ["sam", "sam2"])
+def test_every_flag_of_sam_counts(monkeypatch, proposals):
+    made = lambda *model, **running: lambda images: (*model, running)  # noqa: E731
+    for name, load in (("MaskGenerator", "load_sam"), ("LaterMaskGenerator", "load_later_sam")):
+        monkeypatch.setattr(refine_sam, name, made)
+        monkeypatch.setattr(refine_sam, load, lambda *args: args)
     values = {"points_per_side": 3, "pred_iou_thresh": 0.4, "stability_score_thresh": 0.5, "box_nms_thresh": 0.6}
     values |= {"crop_n_layers": 1, "min_mask_region_area": 7}
     running = {"points_per_batch": 9, "images_per_batch": 8}
     flags = [part for name, value in {**values, **running}.items() for part in (f"--{name}", value)]
     flags += ["--checkpoint", "sam.pth", "--model_type", "vit_l", "--device", "cpu", "--mixed_precision", "bf16"]
+    flags += ["--proposals", proposals]
     backend = refine_sam.select_backend(parse("refine_sam", "--tag", "t", *flags))
-    model, sought, given = backend.build()([], [])
-    assert backend.images_per_call == 8
-    assert model == (Path("sam.pth"), "vit_l", torch.device("cpu")) and vars(sought) == values
-    assert given == {"dtype": torch.bfloat16, "compile": False, "images_per_batch": 8, "points_per_batch": 9}
+    *model, sought, given = backend.build()([], [])
+    assert backend.images_per_call == 8 and vars(sought) == values
+    running |= {"dtype": torch.bfloat16}
+    if proposals == "sam":
+        assert model == [(Path("sam.pth"), "vit_l", torch.device("cpu"))] and given == running | {"compile": False}
+    else:
+        assert model == ["sam.pth", "sam2", torch.device("cpu")] and given == running
     assert backend.settings.items() >= values.items()
 
 

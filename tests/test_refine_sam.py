@@ -99,6 +99,14 @@ def test_the_table_of_changes(capsys):
     assert last == "20.00 % of the pixels changed"
 
 
+def test_the_table_is_of_the_shares_of_all_processes(project, monkeypatch):
+    tables = []
+    monkeypatch.setattr(refine_sam.distributed, "sum_of_shares", lambda own: own + np.ones_like(own))
+    monkeypatch.setattr(refine_sam, "print_changes", lambda info, changes: tables.append(changes))
+    run()
+    assert tables[0].sum() == len(IDS) * 96**2 + 9
+
+
 def test_proposals_are_made_of_upright_rgb_and_of_regions_as_the_flags_say(project):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     Image.fromarray(pixels).save("data/images/a.png")
