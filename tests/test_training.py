@@ -10,6 +10,7 @@ import timm
 import torch
 from command import DECODER, TRAINING, data_flags, refusal, run
 
+from datasets import loaders
 from tools import training
 from tools.checkpoint import previous_path
 from tools.files import locked
@@ -75,6 +76,27 @@ def test_the_seed_decides(folder_root, folder):
         run("train_classifier", *data_flags(folder_root), "--tag", "a", *TRAINING, "--seed", seed)
         states.append(torch.load(CHECKPOINT, weights_only=True)["model"]["classifier.weight"])
     assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
+
+
+@pytest.mark.parametrize("script, flags", RUNS, ids=[script for script, _ in RUNS])
+def test_the_seed_decides_on_the_first_weights_and_on_the_batches(folder_root, folder, monkeypatch, script, flags):
+    weights, seeds = [], []
+
+    def epochs(trainer):
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+        return iter(())
+
+    class Sampler(loaders.EpochSampler):
+        def __post_init__(self):
+            seeds.append(self.seed)
+
+    monkeypatch.setattr(Trainer, "epochs", epochs)
+    monkeypatch.setattr(loaders, "EpochSampler", Sampler)
+    for seed in (0, 1):
+        folder(str(seed))
+        run(script, *data_flags(folder_root), *flags, "--seed", seed)
+    assert not torch.equal(*weights)
+    assert len(set(seeds)) == len(seeds) == (4 if script == "train_csrm" else 2)
 
 
 def test_a_finished_run_is_not_run_again(folder_root, folder, monkeypatch, capsys):
@@ -170,13 +192,16 @@ def test_the_progress_bar_is_that_of_all_epochs(folder_root, folder, capsys):
 
 @pytest.mark.parametrize("script, flags", RUNS, ids=[script for script, _ in RUNS])
 def test_a_run_killed_within_an_epoch_ends_with_the_same_bytes(folder_root, folder, monkeypatch, capsys, script, flags):
-    """Seven steps an epoch, a checkpoint after four (two updates of two batches) and at its end."""
+    """Seven steps an epoch, a checkpoint after four (two updates of two batches) and at its end. The means that are
+    logged, and the health of CSRM, are over all seven."""
     monkeypatch.setattr(training, "STEPS_PER_SAVE", 5)
+    seeds, seed = [], Trainer._seed
+    monkeypatch.setattr(Trainer, "_seed", lambda *args: seed(*args) or seeds.append(torch.initial_seed()))
     flags = [*data_flags(folder_root), *flags, "--max_steps", 7, "--max_epoch", 2, "--accumulate_steps", 2]
     folder("whole")
     run(script, *flags)
-    expected = CHECKPOINT.read_bytes()
-    logged = capsys.readouterr().out.split("epoch 1/2")[-1].split(" lr ")[0]
+    expected, whole = CHECKPOINT.read_bytes(), read_run("a")
+    assert len(set(seeds)) == len(seeds) == 4, "each part of an epoch draws its own"
     folder("killed")
     for step in (5, 2, 4):  # counted in each process: behind the first checkpoint, behind the second, in the next epoch
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
@@ -187,7 +212,8 @@ def test_a_run_killed_within_an_epoch_ends_with_the_same_bytes(folder_root, fold
     assert (state["epoch"], state["batch"]) == (1, 0)
     run(script, *flags)
     assert CHECKPOINT.read_bytes() == expected
-    assert logged
+    resumed = read_run("a")
+    assert (resumed.curves, resumed.health) == (whole.curves, whole.health) and whole.curves
 
 
 @pytest.mark.parametrize("script, flags", RUNS, ids=[script for script, _ in RUNS])
