@@ -64,8 +64,9 @@ def test_a_resumed_run_sees_what_the_unbroken_one_would():
     assert load(Noise(20), (3,), steps_per_epoch=3) == load(Noise(20), range(4), steps_per_epoch=3)[-12:]
 
 
-def test_two_seeds_give_independent_orders():
-    first, second = load(Noise(100), seed=0), load(Noise(100), seed=1)
+@pytest.mark.parametrize("other", [{"seed": 1}, {"epochs": (1,)}], ids=["seeds", "passes"])
+def test_two_seeds_and_two_passes_have_independent_orders(other):
+    first, second = load(Noise(100)), load(Noise(100), **other)
     assert sorted(indices(first)) == sorted(indices(second)) == list(range(100))
     assert sum(a == b for a, b in zip(indices(first), indices(second), strict=True)) < 10
     assert not {noise for _, noise in first} & {noise for _, noise in second}

@@ -140,6 +140,12 @@ def test_cutmix_pastes_a_rectangle_of_half_the_area(batch_size: int, height: int
         torch.testing.assert_close(labels[a], (1 - area) * batch[3][a] + area * batch[3][b])
 
 
+def test_each_image_of_a_batch_draws_its_own_rectangle():
+    batch = make_batch(50, 3, 20, 30, 0)
+    changed = (seeded(cutmix, batch, 0)[0] != batch[0]).any(dim=1)
+    assert len(changed.unique(dim=0)) > 45
+
+
 def test_partners_are_a_permutation_without_fixed_points():
     torch.manual_seed(0)
     seen = set()

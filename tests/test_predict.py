@@ -15,12 +15,14 @@ from command import data_flags, refusal, run
 from PIL import Image
 
 import inference
+from datasets.base import DatasetInfo
 from datasets.folder import Photographs
 from models import build_model, load_model, segmentation_forward
 from tools import options
 from tools.cam import enlarged_argmax, multi_scale_logits, values_at
 from tools.checkpoint import save_checkpoint
 from tools.crf import CAM_SETTINGS, mean_field, unary_from_labels
+from tools.drawing import save_overlay
 from tools.errors import UserError
 from tools.files import load_mask
 from tools.maps import normalize, resize_maps
@@ -100,7 +102,8 @@ def test_files_of_each_photograph(models, holiday, kind):
         expected = np.take_along_axis(network[0].numpy(), mask[None], axis=0)[0] * 255
         assert np.abs(np.asarray(confidence) - expected).max() <= 0.5 + 1e-3
         assert np.ptp(expected) > 0  # not the blind student's
-        assert Image.open(folder / "overlays" / f"{image_id}.jpg").width >= size[1]  # wider, if a name is
+        save_overlay(Path("expected.jpg"), noise(size, seed), mask, DatasetInfo(tuple(CLASSES)))
+        assert (folder / "overlays" / f"{image_id}.jpg").read_bytes() == Path("expected.jpg").read_bytes()
 
 
 def test_areas_of_every_class(models, holiday):
@@ -348,9 +351,12 @@ def test_nor_are_those_with_other_views_weights_or_photographs(models, holiday, 
     assert "made with --scales [1.0], not [0.5]" in refusal(capsys, *command, "--scales", "0.5")
     assert "made with --hflip True, not False" in refusal(capsys, *command, "--hflip", "false")
     assert "made with --crf_t 2, not 3" in refusal(capsys, *command, "--crf_t", "3")
+    assert "made with --crf_backend torch, not pyd" in refusal(capsys, *command, "--crf_backend", "pydensecrf")
     assert "made with --weights " in refusal(capsys, *command, "--weights", models / "csrm.pth")
     other = shutil.copytree(holiday, holiday.parent / "other" / "holiday")
     assert f"made with --images {holiday}, not {other}." in refusal(capsys, *command, "--images", other)
+    shutil.copy(holiday / "b" / "c.png", holiday / "a.png")
+    assert "made with other photographs of 1 images, the first is a (" in refusal(capsys, *command)
 
 
 @pytest.mark.parametrize("size", [(7, 9), (15, 22)])

@@ -112,6 +112,7 @@ def test_randaugment_changes_images_and_refuses_masks():
     torch.manual_seed(0)
     before = sample(16, 16)
     geometry = T.train_geometry(16, 16, 16, randaugment=True)
+    assert (geometry.transforms[-1].num_ops, geometry.transforms[-1].magnitude) == (2, 10)
     outputs = [geometry({"image": before["image"]})["image"] for _ in range(20)]
     assert all(output.shape == (3, 16, 16) and output.dtype == torch.uint8 for output in outputs)
     assert len({output.numpy().tobytes() for output in outputs}) > 10
