@@ -568,11 +568,11 @@ def test_a_long_gradient_is_cut_and_batches_are_averaged(dtype):
     for factor in (3, 1):  # a mean of 2
         update.backward(factor * model.layer.weight.sum())
     update.step()
-    assert model.layer.weight.item() == pytest.approx(before - 0.1 * 2)
+    assert model.layer.weight.item() == pytest.approx(before - 0.1 * 2, abs=1e-4)
     for factor in (30, 10):
         update.backward(factor * model.layer.weight.sum())
     update.step()
-    assert model.layer.weight.item() == pytest.approx(before - 0.1 * 2 - 0.1 * 0.9**0.9 * 3, rel=1e-4)
+    assert model.layer.weight.item() == pytest.approx(before - 0.1 * 2 - 0.1 * 0.9**0.9 * 3, abs=1e-4)
 
 
 def test_half_precision_scales_its_losses_and_goes_on_with_the_scale():
@@ -583,7 +583,7 @@ def test_half_precision_scales_its_losses_and_goes_on_with_the_scale():
     before = model.layer.weight.item()
     first.backward(model.layer.weight.half().sum().float() * 2.0**-30)
     first.step()
-    assert model.layer.weight.item() == pytest.approx(before - 1)
+    assert model.layer.weight.item() == pytest.approx(before - 1, abs=1e-4)
     scale = first.scaler.get_scale()
     first.backward(model.layer.weight.sum() * torch.inf)
     first.step()
