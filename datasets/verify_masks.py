@@ -50,6 +50,13 @@ def is_systematic(count: int, total: int) -> bool:
     return count >= SEVERAL and 3 * count >= total
 
 
+def shared_fault(paths: Sequence[Path], total: int, fault: str) -> str:
+    """The line about the masks that have a fault, of `total` masks; "" if they may have it by chance."""
+    if not is_systematic(len(paths), total):
+        return ""
+    return f"{paths[0]}: one of {len(paths)} masks (of {total}) that {fault}"
+
+
 def check_agreement(source: DataSource, ids: Sequence[str]) -> None:
     """Compare masks that are to be learnt with the image labels. Masks without any class are passed over.
 
@@ -63,8 +70,8 @@ def check_agreement(source: DataSource, ids: Sequence[str]) -> None:
         if label.any() and shown.any():
             count += 1
             strange += [source.mask_path(image_id)] * (not shown[label].any())
-    if is_systematic(len(strange), count):
-        raise UserError(f"{strange[0]}: one of {len(strange)} masks (of {count}) that {STRANGE}.")
+    if text := shared_fault(strange, count, STRANGE):
+        raise UserError(f"{text}.")
 
 
 def look_at_mask(source: DataSource, image_id: str, label: np.ndarray | None) -> MaskLook:
@@ -114,8 +121,8 @@ def shared_faults(info: DatasetInfo, looks: Sequence[tuple[MaskLook, np.ndarray 
         strange = [look.path for look, classes in labelled if not look.pixels[1:][classes].any()]
         blended = [look.path for look, _ in labelled if look.blended]
         for paths, fault in ((strange, STRANGE), (blended, BLENDED)):
-            if is_systematic(len(paths), len(labelled)):
-                yield "mask", f"{paths[0]}: one of {len(paths)} masks (of {len(labelled)}) that {fault}"
+            if text := shared_fault(paths, len(labelled), fault):
+                yield "mask", text
         for name, labels, masks in zip(info.classes[1:], named, shown, strict=True):
             if labels >= SEVERAL and not masks:
                 yield "unlabelled", f"no mask shows '{name}', but {labels} image labels name it"
