@@ -179,7 +179,7 @@ def main(args: argparse.Namespace) -> None:
     if args.stage == "merge" and args.proposals != "files":
         check_made_by(args, folders.proposals, source, listed)
     check_present(folders.proposals, ids, ".json", "Run the same flags with --stage propose first.", some=left_out.skip)
-    made_by = merged_identity(rule, folders, listed, source.info)
+    made_by = merged_identity(rule, folders, listed, source)
     another = f"--tag (with --proposals_dir {folders.proposals})"
     identity.claim_folder(folders.refined, made_by, another=another, overwrite=args.overwrite)
     merge(rule, source.info, ids, folders, workers, left_out)
@@ -319,14 +319,18 @@ def proposals_identity(backend: Backend, source: DataSource, ids: Sequence[str])
     return identity.describe("refine_sam.py", flags, inputs=inputs)
 
 
-def merged_identity(rule: Rule, folders: Folders, ids: Sequence[str], info: DatasetInfo) -> dict:
-    """The identity of the refined masks of these images. Proposals are compared by the size of their files."""
+def merged_identity(rule: Rule, folders: Folders, ids: Sequence[str], source: DataSource) -> dict:
+    """The identity of the refined masks of these images. Proposals are compared by the size of their files.
+
+    The photographs are not read here, but who reads the masks compares them (`tools.identity.check_classes`).
+    """
     inputs = {
+        **source.fingerprints(ids),
         "pseudo masks": identity.contents({i: file_of(folders.pseudo_masks, i, ".png") for i in ids}),
         "proposals": identity.sizes({i: file_of(folders.proposals, i, ".json") for i in ids}),
     }
     flags = {**dataclasses.asdict(rule), "pseudo_dir": folders.pseudo_masks, "proposals_dir": folders.proposals}
-    flags["classes"] = info.classes[1:]
+    flags["classes"] = source.info.classes[1:]
     return identity.describe("refine_sam.py", flags, inputs=inputs)
 
 

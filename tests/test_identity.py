@@ -384,12 +384,16 @@ def test_masks_and_maps_of_other_photographs_of_the_same_names_and_sizes(data, c
     run("train_classifier", *data_flags(data), "--tag", "t", *TRAINING)
     infer(data)
     masks = CAMS.parent / "pseudos-t0.4-c0"
+    refining = ["--domain", "train", "--proposals", "regions", "--num_workers", 0, "--pseudo_dir", masks]
+    run("refine_sam", *data_flags(data), "--tag", "t", *refining)
+    refined = CAMS.parent / "sam-regions-max_iou_imp2"
     with Image.open(data / "images" / "c.jpeg") as image:
         image.transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(data / "images" / "c.jpeg", quality=50)
     for folder, script, *flags in (
         (masks, "evaluate", "--domain", "train", "--pred_dir", masks, "--num_workers", 0),
-        (masks, "refine_sam", "--tag", "o", "--domain", "train", "--proposals", "regions", "--pseudo_dir", masks),
+        (masks, "refine_sam", "--tag", "o", *refining),
         (masks, "train_segmentation", *SEGMENTATION, "--masks_dir", masks),
+        (refined, "train_segmentation", *SEGMENTATION, "--masks_dir", refined),
         (CAMS, "train_csrm", "--tag", "c", *TRAIN["train_csrm"], "--c2s_labels", CAMS),
     ):
         line = refusal(capsys, script, *data_flags(data), *flags)
