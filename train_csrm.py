@@ -116,7 +116,7 @@ from tools.maps import normalize, resize_labels, resize_maps
 from tools.memory_bank import MemoryBank, contrastive_loss, entropy_masks
 from tools.options import IGNORE_INDEX
 from tools.pseudo_labels import mutual_promotion_labels, reliable_cam_labels, teacher_labels
-from tools.seeds import SAMPLE, CamsOf, auto_threshold, file_cams, label_files, network_cams, write_labels
+from tools.seeds import CamsOf, auto_threshold, file_cams, label_files, network_cams, write_labels
 from tools.training import Trainer, seed_everything
 from tools.validation import check_domain, validate
 
@@ -393,7 +393,7 @@ def labelled_source(source: DataSource, args: argparse.Namespace, views: options
         )
     learnt = build_source(args.dataset, options.data_dir(args), folder)
     if folder == args.c2s_labels:
-        check_agreement(learnt, [*files][:: -(-len(files) // SAMPLE)])
+        check_agreement(learnt, [*files])
     return learnt
 
 

@@ -88,6 +88,7 @@ from datasets.dataset import ImageDataset
 from datasets.listing import IMAGE_SUFFIXES
 from datasets.loaders import build_loader
 from datasets.transforms import segmentation_geometry
+from datasets.verify_masks import check_agreement
 from models import build_model, load_model, segmentation_forward
 from models.restore import restore
 from tools import distributed, identity
@@ -132,7 +133,8 @@ def training_data(source: DataSource, args: argparse.Namespace) -> tuple[Dataset
     fingerprints of all (`DataSource.fingerprints`).
 
     Raises:
-        UserError: a mask is missing, or --corrected_dir holds one of no photograph, or none of an image of the split.
+        UserError: a mask is missing; or those of --masks_dir are of other classes or photographs; or --corrected_dir
+            holds one of no photograph, or none of an image of the split.
     """
     geometry = segmentation_geometry(*options.image_sizes(args))
     read = functools.partial(ImageDataset, transform=geometry, with_masks=True, with_labels=False)
@@ -140,6 +142,7 @@ def training_data(source: DataSource, args: argparse.Namespace) -> tuple[Dataset
     inputs = source.fingerprints(ids, masks=True)
     if args.masks_dir:
         identity.check_classes(args.masks_dir, source.info.classes[1:], inputs["photographs"])
+        check_agreement(source, ids)
     if not args.corrected_dir:
         return read(source, ids), inputs
     better = build_source(args.dataset, options.data_dir(args), args.corrected_dir)
