@@ -15,6 +15,7 @@ from torch import nn
 import train_classifier
 from datasets import DatasetInfo
 from datasets.loaders import EpochSampler, class_balance
+from models import build_model
 from tools.options import Optimization
 from tools.priors import Opponent, PriorCriterion, Sample, cut_tiles, hide_class, join_tiles, ramp, random_class
 
@@ -234,6 +235,22 @@ def test_the_opponent_accumulates_like_the_cam_network():
         opponent.update.step()
         weights.append(ordinary.classifier.weight.detach())
     torch.testing.assert_close(*weights)
+
+
+def test_the_opponent_forgets_what_its_network_has_kept():
+    """EfficientViT keeps, in evaluation mode, biases that it has looked up in its weights; each turn needs its own."""
+    torch.manual_seed(0)
+    net, ordinary = Net(), build_model("classifier", architecture="efficientvit_m0", num_classes=4)
+    opponent, sample = make_opponent(ordinary), make_sample(LABELS["one image"], size=(64, 64))
+    criterion = PriorCriterion("pnoc", label_smoothing=SMOOTHING, w_re=4, ordinary=ordinary)
+    before = {name: value.clone() for name, value in ordinary.named_parameters() if name.endswith("attention_biases")}
+    for _ in range(2):
+        criterion(net, sample, progress=0.5)["oc"].backward()
+        opponent.learn(sample, 0.5, autocast=contextlib.nullcontext())
+        opponent.update.step()
+    assert before and not any(torch.equal(ordinary.get_parameter(name), value) for name, value in before.items())
+    kept = ordinary(sample.images)["cams"]
+    torch.testing.assert_close(kept, ordinary.train().eval()(sample.images)["cams"])
 
 
 # -- runs ------------------------------------------------------------------------------------------------------------

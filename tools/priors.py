@@ -123,7 +123,6 @@ class Opponent:
             The loss, its weight included. `update.step` changes the weights.
         """
         self._take_gradients(True)
-        self.model.train().eval()  # as in `tools.ema`: what was computed from weights is computed anew
         with autocast:
             images = hide_class(sample.images, sample.cams, sample.hidden, threshold=0.2)
             logits = self.model(images)["class_logits"]
@@ -133,6 +132,7 @@ class Opponent:
         return loss.detach()
 
     def _take_gradients(self, on: bool) -> None:
+        self.model.train().eval()  # as in `tools.ema`; what one turn kept is not for the other
         for parameter in self.update.parameters:
             parameter.requires_grad_(on)
 
