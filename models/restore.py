@@ -125,14 +125,15 @@ def _sort_rows(
     """Bring the outputs in `found` from the order of their classes to ours, in place.
 
     Returns:
-        The classes that the file has not. If that is all of them, the outputs are taken out of `found`.
+        The classes that the file has not. If that is all of them, the outputs are taken out of `found`; so are those
+        with more or fewer rows than the file names classes, as one cannot tell which class a row is of.
     """
     shared = [name for name in ours[1:] if name in theirs[1:]]
     for output, first in OUTPUTS.items():
         rows = found.pop(output, None)
-        if rows is None or not shared:
+        if rows is None or not shared or len(rows) != len(theirs) - first:
             continue
-        if len(rows) != len(theirs) - first or rows.shape[1:] != target[output].shape[1:]:
+        if rows.shape[1:] != target[output].shape[1:]:
             found[output] = rows
             continue
         found[output] = target[output].clone()

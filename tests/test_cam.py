@@ -155,6 +155,13 @@ def test_reduced_views_are_those_of_pillow_which_antialiases():
     np.testing.assert_allclose(view[0, 0], np.asarray(expected), atol=1e-5)
 
 
+def test_reduced_photographs_are_those_of_pillow_which_antialiases():
+    photograph = torch.randint(0, 256, (1, 3, 4, 3000), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    working = working_photograph(photograph, views_of([1], long_side=(0, 1024)))
+    expected = Image.fromarray(photograph[0].permute(1, 2, 0).numpy()).resize((1024, 1), Image.Resampling.BILINEAR)
+    np.testing.assert_allclose(working[0].permute(1, 2, 0), np.asarray(expected), atol=1)
+
+
 def test_labels_of_pixels():
     maps = np.array([[[0.2, 0.4, 0.9]], [[0.1, 0.5, 0.95]]], dtype=np.float16)
     assert cam_labels(maps, 0.45).tolist() == [[0, 2, 2]]

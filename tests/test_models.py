@@ -6,9 +6,11 @@ import copy
 import json
 import math
 
+import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import backbones
@@ -168,6 +170,17 @@ def test_stage_4_can_be_left_undilated():
     assert backbone_of("test_convnext", dilate_stage4=False)(images(1, 3, 64, 64))[1].shape[2:] == (4, 4)
 
 
+def test_stage_4_alone_is_undilated_where_stage_3_is_dilated_too():
+    plain, undilated = (backbone_of("test_resnet", output_stride=8, dilate_stage4=dilated) for dilated in (True, False))
+    undilated.net.load_state_dict(plain.net.state_dict())
+    assert {conv.dilation for conv in convolutions(undilated.net.layer4)} == {(1, 1)}
+    x, stage3 = images(1, 3, 64, 64), []
+    for backbone in (plain, undilated):
+        backbone.net.layer3.register_forward_hook(lambda module, inputs, output: stage3.append(output))
+        backbone.eval()(x)
+    torch.testing.assert_close(*stage3)
+
+
 def test_mobilenet_stem_ends_where_stage_1_begins():
     backbone = backbone_of("mobilenetv2_035", trainable_stem=False)
     frozen = {name for name, p in backbone.net.named_parameters() if not p.requires_grad}
@@ -178,12 +191,20 @@ def test_mobilenet_stem_ends_where_stage_1_begins():
     }
 
 
-def test_resnest_keeps_the_pooling_of_its_authors():
-    net = backbone_of("resnest14d", output_stride=16).net
-    assert isinstance(net.layer4[0].avd_last, nn.AvgPool2d) and net.layer4[0].avd_last.stride == 1
-    assert isinstance(net.layer4[0].downsample[0], nn.Identity)
-    untouched = timm.create_model("resnest14d", features_only=True, output_stride=16)
-    assert str(net.layer3) == str(untouched.layer3) and net.state_dict().keys() == untouched.state_dict().keys()
+@pytest.mark.parametrize("architecture, pooling", [("resnest14d", "avd_last"), ("resnest50d_1s4x24d", "avd_first")])
+@pytest.mark.parametrize("output_stride, dilated", [(16, ("layer4",)), (8, ("layer3", "layer4"))])
+def test_resnest_keeps_the_pooling_of_its_authors(architecture, pooling, output_stride, dilated):
+    with torch.device("meta"):
+        net = backbone_of(architecture, output_stride=output_stride).net
+        untouched = timm.create_model(architecture, features_only=True, output_stride=output_stride)
+    for name in ("layer1", "layer2", "layer3", "layer4"):
+        ours, theirs = getattr(net, name), getattr(untouched, name)
+        if name in dilated:
+            assert str(getattr(ours[0], pooling)) == "AvgPool2d(kernel_size=3, stride=1, padding=1)"
+            assert isinstance(ours[0].downsample[0], nn.Identity)
+            ours, theirs = ours[1:], theirs[1:]
+        assert str(ours) == str(theirs)
+    assert net.state_dict().keys() == untouched.state_dict().keys()
 
 
 @pytest.mark.parametrize(
@@ -270,6 +291,17 @@ def test_a_plain_transformer_gives_its_normalised_patch_tokens():
     torch.testing.assert_close(backbone(x)[1], tokens.transpose(1, 2).unflatten(2, (3, 5)))
 
 
+def test_low_features_of_a_plain_transformer_are_those_of_the_block_a_quarter_up():
+    """Normalised patch tokens, as the last ones."""
+    backbone = backbone_of("test_vit").eval()
+    x, blocks = images(1, 3, 48, 80), backbone.net.blocks
+    tokens = []
+    blocks[len(blocks) // 4].register_forward_hook(lambda module, inputs, output: tokens.append(output))
+    low, _ = backbone(x)
+    expected = backbone.net.norm(tokens[0])[:, backbone.net.num_prefix_tokens :]
+    torch.testing.assert_close(low, expected.transpose(1, 2).unflatten(2, (3, 5)))
+
+
 def test_convnext_is_what_timm_gives_where_no_side_is_rounded_up():
     torch.manual_seed(0)
     plain = timm.create_model("test_convnext", features_only=True, output_stride=16).eval()
@@ -290,6 +322,15 @@ def test_patches_are_centred_where_strided_convolutions_look(architecture):
     if backbone.low_stride == 4:
         small = backbone._cropped(backbone._padded(column).unfold(3, 4, 4).mean(dim=4).repeat(1, 1, 4, 1), (97, 97))
         torch.testing.assert_close(small[0, 0, 0, 1:-1], torch.arange(4.0, 96, 4), atol=2, rtol=0)
+
+
+def test_sides_are_rounded_up_with_the_pixels_of_the_border():
+    """97 and 93 pixels are 15 and 3 short of 16n: 7 and 1 come first, so one cell and none are cut at stride 4."""
+    backbone, x = backbone_of("test_convnext"), images(1, 3, 97, 93)
+    padded = backbone._padded(x)
+    np.testing.assert_array_equal(padded, np.pad(x, ((0, 0), (0, 0), (7, 8), (1, 2)), mode="edge"))
+    cells = padded[..., ::4, ::4]
+    assert torch.equal(backbone._cropped(cells, (97, 93)), cells[..., 1:26, :24])
 
 
 def test_layer_norm_is_trained_whatever_the_mode():
@@ -349,6 +390,37 @@ def test_published_sizes_of_the_new_layers():
     assert model.representation[-1].weight.shape == (256, 256, 1, 1)
     assert [branch[0].dilation[0] for branch in model.trunk.aspp.branches] == [1, 6, 12, 18]
     assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.5, 0.1, 0.1]
+
+
+@torch.no_grad()
+def test_the_new_layers_are_those_of_the_papers_written_out():
+    """ASPP, decoder and the three heads of CSRM, from their weights."""
+    model, x = build("csrm", use_sal_head=True).eval(), images(2, 3, 70, 50)
+    for parameter in model.parameters():
+        parameter += 0.1 * torch.randn_like(parameter)  # no shift is 0, and no scale is 1
+    state, (low, high) = model.state_dict(), model.backbone(x)
+
+    def layer(maps, name, size, dilation=1):
+        weight = state[f"{name}.0.weight"]
+        assert weight.shape[2:] == (size, size)
+        maps = F.conv2d(maps, weight, padding=dilation * (size // 2), dilation=dilation)
+        return F.group_norm(maps, 4, state[f"{name}.1.weight"], state[f"{name}.1.bias"]).relu()
+
+    def head(maps, name):
+        return F.conv2d(maps, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    parts = [layer(high, "trunk.aspp.branches.0", 1)]
+    parts += [layer(high, f"trunk.aspp.branches.{i}", 3, dilation=6 * i) for i in (1, 2, 3)]
+    mean = layer(high.mean(dim=(2, 3), keepdim=True), "trunk.aspp.image_mean.1", 1)
+    aspp = layer(torch.cat([*parts, mean.expand_as(parts[0])], dim=1), "trunk.aspp.project.0", 1)
+    aspp = F.interpolate(aspp, (18, 13), mode="bilinear", align_corners=True)
+    trunk = torch.cat([aspp, layer(low, "trunk.low", 1)], dim=1)
+    outputs = model(x)
+    decoded = layer(layer(trunk, "segmentation.0", 3), "segmentation.2", 3)
+    torch.testing.assert_close(outputs["seg_logits"], head(decoded, "segmentation.4"))
+    representations = head(layer(trunk, "representation.0", 3), "representation.1")
+    torch.testing.assert_close(outputs["representations"], representations)
+    torch.testing.assert_close(outputs["saliency"], head(trunk, "saliency"))
 
 
 def test_aspp_dilations_double_at_output_stride_8():

@@ -93,6 +93,15 @@ def test_masks_of_another_size_and_missing_files_are_named(tmp_path):
         load_proposals(tmp_path / "b.json", (5, 4))
 
 
+@pytest.mark.parametrize("prefix", ["", "sam."])
+def test_sam_has_the_weights_of_the_file(tmp_path, registry, prefix):
+    state = {name: torch.randn_like(tensor) for name, tensor in build_tiny_sam().state_dict().items()}
+    torch.save({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "sam.pth")
+    model = load_sam(tmp_path / "sam.pth", "vit_b", torch.device("cpu"))
+    assert not model.training and model.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
 def test_sam_takes_a_batch_of_images(checkpoint):
     images = [np.full((height, 30, 3), 99, np.uint8) for height in (20, 40, 25)]
     model = load_sam(checkpoint, "vit_b", torch.device("cpu"))
@@ -165,7 +174,9 @@ def test_regions_out_of_range_or_without_an_edge_or_nearly_there_already_are_lef
 
 def test_regions_of_a_large_photograph_are_those_of_a_reduced_one():
     small = disc_image()[0][:, :80]
-    large = small.repeat(3, axis=0).repeat(3, axis=1)  # its mean over 3x3 pixels is `small` again
+    large = small.repeat(3, axis=0).repeat(3, axis=1)
+    large[1::3, 1::3] += 20
+    large[::3, ::3] -= 20  # its mean over 3x3 pixels is `small` again
     generator = RegionGenerator(long_side=96)
     of_small, of_large = generator(["small", "large"], [small, large])
     assert len(of_small) > 1
@@ -188,32 +199,44 @@ def test_the_tree_joins_the_leaves_to_the_whole_image():
         assert parent > child and (tree.members[child] <= tree.members[parent]).all()
 
 
-def test_the_first_merge_and_the_contrasts_are_those_of_plain_loops():
-    """Leaves of several sizes. Half a histogram distance per channel group, edges, small ones first."""
-    rng = np.random.default_rng(1)
-    image = (rng.normal(0, 12, (20, 24, 3)) + rng.integers(60, 200, (4, 4, 3)).repeat(5, 0).repeat(6, 1)).clip(0, 255)
-    image, labels = image.astype(np.uint8), np.arange(6).reshape(2, 3).repeat([7, 13], 0).repeat([4, 9, 11], 1)
+def plain_costs(image, labels):
+    """What a merge of each two neighbours costs, and the contrast of each region: from all its pixels, one by one."""
     lab = cv2.cvtColor(image, cv2.COLOR_RGB2LAB).astype(np.float32)
     dx, dy = cv2.Sobel(lab[..., 0], cv2.CV_32F, 1, 0), cv2.Sobel(lab[..., 0], cv2.CV_32F, 0, 1)
     smooth = cv2.GaussianBlur(lab, (0, 0), 1.0)
     slopes = [cv2.Sobel(smooth, cv2.CV_32F, *order, scale=1 / 8) for order in ((1, 0), (0, 1))]
-    edges, histograms, borders = np.sqrt(sum((s**2).sum(axis=2) for s in slopes)), np.zeros((6, 4, 24)), {}
+    edges, borders = np.sqrt(sum((s**2).sum(axis=2) for s in slopes)), {}
+    sizes = {region: (labels == region).sum() for region in np.unique(labels).tolist()}
+    histograms = {region: np.zeros((4, 24)) for region in sizes}
     for y, x in np.ndindex(labels.shape):
         angle = int(np.arctan2(dy[y, x], dx[y, x]) % np.pi / np.pi * 4) % 4
         strength = min(int(np.log2(1 + np.hypot(dx[y, x], dy[y, x])) * 6 / 9), 5)
         bins = [int(lab[y, x, k] * n / 256) for k, n in enumerate((16, 24, 24))] + [6 * angle + strength]
-        histograms[labels[y, x], range(4), bins] += 1 / (labels == labels[y, x]).sum()
+        histograms[labels[y, x]][range(4), bins] += 1 / sizes[labels[y, x]]
         for v, u in ((y + 1, x), (y, x + 1)):
-            if v < 20 and u < 24 and labels[v, u] != labels[y, x]:
-                borders.setdefault((labels[y, x], labels[v, u]), []).append(max(edges[y, x], edges[v, u]))
-    sizes, costs = np.bincount(labels.ravel()), {}
+            if v < labels.shape[0] and u < labels.shape[1] and labels[v, u] != labels[y, x]:
+                pair = tuple(sorted((int(labels[y, x]), int(labels[v, u]))))
+                borders.setdefault(pair, []).append(max(edges[y, x], edges[v, u]))
+    costs = {}
     for (a, b), strengths in borders.items():
         distance = 1 - np.minimum(histograms[a], histograms[b]).sum() / 4
         costs[a, b] = (distance + 0.02 * np.mean(strengths)) * (min(sizes[a], sizes[b]) / labels.size) ** 0.3
+    of_region = {each: [s for pair, s in borders.items() if each in pair] for each in sizes}
+    return costs, {each: np.concatenate(parts).mean() if parts else 0.0 for each, parts in of_region.items()}
+
+
+def test_every_merge_and_every_contrast_is_that_of_plain_loops():
+    """A histogram distance and edges, small ones first: nothing is carried over from merge to merge."""
+    rng = np.random.default_rng(1)
+    image = (rng.normal(0, 12, (20, 24, 3)) + rng.integers(60, 200, (4, 4, 3)).repeat(5, 0).repeat(6, 1)).clip(0, 255)
+    image, labels = image.astype(np.uint8), np.arange(12).reshape(3, 4).repeat([7, 3, 10], 0).repeat([4, 9, 5, 6], 1)
     tree = merge_regions(image, labels)
-    assert tuple(np.flatnonzero(tree.parents == 6)) == min(costs, key=costs.get)
-    of_leaf = [np.concatenate([s for pair, s in borders.items() if leaf in pair]).mean() for leaf in range(6)]
-    np.testing.assert_allclose(tree.contrasts[:6], of_leaf, rtol=1e-5)
+    for merged in range(12, 24):
+        costs, contrasts = plain_costs(image, labels)
+        assert tree.contrasts[list(contrasts)] == pytest.approx(list(contrasts.values()), rel=1e-5)
+        if merged < 23:
+            assert tuple(np.flatnonzero(tree.parents == merged)) == (pair := min(costs, key=costs.get))
+            labels = np.where(np.isin(labels, pair), merged, labels)
 
 
 def test_the_most_alike_neighbours_are_merged_first():

@@ -19,7 +19,7 @@ from models.config import BackboneConfig
 from models.hub import export_safetensors
 from models.restore import restore
 from tools.errors import UserError
-from tools.weights import load_weights
+from tools.weights import common_prefix, load_weights
 
 
 def build(kind: str, seed: int, architecture: str = "test_resnet", num_classes: int = 4) -> nn.Module:
@@ -85,6 +85,12 @@ def test_a_timm_file_gives_the_whole_backbone(tmp_path, architecture, suffix):
     assert report.missing == [] and report.mismatched == {}
     assert any(name.startswith(("fc.", "classifier.", "head.")) for name in report.unused)
     assert all(p.dtype == torch.float32 for p in backbone.parameters())
+
+
+def test_a_timm_file_may_have_a_prefix_before_names_that_timm_changes(tmp_path):
+    whole = timm.create_model("test_convnext").state_dict()
+    torch.save({f"encoder.{name}": value for name, value in whole.items()}, tmp_path / "weights.pth")
+    assert restore(backbone_of("test_convnext"), tmp_path / "weights.pth").missing == []
 
 
 def test_a_csrm_checkpoint_serves_as_backbone_weights(tmp_path):
@@ -176,6 +182,12 @@ FOREIGN = {
     "compiled, data parallel": prefixed("module._orig_mod."),
     "lightning": lambda prior: {"state_dict": {f"model.{k}": v for k, v in prior.state_dict().items()}},
     "compiled inside": lambda prior: {k.replace("net.", "net._orig_mod."): v for k, v in prior.state_dict().items()},
+    "sharded inside": lambda prior: {
+        k.replace("net.", "net._fsdp_wrapped_module."): v for k, v in prior.state_dict().items()
+    },
+    "checkpointed inside": lambda prior: {
+        k.replace("layer4.", "layer4._checkpoint_wrapped_module."): v for k, v in prior.state_dict().items()
+    },
     "an encoder": lambda prior: {
         k.replace("backbone.net.", "encoder_q."): v for k, v in prior.state_dict().items()
     } | {"queue": torch.ones(3, 4)},
@@ -248,6 +260,15 @@ def test_integers_do_not_pass_for_weights(tmp_path):
     assert "classifier.weight" in restore(model, tmp_path / "quantised.pth").mismatched
 
 
+def test_the_prefix_before_most_names_is_the_shortest_of_several():
+    """A file may have a network and a second one of the same names, such as a moving average."""
+    names = ["average.conv.weight", "average.conv.bias", "conv.weight", "conv.bias", "head.fc.weight"]
+    assert common_prefix(names, {"conv.weight", "conv.bias"}) == ""
+    assert common_prefix([f"net.{name}" for name in names], {"conv.weight", "conv.bias"}) == "net."
+    assert common_prefix(names[:1] + names[4:], {"conv.weight", "conv.bias", "fc.weight", "fc.bias"}) == "head."
+    assert common_prefix(names, {"fc.bias"}) == ""
+
+
 # -- the order of classes ----------------------------------------------------------------------------------------------
 ANIMALS = ("background", "cat", "dog", "cow")
 
@@ -301,6 +322,14 @@ def test_outputs_of_other_classes_throughout_are_not_taken(tmp_path, capsys):
     assert torch.equal(model.segmentation[4].bias, initial.segmentation[4].bias)
     assert {"classifier.weight", "segmentation.4.weight", "segmentation.4.bias"} <= set(report.missing)
     assert "as the file has no such class: zebra, giraffe, gnu" in capsys.readouterr().out
+
+
+def test_outputs_that_do_not_fit_the_files_own_classes_are_not_taken(tmp_path):
+    """A program that has no background names as many classes as it has outputs."""
+    prior, model, initial = build("classifier", 0), build("csrm", 1), build("csrm", 1)
+    torch.save({"model": public_state_dict(prior), "classes": list(ANIMALS[1:])}, tmp_path / "a.pth")
+    report = restore(model, tmp_path / "a.pth", ("background", "dog", "cow", "cat"))
+    assert torch.equal(model.classifier.weight, initial.classifier.weight) and "classifier.weight" in report.missing
 
 
 def test_a_file_that_does_not_name_its_classes_is_said_to(tmp_path, capsys):
