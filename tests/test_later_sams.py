@@ -17,7 +17,7 @@ from tests.test_mask_generator import assert_partners
 from tests.test_refine_sam import project, proposals_folder, run  # noqa: F401
 from tools.errors import UserError
 from tools.files import load_mask
-from tools.proposals.generator import MaskOptions
+from tools.proposals.generator import MaskOptions, View
 from tools.proposals.later_sams import LaterMaskGenerator, load_later_sam
 
 transformers = pytest.importorskip("transformers")
@@ -125,6 +125,14 @@ def test_its_masks_are_those_of_the_pipeline_on_a_square_image(saved, network):
     stock = generate(Image.fromarray(image), points_per_crop=6, output_rle_mask=True, **filters)["rle_mask"]
     expected = [coco_rle.frPyObjects(rle, *rle["size"]) for rle in stock]
     assert_partners(LaterMaskGenerator(*network, MaskOptions(points_per_side=6, **KEPT))([image])[0], expected)
+
+
+def test_of_a_crop_the_network_sees_its_pixels_alone(network):
+    model, processor = network
+    image, view = picture(60, 80), View(0, (60, 80), (10, 5, 50, 45), 1)
+    expected = processor(images=image[5:45, 10:50], return_tensors="pt")["pixel_values"][0]
+    seen = LaterMaskGenerator(model, processor, MaskOptions())._resize(image, view)
+    torch.testing.assert_close(seen, expected)
 
 
 @pytest.mark.parametrize("options", [{"crop_n_layers": 1}, {"pred_iou_thresh": 9.0}, {"min_mask_region_area": 40}])

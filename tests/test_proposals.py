@@ -174,9 +174,9 @@ def test_regions_out_of_range_or_without_an_edge_or_nearly_there_already_are_lef
 
 def test_regions_of_a_large_photograph_are_those_of_a_reduced_one():
     small = disc_image()[0][:, :80]
-    large = small.repeat(3, axis=0).repeat(3, axis=1)
-    large[1::3, 1::3] += 20
-    large[::3, ::3] -= 20  # its mean over 3x3 pixels is `small` again
+    large, noise = small.repeat(3, axis=0).repeat(3, axis=1), np.random.default_rng(0).integers(0, 20, small.shape)
+    large[1::3, 1::3] += noise.astype(np.uint8)
+    large[::3, ::3] -= noise.astype(np.uint8)  # its mean over 3x3 pixels is `small` again
     generator = RegionGenerator(long_side=96)
     of_small, of_large = generator(["small", "large"], [small, large])
     assert len(of_small) > 1
@@ -227,7 +227,7 @@ def plain_costs(image, labels):
 
 def test_every_merge_and_every_contrast_is_that_of_plain_loops():
     """A histogram distance and edges, small ones first: nothing is carried over from merge to merge."""
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(4)
     image = (rng.normal(0, 12, (20, 24, 3)) + rng.integers(60, 200, (4, 4, 3)).repeat(5, 0).repeat(6, 1)).clip(0, 255)
     image, labels = image.astype(np.uint8), np.arange(12).reshape(3, 4).repeat([7, 3, 10], 0).repeat([4, 9, 5, 6], 1)
     tree = merge_regions(image, labels)
