@@ -65,7 +65,14 @@ def test_it_finds_the_masks_of_the_stock_generator(model, images):
 )
 def test_every_option_means_the_same(model, images, options):
     options = {"points_per_side": 10, **SHARPENED_THRESHOLDS, **options}
-    assert_partners(MaskGenerator(model, MaskOptions(**options))(images[2:])[0], stock(model, images[2], **options))
+    assert_partners(MaskGenerator(model, MaskOptions(**options))(images[1:2])[0], stock(model, images[1], **options))
+
+
+def test_without_a_threshold_masks_of_any_predicted_iou_are_kept(model, images, monkeypatch):
+    generator = MaskGenerator(model, MaskOptions(points_per_side=6, **SHARPENED_THRESHOLDS | {"pred_iou_thresh": 0.0}))
+    expected, decode = generator(images[:1]), generator._decode
+    monkeypatch.setattr(generator, "_decode", lambda *args: (decode(*args)[0], decode(*args)[1] - 2))
+    assert generator(images[:1]) == expected and expected[0]
 
 
 @pytest.mark.parametrize("batch", [{"images_per_batch": 3}, {"points_per_batch": 7}, {"points_per_batch": 1000}])
@@ -95,6 +102,17 @@ def test_scores_that_are_no_numbers_are_refused(model, images, monkeypatch):
 def test_no_image_and_no_mask(model):
     generator = MaskGenerator(model, MaskOptions(points_per_side=3, pred_iou_thresh=99.0))
     assert generator([]) == [] and generator([np.zeros((20, 30, 3), np.uint8)]) == [[]]
+
+
+def test_clearing_small_regions_keeps_what_duplicates_of_crops_may_share(model):
+    """Two masks whose boxes have an IoU of .64, between box_nms_thresh and the .7 of crops; the first has an island."""
+    masks = torch.zeros(2, 20, 20, dtype=torch.bool)
+    masks[0, :10, :10] = masks[1, :10, 2:12] = masks[0, 15, 15] = True
+    boxes = torch.tensor([[0, 0, 15, 15], [2, 0, 11, 9]])
+    options = MaskOptions(box_nms_thresh=0.5, min_mask_region_area=3)
+    found = MaskGenerator(model, options)._finish(uncompressed_rle(masks), boxes)
+    masks[0, 15, 15] = False
+    assert_partners(found, [coco_rle.encode(np.asfortranarray(mask, np.uint8)) for mask in masks.numpy()])
 
 
 def test_boxes_of_a_crop_lie_in_the_image(model):

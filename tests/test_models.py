@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from benchmarks import backbones
@@ -141,6 +142,12 @@ def test_frozen_parts_get_no_gradient_and_keep_their_statistics(architecture):
     assert first.weight.grad is None and all(p.grad is None for p in norms)
     assert last.weight.grad is not None
     assert model.trunk.training and model.trunk.aspp.project[1].training  # dropout of the new layers stays on
+
+
+def test_frozen_batch_norm_stays_frozen_where_processes_share_it():
+    backbone = convert_sync_batchnorm(backbone_of("test_resnet", batch_norm="fix")).train()
+    norms = [m for m in backbone.modules() if isinstance(m, nn.SyncBatchNorm)]
+    assert norms and not any(norm.training for norm in norms)
 
 
 def test_batch_norm_is_trained_where_it_is_asked_for():

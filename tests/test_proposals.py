@@ -14,7 +14,7 @@ from pycocotools import mask as coco_rle
 
 from tests.tiny_sam import build_tiny_sam
 from tools.errors import UserError
-from tools.proposals import load_proposals, save_proposals
+from tools.proposals import load_proposals, regions, save_proposals
 from tools.proposals.generator import MaskGenerator, MaskOptions, load_sam
 from tools.proposals.regions import RegionGenerator, RegionTree, merge_regions
 from tools.rle import encode
@@ -161,6 +161,15 @@ def test_regions_keep_their_limits_and_are_repeatable():
     assert masks.dtype == bool and masks.shape[1:] == (50, 71) and len(masks) <= 20
     assert (sizes >= 0.01).all() and (sizes <= 0.3).all() and (np.diff(sizes) <= 0).all()
     np.testing.assert_array_equal(generator.propose(image), masks)
+
+
+def test_leaves_are_found_as_the_options_say(monkeypatch):
+    given = {}
+    monkeypatch.setattr(
+        regions, "felzenszwalb", lambda image, **options: given.update(options) or np.zeros((50, 71), int)
+    )
+    RegionGenerator(scale=30.0, sigma=0.5, min_size=0.01).propose(disc_image()[0][:50, :71])
+    assert given == {"scale": 30, "sigma": 0.5, "min_size": 36, "channel_axis": -1}  # 1 % of 3550 pixels
 
 
 def test_regions_out_of_range_or_without_an_edge_or_nearly_there_already_are_left_out():

@@ -183,7 +183,7 @@ FOREIGN = {
     "lightning": lambda prior: {"state_dict": {f"model.{k}": v for k, v in prior.state_dict().items()}},
     "compiled inside": lambda prior: {k.replace("net.", "net._orig_mod."): v for k, v in prior.state_dict().items()},
     "sharded inside": lambda prior: {
-        k.replace("net.", "net._fsdp_wrapped_module."): v for k, v in prior.state_dict().items()
+        k.replace("layer4.", "layer4._fsdp_wrapped_module."): v for k, v in prior.state_dict().items()
     },
     "checkpointed inside": lambda prior: {
         k.replace("layer4.", "layer4._checkpoint_wrapped_module."): v for k, v in prior.state_dict().items()
