@@ -824,6 +824,77 @@ FAULTS = (
         "(self.seed, ORDER_STREAM, 0)",
         "test_loaders.py::test_two_seeds_and_two_passes_have_independent_orders",
     ),
+    # -- networks, weights and proposals -----------------------------------------------------------------------------
+    Fault(
+        "the decoder enlarges maps with corners that are not aligned",
+        "models/layers.py",
+        'mode="bilinear", align_corners=True)',
+        'mode="bilinear", align_corners=False)',
+        "test_models.py::test_the_new_layers_are_those_of_the_papers_written_out",
+    ),
+    Fault(
+        "the low features of a plain transformer are those of the block in the middle",
+        "models/backbone.py",
+        "self._low = len(strides) // 4 if",
+        "self._low = len(strides) // 2 if",
+        "test_models.py::test_low_features_of_a_plain_transformer_are_those_of_the_block_a_quarter_up",
+    ),
+    Fault(
+        "at stride 8, stage 3 of a ResNeSt loses the pooling of its authors",
+        "models/backbone.py",
+        "for block in stages[1:]:",
+        "for block in stages[2:]:",
+        "test_models.py::test_resnest_keeps_the_pooling_of_its_authors",
+    ),
+    Fault(
+        "outputs that do not fit the file's own classes are taken by place",
+        "models/restore.py",
+        " or len(rows) != len(theirs) - first:",
+        ":",
+        "test_restore.py::test_outputs_that_do_not_fit_the_files_own_classes_are_not_taken",
+    ),
+    Fault(
+        "P-NOC's ordinary classifier learns with what the other turn has kept",
+        "tools/priors.py",
+        "        self.model.train().eval()",
+        "        self.model.train().eval() if not on else None",
+        "test_priors.py::test_the_opponent_forgets_what_its_network_has_kept",
+    ),
+    Fault(
+        "reduced photographs are not antialiased",
+        "tools/cam.py",
+        'photograph, size, mode="bilinear", antialias=True)',
+        'photograph, size, mode="bilinear")',
+        "test_cam.py::test_reduced_photographs_are_those_of_pillow_which_antialiases",
+    ),
+    Fault(
+        "Segment Anything keeps its random weights",
+        "tools/proposals/generator.py",
+        "    model.load_state_dict(state)\n",
+        "",
+        "test_proposals.py::test_sam_has_the_weights_of_the_file",
+    ),
+    Fault(
+        "Segment Anything 2 and 3 see the whole image for each crop",
+        "tools/proposals/later_sams.py",
+        "images=image[y0:y1, x0:x1].copy()",
+        "images=image.copy()",
+        "test_later_sams.py::test_of_a_crop_the_network_sees_its_pixels_alone",
+    ),
+    Fault(
+        "merged regions forget a part of their common borders",
+        "tools/proposals/regions.py",
+        "(old_length + length, old_strength + strength)",
+        "(length, strength)",
+        "test_proposals.py::test_every_merge_and_every_contrast_is_that_of_plain_loops",
+    ),
+    Fault(
+        "of merged regions the smaller counts as much as the larger",
+        "tools/proposals/regions.py",
+        "weighted = self.histograms[first] * self.sizes[first] + self.histograms[second] * self.sizes[second]",
+        "weighted = (self.histograms[first] + self.histograms[second]) * size / 2",
+        "test_proposals.py::test_every_merge_and_every_contrast_is_that_of_plain_loops",
+    ),
 )
 
 

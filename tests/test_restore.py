@@ -204,6 +204,14 @@ def test_checkpoints_of_others_are_read_whole(tmp_path, kind):
     assert {name.partition(".")[0] for name in report.missing} == {"trunk", "segmentation", "representation"}
 
 
+@pytest.mark.parametrize("entries", ["teacher model model_ema", "model state_dict ema", "state_dict params_ema"])
+def test_of_several_entries_with_weights_ours_come_first(tmp_path, entries):
+    """Whatever their order in the file."""
+    content = {name: {"a": torch.full((2,), index)} for index, name in enumerate(entries.split())}
+    torch.save(dict(reversed(content.items())), tmp_path / "file.pth")
+    assert load_weights(tmp_path / "file.pth").tensors["a"].tolist() == [0, 0]
+
+
 def test_a_numpy_number_of_an_older_numpy_is_no_obstacle(tmp_path):
     """NumPy 1 calls `numpy._core` `numpy.core`."""
     prior = build("classifier", 0)
