@@ -45,6 +45,13 @@ def test_of_csrm_the_teacher_is_used(tmp_path):
     assert torch.equal(loaded.classifier.weight, teacher.classifier.weight)
 
 
+def test_the_checkpoint_before_stays_under_another_name(tmp_path):
+    for epoch in (1, 2, 3):
+        save_checkpoint(tmp_path / "a.v2.pth", epoch=epoch)
+    left = {path.name: torch.load(path, weights_only=True)["epoch"] for path in tmp_path.iterdir()}
+    assert left == {"a.v2.pth": 3, "a.v2.previous.pth": 2}
+
+
 def test_equal_content_gives_equal_bytes(tmp_path):
     for name in ("a.pth", "b.pth"):
         save(tmp_path / name, build("csrm"))

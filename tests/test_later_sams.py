@@ -129,7 +129,7 @@ def test_its_masks_are_those_of_the_pipeline_on_a_square_image(saved, network):
 
 def test_of_a_crop_the_network_sees_its_pixels_alone(network):
     model, processor = network
-    image, view = picture(60, 80), View(0, (60, 80), (10, 5, 50, 45), 1)
+    image, view = picture(60, 80), View(0, (60, 80), (10, 5, 50, 45))
     expected = processor(images=image[5:45, 10:50], return_tensors="pt")["pixel_values"][0]
     seen = LaterMaskGenerator(model, processor, MaskOptions())._resize(image, view)
     torch.testing.assert_close(seen, expected)

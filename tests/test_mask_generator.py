@@ -118,7 +118,7 @@ def test_clearing_small_regions_keeps_what_duplicates_of_crops_may_share(model):
 def test_boxes_of_a_crop_lie_in_the_image(model):
     generator, view = (
         MaskGenerator(model, MaskOptions(stability_score_thresh=0.0)),
-        View(0, (300, 320), (100, 90, 300, 290), 1),
+        View(0, (300, 320), (100, 90, 300, 290)),
     )
     logits = torch.full((1, 32, 32), -9.0)
     logits[:, 12:18, 13:20] = 9

@@ -27,7 +27,7 @@ from segment_anything.modeling import Sam
 from segment_anything.utils.amg import (
     MaskData,
     batched_mask_to_box,
-    build_all_layer_point_grids,
+    build_point_grid,
     calculate_stability_score,
     coco_encode_rle,
     generate_crop_boxes,
@@ -66,7 +66,6 @@ class View:
     image: int  # its index among the images
     size: tuple[int, int]  # (H, W) of the image
     box: tuple[int, int, int, int]  # (x0, y0, x1, y1), the part of the image
-    layer: int  # 0 for the whole image, i for one of the 4^i crops of layer i
 
     @property
     def crop_size(self) -> tuple[int, int]:
@@ -100,7 +99,7 @@ class MaskGenerator:
 
     def __post_init__(self, compile: bool) -> None:
         self.dtype = self.dtype or torch.float32
-        self.point_grids = build_all_layer_point_grids(self.options.points_per_side, self.options.crop_n_layers, 1)
+        self.point_grid = build_point_grid(self.options.points_per_side)
         # As there: 0 is no filter.
         self.pred_iou_thresh = self.options.pred_iou_thresh if self.options.pred_iou_thresh > 0 else -math.inf
         self._device_lock = threading.Lock()
@@ -136,8 +135,8 @@ class MaskGenerator:
         return [self._finish(rles, boxes) for rles, boxes in drawn]
 
     def _views(self, index: int, size: tuple[int, int]) -> list[View]:
-        boxes, layers = generate_crop_boxes(size, self.options.crop_n_layers, CROP_OVERLAP)
-        return [View(index, size, tuple(box), layer) for box, layer in zip(boxes, layers, strict=True)]
+        boxes, _ = generate_crop_boxes(size, self.options.crop_n_layers, CROP_OVERLAP)
+        return [View(index, size, tuple(box)) for box in boxes]
 
     def _resize(self, image: np.ndarray, view: View) -> np.ndarray:
         """The view with its long side as the encoder wants it, uint8 hxwx3."""
@@ -159,7 +158,7 @@ class MaskGenerator:
 
     def _candidates(self, view: View, embedding: Tensor) -> MaskData:
         """The masks of a view that pass the filters, without duplicates, by falling score."""
-        grid = self.point_grids[view.layer] * self._used(view)[::-1]
+        grid = self.point_grid * self._used(view)[::-1]
         found, finite = MaskData(), []
         for points in torch.from_numpy(grid).to(self.model.device).split(self.points_per_batch):
             logits, scores = self._decode(embedding, points)
