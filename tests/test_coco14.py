@@ -35,7 +35,7 @@ def write(root: Path, change: Callable[[dict], object] = lambda content: None) -
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = write(tmp_path_factory.mktemp("coco"))
+    root = write(tmp_path_factory.mktemp("coco"), lambda content: content["images"].reverse())
     assert not is_written(root, COCO14_PARTS)
     convert(root, workers=2)
     assert is_written(root, COCO14_PARTS)
@@ -112,6 +112,13 @@ def test_crowds_lie_below_and_the_smaller_object_on_top():
     assert not paint([], 20, 20).any()
 
 
+def test_of_objects_of_one_size_the_later_one_is_on_top():
+    left, right = [[0.0, 0.0, 9.0, 0.0, 9.0, 9.0, 0.0, 9.0]], [[5.0, 0.0, 14.0, 0.0, 14.0, 9.0, 5.0, 9.0]]
+    for order in ([0, 1], [1, 0]):
+        mask = paint([[(1, False, left), (2, False, right)][i] for i in order], 20, 20)
+        assert mask[4, 7] == order[-1] + 1
+
+
 def test_an_empty_segmentation_counts_for_the_label_and_paints_nothing(tmp_path, capsys):
     """As Label Studio and CVAT write boxes."""
 
@@ -132,6 +139,16 @@ def test_an_empty_segmentation_counts_for_the_label_and_paints_nothing(tmp_path,
     assert capsys.readouterr().out.count("json: 10 annotations have an empty segmentation") == 2
 
 
+def test_a_crowd_counts_for_the_label(tmp_path):
+    convert(
+        write(
+            tmp_path, lambda content: [a.update(iscrowd=int(a["category_id"] == 90)) for a in content["annotations"]]
+        ),
+        0,
+    )
+    assert f"{coco_name('val2014', 42)},person;stop sign;toothbrush" in read_lines(tmp_path / "labels.csv")
+
+
 def test_empty_parts_of_an_outline_are_left_out(tmp_path):
     def change(content: dict) -> None:
         content["annotations"] = content["annotations"][:1]
@@ -146,7 +163,7 @@ def test_empty_parts_of_an_outline_are_left_out(tmp_path):
 def test_folders_before_file_names_are_left_out(tmp_path):
     def change(content: dict) -> None:
         for image, folder in zip(content["images"], ("images\\3\\", "a/b/", "/"), strict=False):
-            image["file_name"] = folder + image["file_name"]
+            image["file_name"] = folder + image["file_name"].replace(".jpg", "\u200b.jpg")  # which copying leaves
 
     convert(write(tmp_path, change), workers=0)
     for part, numbers in COCO_NUMBERS.items():
@@ -202,6 +219,10 @@ MISTAKES: dict[str, tuple[Callable[[dict], object], str]] = {
         lambda c: c["annotations"][0].update(segmentation={"counts": [4], "size": [2, 2]}),
         r"is for 2x2 pixels, not 50x40",
     ),
+    "mask on its side": (
+        lambda c: c["annotations"][0].update(segmentation={"counts": [0, 2000], "size": [50, 40]}),
+        r"is for 40x50 pixels, not 50x40",
+    ),
     "run lengths": (
         lambda c: c["annotations"][0].update(segmentation={"counts": [10, 20], "size": [40, 50]}),
         r"object \(run lengths that do not add up to the image\)\. Unpack",
@@ -231,9 +252,12 @@ def test_a_truncated_json_is_one_line(tmp_path):
 
 def test_categories_of_two_releases_and_a_missing_file(tmp_path):
     path = write(tmp_path) / "annotations" / "instances_val2014.json"
-    path.write_text(path.read_text().replace("toothbrush", "broom"))
-    with pytest.raises(UserError, match="other categories than in instances_train2014"):
-        convert(tmp_path, workers=0)
+    content = path.read_text()
+    swapped = content.replace("toothbrush", "x").replace("stop sign", "toothbrush").replace('"x"', '"stop sign"')
+    for other in (content.replace("toothbrush", "broom"), swapped):
+        path.write_text(other)
+        with pytest.raises(UserError, match="other categories than in instances_train2014"):
+            convert(tmp_path, workers=0)
     path.unlink()
     with pytest.raises(UserError, match=r"instances_val2014\.json: no such json"):
         convert(tmp_path, workers=0)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import io
 import json
 import shutil
 import sys
+import types
 import zipfile
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -22,9 +25,20 @@ from datasets.exchange.labels import Labels
 from tools.errors import UserError
 from tools.files import load_mask, save_mask
 
-NO_SDK = pytest.mark.skipif(not importlib.util.find_spec("label_studio_sdk"), reason="no label-studio-sdk")
-FORMATS = ["cvat", "coco", pytest.param("labelstudio", marks=NO_SDK)]
+HAS_SDK = importlib.util.find_spec("label_studio_sdk") is not None
+FORMATS = ["cvat", "coco", "labelstudio"]
 FILES = {"cvat": "masks.zip", "coco": "instances.json", "labelstudio": "tasks.json"}
+
+
+@pytest.fixture(autouse=True)
+def brush(monkeypatch):
+    """The codec of Label Studio's SDK. Where that is not installed, one that packs nothing stands in for it."""
+    if not HAS_SDK:
+        codec = types.ModuleType("label_studio_sdk.converter.brush")
+        codec.encode_rle, codec.decode_rle = np.ndarray.tolist, functools.partial(np.array, dtype=np.uint8)
+        codec.mask2rle = lambda mask: codec.encode_rle(np.repeat(mask.ravel(), 4))
+        monkeypatch.setitem(sys.modules, codec.__name__, codec)
+    return importlib.import_module("label_studio_sdk.converter.brush")
 
 
 def call(root, direction, tool, masks, output, *flags):
@@ -120,6 +134,25 @@ def test_only_what_was_changed_is_written(folder_root, masks, tmp_path, tool):
     assert np.array_equal(load_mask(tmp_path / "corrected" / "c.png"), expected)
 
 
+def test_a_class_put_right_is_a_change(folder_root, masks, tmp_path):
+    """Nothing is drawn or erased then."""
+    call(folder_root, "export", "coco", masks, tmp_path / "out")
+    path = tmp_path / "out" / "instances.json"
+    content = json.loads(path.read_text())
+    content["annotations"][-1]["category_id"] = 1
+    path.write_text(json.dumps(content))
+    call(folder_root, "import", "coco", masks, tmp_path / "corrected", "--input", path)
+    assert load_mask(masks / "c.png")[-1, -1] == 2 and load_mask(tmp_path / "corrected" / "c.png")[-1, -1] == 1
+
+
+def test_a_mask_on_its_side_is_refused(folder_root, masks, tmp_path, monkeypatch):
+    height, width = SIZES["a"]
+    monkeypatch.setitem(SIZES, "a", (width, height))
+    path = cvat_zip(tmp_path / "x.zip", "background:0,0,0::\n", a=(0, 0, 0))
+    with pytest.raises(UserError, match=f"x.zip/a: {height}x{width} pixels, but its image is {width}x{height}"):
+        call(folder_root, "import", "cvat", masks, tmp_path / "out", "--input", path)
+
+
 def test_a_folder_of_a_stage_takes_no_corrections(folder_root, masks, tmp_path):
     call(folder_root, "export", "coco", masks, tmp_path / "out")
     path = repaint(tmp_path / "out" / "instances.json", "coco")
@@ -159,14 +192,26 @@ def test_the_first_of_the_queue_are_exported_with_their_photographs(folder_copy,
         call(folder_copy, "export", "coco", masks, tmp_path / "out", *flags[:-1], 1)
 
 
+def test_photographs_that_browsers_do_not_show_become_png(folder_copy, masks, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (*SIZES["a"], 3), np.uint8)
+    Image.fromarray(pixels).save(folder_copy / "images" / "a.tif")
+    (folder_copy / "images" / "a.jpg").unlink()
+    call(folder_copy, "export", "coco", masks, tmp_path / "out", "--first", 1)
+    (file,) = (tmp_path / "out" / "images").iterdir()
+    assert file.name == "a.png" and np.array_equal(Image.open(file), pixels)
+
+
 def test_cvat_is_given_indices_without_gaps(folder_root, masks, tmp_path):
     call(folder_root, "export", "cvat", masks, tmp_path / "out")
     with zipfile.ZipFile(tmp_path / "out" / "masks.zip") as file:
         lines = file.read("labelmap.txt").decode().splitlines()
-        picture = Image.open(io.BytesIO(file.read("SegmentationClass/a.png")))
+        picture, objects = (
+            Image.open(io.BytesIO(file.read(f"Segmentation{kind}/a.png"))) for kind in ("Class", "Object")
+        )
         assert file.read("ImageSets/Segmentation/default.txt") == b"a\nb\nc\n"
     assert lines[1:] == ["background:0,0,0::", "cat:128,0,0::", "dog:0,128,0::", "ignored:224,224,192::"]
     assert picture.mode == "P" and np.unique(np.asarray(picture)).tolist() == [0, 1, 2, 3]
+    assert np.array_equal(objects, picture)  # one object per class, none of the background
     labels = json.loads((tmp_path / "out" / "labels.json").read_text())
     assert [(label["name"], label["color"]) for label in labels] == [
         ("cat", "#800000"),
@@ -237,6 +282,40 @@ def test_label_studio_accepts_our_tasks(folder_root, masks, tmp_path):
     assert not interface.validate_prediction(prediction)
 
 
+def test_label_studio_is_given_a_stroke_of_each_class_and_the_names_of_all(folder_copy, masks, tmp_path):
+    (folder_copy / "images" / "a.jpg").rename(folder_copy / "images" / "a #1.jpg")
+    (masks / "a.png").rename(masks / "a #1.png")
+    (folder_copy / "splits" / "train.txt").write_text("a #1\nb\n")
+    call(folder_copy, "export", "labelstudio", masks, tmp_path / "out")
+    first, second = json.loads((tmp_path / "out" / "tasks.json").read_text())
+    assert first["data"] == {"image": "/data/local-files/?d=images/a%20%231.jpg", "id": "a #1"}
+    strokes = first["predictions"][0]["result"]
+    assert [stroke["value"]["brushlabels"] for stroke in strokes] == [["cat"], ["dog"], ["ignored"]]
+    assert {(stroke["original_height"], stroke["original_width"]) for stroke in strokes} == {SIZES["a"]}
+    assert second["predictions"][0]["result"] == []
+    labels = ElementTree.parse(tmp_path / "out" / "config.xml").iter("Label")
+    assert [(label.get("value"), label.get("background")) for label in labels] == [
+        ("cat", "#800000"),
+        ("dog", "#008000"),
+        ("ignored", "#e0e0c0"),
+    ]
+
+
+def test_strokes_count_from_half_opacity_and_lie_on_earlier_ones(folder_root, masks, tmp_path, brush):
+    call(folder_root, "export", "labelstudio", masks, tmp_path / "out")
+    path = finish(tmp_path / "out" / "tasks.json")
+    tasks = json.loads(path.read_text())
+    strokes = tasks[2]["annotations"][0]["result"]
+    strokes.append({**strokes[0]})
+    for stroke, name, rows in zip(strokes, ("dog", "cat"), (slice(0, 4), slice(3, 5)), strict=True):
+        pixels = np.zeros((*SIZES["c"], 4), np.uint8)
+        pixels[rows, :, 3], pixels[6, :, 3], pixels[7, :, :3] = 128, 127, 255
+        stroke["value"] = {"format": "rle", "rle": brush.encode_rle(pixels.ravel()), "brushlabels": [name]}
+    path.write_text(json.dumps([tasks[2]]))
+    call(folder_root, "import", "labelstudio", masks, tmp_path / "back", "--input", path)
+    assert load_mask(tmp_path / "back" / "c.png")[:9, 3].tolist() == [2, 2, 2, 1, 1, 0, 0, 0, 0]
+
+
 def test_without_the_sdk_the_remedy_is_named(folder_root, masks, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "label_studio_sdk.converter.brush", None)
     with pytest.raises(UserError, match="pip install label-studio-sdk"):
@@ -245,7 +324,6 @@ def test_without_the_sdk_the_remedy_is_named(folder_root, masks, tmp_path, monke
 
 
 def test_what_nobody_has_looked_at_or_cancelled_is_left_out(folder_root, masks, tmp_path, capsys):
-    pytest.importorskip("label_studio_sdk")
     call(folder_root, "export", "labelstudio", masks, tmp_path / "out")
     path = finish(tmp_path / "out" / "tasks.json")
     tasks = json.loads(path.read_text())
@@ -258,7 +336,6 @@ def test_what_nobody_has_looked_at_or_cancelled_is_left_out(folder_root, masks, 
 
 
 def test_of_several_annotations_the_one_changed_last_counts(folder_root, masks, tmp_path):
-    pytest.importorskip("label_studio_sdk")
     call(folder_root, "export", "labelstudio", masks, tmp_path / "out")
     path = finish(tmp_path / "out" / "tasks.json")
     tasks = json.loads(path.read_text())
@@ -274,9 +351,8 @@ def test_of_several_annotations_the_one_changed_last_counts(folder_root, masks, 
         assert list((tmp_path / "back").iterdir()) == []
 
 
-def test_a_submission_without_strokes_is_told_and_changes_nothing(folder_root, masks, tmp_path, capsys):
+def test_a_submission_without_strokes_is_told_and_changes_nothing(folder_root, masks, tmp_path, brush, capsys):
     """It may be a slip: a new annotation does not show the pre-annotations. The dot that is asked for does its work."""
-    brush = pytest.importorskip("label_studio_sdk.converter.brush")
     call(folder_root, "export", "labelstudio", masks, tmp_path / "out")
     path = finish(tmp_path / "out" / "tasks.json")
     tasks = json.loads(path.read_text())
@@ -300,7 +376,6 @@ def test_a_submission_without_strokes_is_told_and_changes_nothing(folder_root, m
 
 def test_what_is_not_drawn_with_the_brush_is_named(folder_root, masks, tmp_path):
     """A choice about the whole photograph, which has no size, too."""
-    pytest.importorskip("label_studio_sdk")
     call(folder_root, "export", "labelstudio", masks, tmp_path / "out")
     path = finish(tmp_path / "out" / "tasks.json")
     tasks = json.loads(path.read_text())
@@ -405,7 +480,6 @@ def test_exports_put_together_are_refused(folder_root, masks, tmp_path, change, 
 
 def test_an_id_may_be_a_number(folder_copy, masks, tmp_path):
     """As other programs write tasks."""
-    pytest.importorskip("label_studio_sdk")
     (folder_copy / "images" / "a.jpg").rename(folder_copy / "images" / "7.jpg")
     (masks / "a.png").rename(masks / "7.png")
     (folder_copy / "splits" / "train.txt").write_text("7\n")
@@ -420,7 +494,6 @@ def test_an_id_may_be_a_number(folder_copy, masks, tmp_path):
 
 
 def test_a_task_that_occurs_twice_is_refused(folder_root, masks, tmp_path):
-    pytest.importorskip("label_studio_sdk")
     call(folder_root, "export", "labelstudio", masks, tmp_path / "out")
     path = finish(tmp_path / "out" / "tasks.json")
     tasks = json.loads(path.read_text())
@@ -452,14 +525,16 @@ def test_pycocotools_reads_our_coco_json(folder_root, masks, tmp_path):
     for annotation in coco.imgToAnns[1]:
         value = {1: 1, 2: 2, 3: 255}[annotation["category_id"]]
         assert np.array_equal(coco.annToMask(annotation), mask == value)
-        assert annotation["area"] == (mask == value).sum() and len(annotation["bbox"]) == 4
+        rows, columns = np.nonzero(mask == value)
+        assert annotation["area"] == len(rows)
+        left, top = columns.min(), rows.min()
+        assert annotation["bbox"] == [left, top, columns.max() + 1 - left, rows.max() + 1 - top]
+    assert sorted(coco.anns) == [1, 2, 3, 4]  # to pycocotools' evaluation, the object 0 would be none
 
 
 @pytest.mark.parametrize("tool", ["cvat", "coco", "labelstudio"])
 @pytest.mark.parametrize("content", [b"", b"[1]", b'{"images": []}', b"PK\x05\x06" + bytes(18)])
 def test_files_that_are_no_export(folder_root, masks, tmp_path, tool, content):
-    if tool == "labelstudio":
-        pytest.importorskip("label_studio_sdk")
     path = tmp_path / "file"
     path.write_bytes(content)
     with pytest.raises(UserError, match="file: "):
@@ -552,7 +627,7 @@ def test_what_cvat_lists_without_a_picture_shows_nothing_now(folder_root, masks,
     """So it exports a photograph whose last object was deleted; b was empty before, and d is not in the export."""
     path = cvat_zip(tmp_path / "x.zip", "background:0,0,0::\ndog:1,2,3::\n", c=(1, 2, 3))
     with zipfile.ZipFile(path, "a") as file:
-        file.writestr("ImageSets/Segmentation/default.txt", "a\r\nb\r\nc\r\n")
+        file.writestr("ImageSets/Segmentation/default.txt", "\ufeffc\r\na\r\nb\r\n")
     call(folder_root, "import", "cvat", masks, tmp_path / "out", "--input", path)
     assert "2 of 3 masks differ, 1 of them show nothing now" in capsys.readouterr().out
     assert [np.unique(load_mask(file)).tolist() for file in sorted((tmp_path / "out").iterdir())] == [[0], [2]]

@@ -50,13 +50,11 @@ class Labels:
         return self._values[indices]
 
     def index(self, name: str, path: Path) -> int:
-        """The index of a label that a tool's file `path` names; `background` is the first, whatever it is called here.
+        """The index of a label that a tool's file `path` names.
 
         Raises:
             UserError: there is no such class.
         """
-        if name == "background":
-            return 0
         if name not in self.names:
             raise UserError(f"{path}: label '{name}' is no class of the dataset. Known: {', '.join(self.names)}.")
         return self.names.index(name)
