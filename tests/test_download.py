@@ -245,6 +245,17 @@ def test_files_that_were_there_stay(packed, tmp_path):
     assert content(tmp_path / "out") == MEMBERS | {"top/mine": b"mine"}
 
 
+@pytest.mark.parametrize(("there", "moved"), [([], ["c", "b"]), (["b"], ["c", "y", "x"])])
+def test_what_says_that_all_is_there_is_moved_last(tmp_path, monkeypatch, there, moved):
+    packed = write_zip(tmp_path / "a.zip", {"b/x": b"1", "b/y": b"2", "c/z": b"3"})
+    for name in there:
+        (tmp_path / "out" / name).mkdir(parents=True)
+    places, original = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda path, place: (places.append(place.name), original(path, place)))
+    unpack(spec(packed, yields="b/x"), packed, tmp_path / "out")
+    assert places == moved
+
+
 def test_interrupted_it_goes_on_where_it_stopped(packed, tmp_path, monkeypatch):
     written = []
     original = download._write_block
@@ -282,6 +293,16 @@ def test_a_member_with_a_flipped_bit_leaves_nothing(tmp_path):
         with pytest.raises(UserError, match="not a sound archive"):
             unpack(spec(packed), packed, tmp_path / "out")
         assert os.listdir(tmp_path / "out") == []
+
+
+def test_a_member_shorter_than_the_archive_says_leaves_nothing(tmp_path):
+    packed = write_zip(tmp_path / "a.zip", MEMBERS)
+    damaged = bytearray(packed.read_bytes())
+    damaged[damaged.index(b"PK\1\2") + 24] += 1  # the size in the table of contents
+    packed.write_bytes(damaged)
+    with pytest.raises(UserError, match="not a sound archive"):
+        unpack(spec(packed), packed, tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == []
 
 
 @pytest.mark.parametrize("name", ["../outside", "top/../../outside"])

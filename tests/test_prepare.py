@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from official import (
     describe,
     half_mask,
     sbd_archive,
+    sbd_mat,
     voc_archives,
 )
 from PIL import Image
@@ -151,6 +153,11 @@ def test_a_damaged_mask_of_sbd_is_one_line(voc, tmp_path):
             read_mat(tmp_path / "a.mat")
     with pytest.raises(UserError, match=r"b\.mat: no such mask of SBD"):
         read_mat(tmp_path / "b.mat")
+    mask = np.arange(21, dtype=np.uint8)[None]
+    for shift, fits in ((0, True), (1, False)):
+        (tmp_path / "c.mat").write_bytes(sbd_mat(mask + np.uint8(shift)))
+        with nullcontext() if fits else pytest.raises(UserError, match=r"c\.mat: not a mask of the 20 VOC classes"):
+            np.testing.assert_array_equal(read_mat(tmp_path / "c.mat"), mask)
 
 
 def test_a_conversion_that_was_interrupted_goes_on(voc, capsys):
@@ -180,6 +187,11 @@ def test_coco_from_its_archives(coco):
         shown = np.unique(source.mask(image_id))
         assert set(shown[shown > 0] - 1) <= set(np.flatnonzero(source.image_label(image_id)))
     assert sorted(os.listdir(root / "annotations")) == ["instances_train2014.json", "instances_val2014.json"]
+    last = root / "splits" / "val2014.txt"
+    content = last.read_bytes()
+    last.unlink()  # as if stopped before it
+    prepare_and_verify("coco14", "--mirror", coco.url)
+    assert last.read_bytes() == content
     before, asked = snapshot(root), len(coco.asked)
     prepare_and_verify("coco14")
     assert snapshot(root) == before and len(coco.asked) == asked
@@ -197,6 +209,9 @@ def test_deepglobe_from_its_archive(tmp_path):
         expected = np.repeat([1, 5 if int(image_id) % 2 else 1], 16)[:, None].repeat(48, axis=1)
         np.testing.assert_array_equal(source.mask(image_id), expected)
         assert set(np.flatnonzero(source.image_label(image_id)) + 1) == set(np.unique(expected).tolist())
+    (root / "splits" / "val.txt").unlink()  # as if stopped before it
+    prepare_and_verify("deepglobe", "--download_dir", "downloads")
+    assert build_source("deepglobe", root).ids("val") == ["5", "10"]
     before = snapshot(root)
     prepare_and_verify("deepglobe", "--download_dir", "downloads")
     assert snapshot(root) == before
@@ -209,16 +224,17 @@ def test_deepglobe_partly_unpacked(tmp_path):
     archive = deepglobe_archive(downloads)
     with zipfile.ZipFile(archive) as file:
         file.extractall(downloads / "unpacked")
-    shutil.copy(next((downloads / "unpacked").rglob("11_sat.jpg")), downloads / "test" / "50_sat.jpg")
+    shutil.copy(next((downloads / "unpacked").rglob("11_sat.jpg")), downloads / "test" / "100_sat.jpg")
     source = build_source("deepglobe", prepare_and_verify("deepglobe", "--download_dir", downloads))
-    assert source.ids("test") == ["11", "12", "50"] and source.ids("val") == ["5", "10"]
-    np.testing.assert_array_equal(source.image("50"), source.image("11"))
+    assert source.ids("test") == ["11", "12", "100"] and source.ids("val") == ["5", "10"]
+    np.testing.assert_array_equal(source.image("100"), source.image("11"))
 
 
 def test_two_photographs_of_deepglobe_with_one_id_are_refused(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "1_sat.jpg").write_text(folder)
+        os.utime(tmp_path / folder / "1_sat.jpg", (0, 0))  # as unpacked, of one size and time
     with pytest.raises(UserError, match=r"b/1_sat\.jpg: there is .*a/1_sat\.jpg too, another file\. Remove one"):
         deepglobe.convert([tmp_path], tmp_path / "out", workers=0)
 
