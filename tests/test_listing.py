@@ -119,7 +119,10 @@ def test_a_folder_called_background_is_no_class(tmp_path):
     assert labels(root) == {"Background/a": [], "cat/b": ["cat"], "dog/c": ["dog"]}
 
 
-@pytest.mark.parametrize("names", [("train", "val"), ("Train", "valid", "test"), ("training", "validation", "testing")])
+@pytest.mark.parametrize(
+    "names",
+    [("train", "val"), ("Train", "valid", "test"), ("training", "validation", "testing"), ("train", "training")],
+)
 def test_folders_of_splits_are_the_splits(tmp_path, names):
     """torchvision's ImageFolder: images/train/CLASS, images/val/CLASS."""
     root = photographs(
@@ -127,7 +130,8 @@ def test_folders_of_splits_are_the_splits(tmp_path, names):
     )
     source = build_source("folder", root)
     assert source.info.classes == ("background", "cat", "dog") and source.domains() == sorted(names)
-    assert source.ids(names[1]) == [f"{names[1]}/{kind}/{kind}" for kind in ("background", "cat", "dog")]
+    for name in names:
+        assert source.ids(name) == [f"{name}/{kind}/{kind}" for kind in ("background", "cat", "dog")]
     assert labels(root)[f"{names[0]}/cat/cat"] == ["cat"] and labels(root)[f"{names[1]}/background/background"] == []
     assert findings(root).keys() <= {"copies"}
 

@@ -51,6 +51,7 @@ def test_the_tree_and_the_masks(command, tmp_path, capsys, package, folder):
         assert image.getpalette()[:6] == [0, 0, 0, 128, 0, 0] and image.getpalette()[60:63] == [0, 64, 128]
     assert "Warning: 3 images, but the server scores the 1,456 of VOC" in capsys.readouterr().out
     before = path.read_bytes()
+    assert before[4:8] == bytes(4)  # no time
     run(*command, "--package", package)
     assert path.read_bytes() == before
 
