@@ -24,6 +24,18 @@ def test_points_span_the_axes_and_higher_values_lie_higher():
     assert second == [(sum(x for x, _ in first) / 2, sum(y for _, y in first) / 2)]
 
 
+def test_labels_rules_and_marks_lie_at_their_values():
+    chart = parse({"a": [(1, 300.0), (9, 100.0)]})
+    places = {text.text: (float(text.get("x")), float(text.get("y"))) for text in chart.iter("text") if text.get("x")}
+    middle = (charts.TOP + charts.HEIGHT - charts.BOTTOM) / 2
+    assert places["200"][1] - 4 == middle and places["300"][1] - 4 == charts.TOP
+    assert places["4"][0] == charts.LEFT + 3 / 8 * (charts.WIDTH - charts.RIGHT - charts.LEFT)
+    rules = {float(line.get(end)) for line in chart.iter("line") for end in ("y1", "y2")}
+    assert rules >= {middle} and max(rules) == charts.HEIGHT - charts.BOTTOM and min(rules) == charts.TOP
+    mark = chart.find(".//circle")
+    assert (float(mark.get("cx")), float(mark.get("cy"))) == points(chart)[0][-1]
+
+
 def test_only_round_values_inside_the_range_are_labelled():
     chart = parse({"a": [(1, 21.4), (16, 36.5)]})
     texts = [text.text for text in chart.iter("text")]

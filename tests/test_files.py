@@ -13,7 +13,17 @@ from PIL import Image
 
 from datasets.base import voc_palette
 from tools.errors import UserError
-from tools.files import atomic_write, check_writable, load_image, load_mask, read_lines, save_json, save_mask
+from tools.files import (
+    atomic_write,
+    check_present,
+    check_writable,
+    file_of,
+    load_image,
+    load_mask,
+    read_lines,
+    save_json,
+    save_mask,
+)
 
 PHOTOGRAPH = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 
@@ -145,3 +155,21 @@ def test_masks_in_colour_are_refused(tmp_path):
 def test_json(tmp_path):
     save_json(tmp_path / "a.json", {"miou": 50.0, "iou": {"cat": 1}})
     assert json.loads((tmp_path / "a.json").read_text()) == {"miou": 50.0, "iou": {"cat": 1}}
+
+
+def test_files_that_a_mac_has_renamed_are_found_unless_there_is_one_of_the_very_name(tmp_path):
+    name, renamed = "é", "e\u0301"
+    assert file_of(tmp_path, name, ".png") == tmp_path / f"{name}.png"
+    (tmp_path / f"{renamed}.png").touch()
+    assert file_of(tmp_path, name, ".png") == tmp_path / f"{renamed}.png"
+    (tmp_path / f"{name}.png").touch()
+    assert file_of(tmp_path, name, ".png") == tmp_path / f"{name}.png"
+
+
+def test_all_files_must_be_there_or_some(tmp_path):
+    (tmp_path / "b.npz").touch()
+    check_present(tmp_path, ["b"], ".npz", "Make it.")
+    check_present(tmp_path, ["a", "b"], ".npz", "Make it.", some=True)
+    for ids, some, missing in ((["a", "b"], False, "1 of 2"), (["a", "c"], True, "2 of 2")):
+        with pytest.raises(UserError, match=rf"a\.npz is missing \({missing} are\)\. Make it\."):
+            check_present(tmp_path, ids, ".npz", "Make it.", some=some)

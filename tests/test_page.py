@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from datasets.base import voc_palette
+from tools.charts import line_chart
 from tools.history import Command, Run
 from tools.page import SIDE, Card, Layer, Page, heat_uri, mask_uri, photograph_uri, render, shares_text
 
@@ -80,6 +81,9 @@ def test_heat_goes_from_dark_to_bright_with_the_strongest_map():
     light = np.asarray(decode(heat_uri(cams)).convert("L")).astype(int)
     assert light.shape == (24, 96) and light[:, 1].max() < 20 and light[:, -2].min() > 200
     assert (np.diff(light.mean(axis=0)) > -3).all()
+    red, _, blue = np.asarray(decode(heat_uri(cams)))[12, 60].astype(int)
+    assert red > blue + 50  # orange
+    assert heat_uri(np.stack([cams[0], 0.9 * cams[0]])) == heat_uri(cams[:1])
     assert np.asarray(decode(heat_uri(cams[:0]))).max() < 16  # no class, no heat
     assert decode(heat_uri(np.ones((1, 1, 300)))).size == (96, 1)
 
@@ -89,6 +93,7 @@ def test_what_a_mask_shows_in_words():
     assert shares_text(mask, CLASSES) == "cat 50 %, undecided 25 %"
     assert shares_text(mask[:, :1], CLASSES) == "background only"
     assert shares_text((np.arange(1000) < 4).astype(np.uint8)[None], CLASSES) == "cat <1 %"
+    assert shares_text((np.arange(1000) < 20).astype(np.uint8)[None], CLASSES) == "cat 2 %"
 
 
 def test_the_page_has_all_numbers_and_needs_nothing_from_outside():
@@ -105,7 +110,7 @@ def test_the_page_has_all_numbers_and_needs_nothing_from_outside():
     cells = [unescape(cell) for cell in re.findall(r"<td[^>]*>(?:<code>)?([^<]*)", text)]
     assert cells[:5] == ["44.4", "22.2", "–", "–", "0.2"] and cells[5:10] == ["61.2", "30.6", "val", "7", "–"]
     assert cells[10:16] == ["90.0", "90.0", "44.4", "61.2", "0.0", "0.0"]
-    assert "cam 44.4 at 0.2" in text and "1 h 2 min" in text and "dog &amp; co" in text
+    assert "cam 44.4 at 0.2" in text and "1 h 2 min" in text and "min 5 s" not in text and "dog &amp; co" in text
     assert "python a.py --x '<1>'" in cells and "done" in cells and "2" in cells and "1 min 1 s" in cells
     assert text.count('<figure class="chart">') == 4  # thresholds, loss, valid, kept
     assert "a/&lt;b&gt;" in text and "<b>a/<b>" not in text
@@ -133,6 +138,8 @@ def test_the_health_of_a_run_has_a_chart_for_each_signal_that_was_measured():
     text = render(Page("x", "today", runs=[Run("csrm", curves, health=health)]))
     assert re.findall(r'<li class="c0">([^<]*)</li>', text) == ["loss 3", "class_logit 2.5", "vanished 25"]
     assert re.findall(r'aria-label="(.*?) over', text) == ["loss", "class_logit", "vanished, %"]
+    assert line_chart({"class_logit": [(1, 1.0), (2, 2.5)]}, x="epoch", y="class_logit") in text
+    assert line_chart({"vanished": [(2, 25.0)]}, x="epoch", y="vanished, %") in text
     assert '<th scope="row">teaches_itself</th><td>[2, 2]</td>' in text
 
 

@@ -86,6 +86,17 @@ def test_overlay_paints_classes_and_keeps_the_background_grey():
     assert np.ptp(painted[0, 0]) <= 1  # grey
     assert painted[0, 1, 0] > painted[0, 1, 1] + 50  # class 1 of the VOC palette is dark red
     assert painted[0, 2].min() > 200  # ignored: nearly white
+    paper = 0.55 * (0.299 * 200 + 0.587 * 50 + 0.114 * 10) + 70
+    assert painted[0, 0, 0] == int(paper)
+    assert painted[0, 1].tolist() == [int(0.72 * 128 + 0.28 * paper), *[int(0.28 * paper)] * 2]
+
+
+def test_each_row_of_an_overlay_has_its_own_classes():
+    mask = (np.arange(700)[:, None] // 100).astype(np.uint8).repeat(3, axis=1)
+    painted = report.overlay(np.full((700, 3, 3), 90, np.uint8), mask, voc_palette())
+    for value in range(7):
+        here = report.overlay(np.full((1, 1, 3), 90, np.uint8), np.full((1, 1), value, np.uint8), voc_palette())
+        assert (painted[mask == value] == here).all()
 
 
 def test_pick_images_shows_every_class_first(data):
@@ -188,6 +199,19 @@ def test_legend_wraps_and_lists_only_classes_that_occur(data):
         save_mask(data / "masks" / "a.png", mask, voc_palette())
         heights[count] = report.gallery(build_source("folder", data), {"train": ["a"]}, []).height
     assert heights[2] < heights[4] < heights[40]
+
+
+def test_a_legend_gives_each_colour_its_name():
+    both = np.asarray(legend(DatasetInfo(("background", "cat", "bird")), [0, 1, 2], 1000))
+    place = 0
+    for index, name in ((1, "cat"), (2, "bird")):
+        (columns,) = np.nonzero((both == voc_palette()[index]).all(axis=2).any(axis=0))
+        one = np.asarray(legend(DatasetInfo(("background", name)), [1], 1000))
+        (first,) = np.nonzero((one == voc_palette()[1]).all(axis=2).any(axis=0))
+        text = slice(first.max() + 2, first.max() + 30)
+        assert columns.min() > place and len(columns) == len(first)
+        place = columns.max()
+        assert np.array_equal(both[:, place + 2 : place + 30], one[:, text])
 
 
 def test_no_name_in_a_legend_is_cut_off():

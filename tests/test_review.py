@@ -34,6 +34,9 @@ def test_stages_that_agree_leave_no_doubt_and_others_add_theirs():
     empty = np.zeros_like(MASK)  # IoU with MASK: background 4/8, class 1 0/4
     assert doubt(MASK, [MASK, empty]) == Doubt(disagreement=pytest.approx(0.375), missing=0.0)
     assert doubt(MASK, []) == Doubt(0.0, 0.0)
+    undecided = np.where([[True, False, False, False]], 255, MASK).astype(np.uint8)
+    assert doubt(undecided, [MASK]).disagreement == 0.25  # background 2/4; what the mask leaves open is no agreement
+    assert doubt(MASK, [undecided]).disagreement == 0.0
 
 
 def test_labelled_classes_that_the_mask_does_not_show_are_missing():
@@ -49,8 +52,8 @@ def test_labelled_classes_that_the_mask_does_not_show_are_missing():
 def test_the_queue_is_written_with_its_reasons_and_read_back_in_order(tmp_path):
     rows = queue(
         [
-            Row("b", Doubt(0.2, 0.0), {"CAM": 0.5, "Refined": 0.25}),
-            Row("c", Doubt(0.2, 0.0)),
+            Row("b", Doubt(0.4, 0.0), {"CAM": 0.5, "Refined": 0.25}),
+            Row("c", Doubt(0.4, 0.0)),
             Row('a, "x"', Doubt(0.2, 1.0), {"Refined": 1.0}),
         ]
     )
@@ -58,7 +61,7 @@ def test_the_queue_is_written_with_its_reasons_and_read_back_in_order(tmp_path):
     with open(tmp_path / "review.csv", newline="") as file:
         table = list(csv.reader(file))
     assert table[0] == ["id", "doubt", "disagreement", "missing", "IoU CAM", "IoU Refined"]
-    assert table[1][0] == 'a, "x"' and table[1][2:] == ["0.2000", "1.0000", "", "100.0"]
+    assert table[1][0] == 'a, "x"' and table[1][1:] == ["0.6000", "0.2000", "1.0000", "", "100.0"]
     assert table[2][0] == "b" and table[2][4:] == ["50.0", "25.0"]
     assert table[3][0] == "c" and table[3][4:] == ["", ""]
     assert load_queue(tmp_path / "review.csv") == ['a, "x"', "b", "c"]

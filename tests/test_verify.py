@@ -15,7 +15,7 @@ from PIL import Image
 
 from datasets import build_source
 from datasets.base import DatasetInfo
-from datasets.verify import ERRORS, WARNINGS, Published, Split, histogram, print_findings, verify
+from datasets.verify import ERRORS, WARNINGS, Published, Split, histogram, print_findings, table, verify, write_report
 
 SHARED = {"overlap": ["1 of 2 ids of val are in train too, the first is 'b'"]}  # in every fixture
 
@@ -164,6 +164,8 @@ def test_broken_labels_and_masks_are_bad(voc_copy):
     assert "unknown class 'cow boy'" in findings["label"][0] and len(findings["label"]) == 1
     assert ["not a readable mask" in findings["mask"][0], "holds the value 77" in findings["mask"][1]] == [True, True]
     assert splits["train"].counts["mask"] == 2 and splits["train"].counts["label"] == 1
+    columns, row = (line.split() for line in table({"train": splits["train"]}, {}).splitlines())
+    assert row[columns.index("bad")] == "3"
 
 
 def test_the_command_prints_the_table_and_writes_the_report(folder_root, tmp_path, capsys):
@@ -218,9 +220,9 @@ def test_what_is_wrong_ends_in_one_line_and_code_2(folder_copy, tmp_path, monkey
     assert message in refusal(capsys, "datasets.verify", *flags)
 
 
-def test_the_histogram_shows_shares_to_scale():
+def test_the_histogram_shows_shares_to_scale(tmp_path):
     info = DatasetInfo(("background", "cat", "dog"))
-    split = Split(4, classes=3)
+    split = Split(5, classes=3)  # one of them without labels
     split.label_counts[:], split.pixel_counts[:] = [0, 4, 1], [60, 30, 10]
     split.counts["labels"] = 4
     axes = histogram(info, {"train": split, "val": Split(0, classes=3)}).axes
@@ -229,3 +231,10 @@ def test_the_histogram_shows_shares_to_scale():
     np.testing.assert_allclose(bars[1], [60, 30, 10, 0, 0, 0])
     assert [text.get_text() for text in axes[1].texts] == ["60.0", "30.0", "10.0"]
     assert [text.get_text() for text in axes[0].get_yticklabels()] == ["background", "cat", "dog"]
+    write_report(tmp_path, info, {"train": split}, {})
+    assert json.loads((tmp_path / "verify.json").read_text())["splits"]["train"] == {
+        "images": 5,
+        "labels": 4,
+        "images_by_class": {"cat": 4, "dog": 1},
+        "pixels_by_class": {"background": 60, "cat": 30, "dog": 10},
+    }
