@@ -895,6 +895,70 @@ FAULTS = (
         "weighted = (self.histograms[first] + self.histograms[second]) * size / 2",
         "test_proposals.py::test_every_merge_and_every_contrast_is_that_of_plain_loops",
     ),
+    # -- preparation, exchange, listing, review and pictures ---------------------------------------------------------
+    Fault(
+        "COCO's crowds count for no label",
+        "datasets/prepare/coco14.py",
+        'sorted({index_of[item["category_id"]] for item in annotations})',
+        'sorted({index_of[item["category_id"]] for item in annotations if not item["iscrowd"]})',
+        "test_coco14.py::test_a_crowd_counts_for_the_label",
+    ),
+    Fault(
+        "COCO's lists of two parts may have their categories in different orders",
+        "datasets/prepare/coco14.py",
+        "if classes and names != classes:",
+        "if classes and {*names} != {*classes}:",
+        "test_coco14.py::test_categories_of_two_releases_and_a_missing_file",
+    ),
+    Fault(
+        "a conversion that stopped between two lists counts as complete",
+        "datasets/prepare/__main__.py",
+        "is_written(data_dir, COCO14_PARTS)",
+        "is_written(data_dir, COCO14_PARTS[:1])",
+        "test_prepare.py::test_coco_from_its_archives",
+    ),
+    Fault(
+        "what says that an archive is unpacked is there before the rest",
+        "datasets/prepare/download.py",
+        "path == last or path in last.parents",
+        "path == last",
+        "test_download.py::test_what_says_that_all_is_there_is_moved_last",
+    ),
+    Fault(
+        "a mask of which only the class was corrected is not imported",
+        "datasets/exchange/__main__.py",
+        "if not np.array_equal(mask, old):",
+        "if not np.array_equal(mask > 0, old > 0):",
+        "test_exchange.py::test_a_class_put_right_is_a_change",
+    ),
+    Fault(
+        "Label Studio's strokes count from the faintest trace on",
+        "datasets/exchange/label_studio.py",
+        "OPAQUE = 128",
+        "OPAQUE = 1",
+        "test_exchange.py::test_strokes_count_from_half_opacity_and_lie_on_earlier_ones",
+    ),
+    Fault(
+        "images/train/ has the photographs of images/training/ too",
+        "datasets/base.py",
+        'i.startswith(f"{domain}/"))',
+        "i.startswith(domain))",
+        "test_listing.py::test_folders_of_splits_are_the_splits",
+    ),
+    Fault(
+        "what a mask leaves undecided adds no doubt",
+        "tools/review.py",
+        "1 - image_iou(other, mask)",
+        "1 - image_iou(mask, other)",
+        "test_review.py::test_stages_that_agree_leave_no_doubt_and_others_add_theirs",
+    ),
+    Fault(
+        "a legend gives colours the names of other classes",
+        "tools/drawing.py",
+        "info.classes[i], i) for i in indices if i != 0]",
+        "info.classes[i - 1], i) for i in indices if i != 0]",
+        "test_report.py::test_a_legend_gives_each_colour_its_name",
+    ),
 )
 
 

@@ -132,3 +132,11 @@ def test_each_process_says_which_share_it_does(monkeypatch, capsys):
         monkeypatch.setenv(name, value)
     assert parallel.share("abcdef") == "bf" and parallel.left_over() == ""
     assert capsys.readouterr().err == "part 2 of 4: 2 of 6 images\n"
+
+
+def test_processes_share_the_workers_of_their_machine(monkeypatch):
+    assert parallel.own_workers(5) == 5
+    for name in parallel.LAUNCHER:
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert [parallel.own_workers(workers) for workers in (0, 1, 4, 5)] == [0, 1, 1, 2]
