@@ -142,9 +142,15 @@ def training_data(source: DataSource, args: argparse.Namespace) -> tuple[Dataset
     inputs = source.fingerprints(ids, masks=True)
     if args.masks_dir:
         identity.check_classes(args.masks_dir, source.info.classes[1:], inputs["photographs"])
-        check_agreement(source, ids)
+
+    def uncorrected(ids: Sequence[str]) -> ImageDataset:
+        dataset = read(source, ids)
+        if args.masks_dir:
+            check_agreement(source, ids)
+        return dataset
+
     if not args.corrected_dir:
-        return read(source, ids), inputs
+        return uncorrected(ids), inputs
     better = build_source(args.dataset, options.data_dir(args), args.corrected_dir)
     strays = [text for path, text in better.stray_masks() if path.suffix.lower() in IMAGE_SUFFIXES]
     if strays:
@@ -153,7 +159,7 @@ def training_data(source: DataSource, args: argparse.Namespace) -> tuple[Dataset
     if not corrected:
         raise UserError(f"--corrected_dir {args.corrected_dir}: no mask (ID.png) of an image of '{args.domain_train}'.")
     print(f"{len(corrected)} of {len(ids)} masks are corrected; each of them counts {args.corrected_weight} times")
-    others = read(source, [i for i in ids if i not in corrected])
+    others = uncorrected([i for i in ids if i not in corrected])
     repeated = [read(better, [i for i in ids if i in corrected], all_empty=True)] * args.corrected_weight
     inputs["corrected masks"] = better.fingerprints(ids, masks=True)["masks"]
     return ConcatDataset([others, *repeated]), inputs

@@ -47,6 +47,16 @@ def test_corrected_masks_replace_pseudo_masks_and_come_more_often(folder_root, f
     assert drawn(mixture) == [("a", 1), ("b", 2), ("b", 2), ("c", 1)]
 
 
+def test_masks_that_are_replaced_need_not_be_there_nor_agree_with_the_image_labels(folder_copy, folders):
+    (folder_copy / "labels.csv").write_text("id,labels\na,dog\nb,dog\nc,dog\n")  # the pseudo masks are of class 1
+    with pytest.raises(UserError, match="show none of the classes that their image labels name"):
+        training_set(folder_copy, folders)
+    mixture = training_set(folder_copy, folders, "--corrected_dir", folders / "corrected", "--corrected_weight", 1)
+    (folders / "pseudo" / "b.png").unlink()
+    again = training_set(folder_copy, folders, "--corrected_dir", folders / "corrected", "--corrected_weight", 1)
+    assert drawn(mixture) == drawn(again) == [("a", 1), ("b", 2), ("c", 1)]
+
+
 def test_all_masks_may_be_corrected(folder_root, folders):
     save_mask(folders / "corrected" / "a.png", np.full(SIZES["a"], 2), voc_palette())
     save_mask(folders / "corrected" / "c.png", np.full(SIZES["c"], 2), voc_palette())
