@@ -21,7 +21,11 @@ from tools.weights import common_prefix, load_weights
 OUTPUTS = {"classifier.weight": 1, "segmentation.4.weight": 0, "segmentation.4.bias": 0}
 """Tensors with a row for each class, and the class of their first row: the classifier has none for the background."""
 
+MOST = 0.8
+"""Part of the backbone that a file must give. It may have a fifth more of it too: buffers of other versions of timm."""
+
 _BACKBONE = re.compile(r"(?:backbone\.)?net\.(.+)")
+_LIST = re.compile(r"(.+)\.\d+\.")  # of blocks
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,13 @@ def restore(model: nn.Module, path: str | Path, classes: Sequence[str] | None = 
             matched by name: rows of a class that the file has not keep their initial values.
 
     Raises:
-        UserError: the file cannot be read, fits nowhere, gives less than half of the backbone, or is not finite.
+        UserError: the file cannot be read, fits nowhere, is of another backbone, or a deeper one, or is not finite.
     """
     weights = load_weights(path)
     source = {name: tensor for name, tensor in weights.tensors.items() if not _is_counter(name)}
     target = {name: tensor for name, tensor in model.state_dict().items() if not _is_counter(name)}
-    found = {name: source[alias] for name, alias in _pairs(target, source).items()}
+    pairs = _pairs(target, source)
+    found = {name: source[alias] for name, alias in pairs.items()}
     used = {tensor.data_ptr() for tensor in found.values()}
     sort = classes is not None and weights.classes is not None and weights.classes != tuple(classes)
     new_classes = _sort_rows(found, target, weights.classes, classes) if sort else []
@@ -92,7 +97,7 @@ def restore(model: nn.Module, path: str | Path, classes: Sequence[str] | None = 
         new_classes=new_classes,
         nameless=weights.classes is None and any(name in fits for name in OUTPUTS),
     )
-    _check(path, fits, source, target)
+    _check(path, fits, source, target, _blocks_beside(pairs, report.unused))
     model.load_state_dict(fits, strict=False)
     print(report)
     return report
@@ -142,10 +147,21 @@ def _sort_rows(
     return [name for name in ours[1:] if name not in shared]
 
 
+def _blocks_beside(pairs: dict[str, str], unused: Iterable[str]) -> list[str]:
+    """Unused names in blocks of the file that stand in one list with blocks of the backbone."""
+    inner = {alias: match[1] for name, alias in pairs.items() if (match := _BACKBONE.fullmatch(name))}
+    lists = {alias[: match.end(1) - len(n)] for alias, n in inner.items() if (match := _LIST.match(n))}
+    return [name for name in unused if (match := _LIST.match(name)) and match[1] in lists]
+
+
 def _check(
-    path: str | Path, fits: dict[str, torch.Tensor], source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]
+    path: str | Path,
+    fits: dict[str, torch.Tensor],
+    source: dict[str, torch.Tensor],
+    target: dict[str, torch.Tensor],
+    beside: Sequence[str],
 ) -> None:
-    """Raise UserError unless what fits is a start."""
+    """Raise UserError unless what fits is a start, and the file has no further blocks `beside` it."""
     if not fits:
         raise UserError(
             f"{path}: none of its {len(source)} tensors fits this network ({_summary(target)}). "
@@ -153,7 +169,12 @@ def _check(
         )
     ours = [name for name in target if _BACKBONE.fullmatch(name)]
     given = sum(name in fits for name in ours)
-    if given < len(ours) / 2:
+    if len(beside) > (1 - MOST) * given:
+        raise UserError(
+            f"{path}: has {len(beside)} tensors more than the {len(ours)} of the backbone in the same stages, so it is "
+            "of a deeper network. Check --architecture, or pass the weights of another file."
+        )
+    if given < MOST * len(ours):
         raise UserError(
             f"{path}: gives {given} of the {len(ours)} tensors of the backbone, so it is of another network. "
             "Check --architecture, or pass the weights of another file."

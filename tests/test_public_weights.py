@@ -13,6 +13,7 @@ from torch import Tensor
 
 from models import build_model
 from models.restore import restore
+from tools.errors import UserError
 
 RESNETS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 RESNESTS = {  # blocks per stage, width of the stem
@@ -139,6 +140,25 @@ def test_published_priors_are_restored_whole(tmp_path, capsys, architecture, pre
     assert report.missing == [] and report.mismatched == {} and report.unused == []
     assert all(torch.equal(model.state_dict()[f"backbone.net.{n}"], state[f"{prefix}.{n}"]) for n in list(shapes)[::40])
     assert f"restored {len(report.restored)} of {len(report.restored)} tensors" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "theirs, ours",
+    [
+        ("resnet101", "resnet50"),
+        ("resnest200e", "resnest101e"),
+        ("resnest269e", "resnest200e"),
+        ("resnet50", "resnet101"),
+    ],
+)
+def test_a_prior_of_another_depth_is_refused_although_its_blocks_fit(tmp_path, theirs, ours):
+    shapes = resnet_shapes(RESNETS[theirs]) if theirs in RESNETS else resnest_shapes(*RESNESTS[theirs])
+    state = {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
+    torch.save({f"model.{name}": tensor for name, tensor in state.items()}, tmp_path / "prior.pth")
+    with torch.device("meta"):
+        model = build(ours)
+    with pytest.raises(UserError, match=r"prior\.pth: .* of (a deeper|another) network\. Check --architecture"):
+        restore(model, tmp_path / "prior.pth")
 
 
 # -- the published stage 4, written out ------------------------------------------------------------------------------
