@@ -201,6 +201,22 @@ def test_the_report_shows_what_there_is_after_every_stage(tmp_path):
     assert "--review Refined --dataset" in (tmp_path / "calls.txt").read_text()
 
 
+def test_the_report_shows_a_prior_only_if_csrm_has_started_from_it(tmp_path):
+    """Not one that was trained under the same name before PRIOR=FILE was chosen; FILE may be that one, too."""
+    (tmp_path / "experiments/models").mkdir(parents=True)
+    (tmp_path / "other.pth").touch()
+    (tmp_path / models("voc12-prior")).touch()
+    for path in ("predictions/voc12-prior@train_aug/cams", "logs/voc12-prior", "reports/voc12"):
+        (tmp_path / "experiments" / path).mkdir(parents=True)
+    (tmp_path / "experiments/reports/voc12/prior_cam.json").touch()
+    for prior, shown in (("", 3), ("other.pth", 0), (models("voc12-prior"), 3)):
+        for runner in ("1-csrm", "4-segmentation"):
+            _, process = commands(tmp_path, runner, DOMAIN_SCORE="", PRIOR=prior)
+            page = (tmp_path / "calls.txt").read_text().splitlines()[-1]
+            parts = ("prior_cam=", "--tags voc12-prior ", "CAM prior=experiments/predictions/voc12-prior@train_aug/")
+            assert process.returncode == 0 and sum(part in page for part in parts) == shown, page
+
+
 def test_what_a_refusal_of_a_script_means_for_the_runner(tmp_path):
     commands(tmp_path)
     python = tmp_path / "bin" / "python3"

@@ -115,17 +115,19 @@ refine() {
 
 # report: the page, picture sheet and review queue of the stages so far.
 report() {
-  local file tag scores=() tags=() columns=() review=()
-  for file in "$REPORT"/{prior_cam,csrm_cam,pseudo,refined,relabelled_{1..8},segmentation_val{,_corrected{,-*}}}.json; do
+  local file tag scores=() tags=() columns=() review=() prior=prior_cam
+  # A prior of the same NAME, trained before, is not the one that CSRM has started from.
+  if [[ -f "$PRIOR" && ! "$PRIOR" -ef "experiments/models/$TAG_PRIOR.pth" ]]; then prior=""; fi
+  for file in "$REPORT"/{$prior,csrm_cam,pseudo,refined,relabelled_{1..8},segmentation_val{,_corrected{,-*}}}.json; do
     if [[ -f "$file" ]]; then scores+=("$(basename "$file" .json)=$file"); fi
   done
-  for tag in "$TAG_PRIOR" "$TAG_CSRM" "$TAG_SEG"; do
+  for tag in ${prior:+"$TAG_PRIOR"} "$TAG_CSRM" "$TAG_SEG"; do
     if [[ -d "experiments/logs/$tag" ]]; then tags+=("$tag"); fi
   done
   show() { if [[ -d "$2" ]]; then columns+=("$1=$2${3:-}"); fi; }
   # The last of them are the ones that the final model learns.
   show_masks() { show "$@"; if [[ -d "$2" ]]; then review=(--review "$1"); fi; }
-  show "CAM prior" "$PREDICTIONS/$TAG_PRIOR@$DOMAIN_TRAIN/cams" :0.3
+  show "CAM prior" "${prior:+$PREDICTIONS/$TAG_PRIOR@$DOMAIN_TRAIN/cams}" :0.3
   show "CSRM CAM" "$PREDICTIONS/$TAG_CSRM@$DOMAIN_TRAIN/cams" ":${THRESHOLD/auto/0.4}"
   show_masks "Pseudo mask" "$PSEUDOS"
   show_masks "Refined" "$REFINED"
