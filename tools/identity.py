@@ -249,7 +249,7 @@ def _is_identity(content: Any) -> bool:
 
 def check_classes(folder: Path, classes: Sequence[str], photographs: Mapping[str, int] = {}) -> None:
     """Refuse masks or maps of other classes, or of the same in another order, or of other photographs under the same
-    ids, if the folder's record says so.
+    ids, if the folder's record says so. Only files that are there count.
 
     Args:
         classes: of the dataset, without the background.
@@ -263,7 +263,8 @@ def check_classes(folder: Path, classes: Sequence[str], photographs: Mapping[str
     except UserError:  # of another program, perhaps
         return
     compare_classes(folder, record.get("settings", {}).get("classes", classes), classes)
-    if changed := _first_changed(record.get("inputs", {}).get("photographs", {}), photographs):
+    of = record.get("inputs", {}).get("photographs", {})
+    if changed := _first_changed({i: of[i] for i in of.keys() & _products(folder).keys()}, photographs):
         raise UserError(f"{folder}: made of other photographs {changed}. Check --data_dir, or make it again.")
 
 
