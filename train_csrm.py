@@ -419,13 +419,15 @@ def own_thresholds(
     """`cam_thresholds` of the student's own CAMs as they are now; None if L_c2s learns other labels.
 
     Raises:
-        UserError: `auto` without --restore.
+        UserError: `auto`, but --restore has given no CAM classifier.
     """
     if c2s_mode(args) != "cam":
         return None
-    if "auto" in (args.c2s_bg, args.c2s_fg) and not args.restore:
+    if "auto" in (args.c2s_bg, args.c2s_fg) and "classifier" not in student.pretrained:
         name = "bg" if args.c2s_bg == "auto" else "fg"
-        raise UserError(f"--c2s_{name} auto: no CAMs to read it from. Pass a prior with --restore, or a number.")
+        raise UserError(
+            f"--c2s_{name} auto: no CAMs to read it from. Pass a prior of these classes with --restore, or a number."
+        )
     cams_of = network_cams(cam_forward(student), source, views, next(student.parameters()).device)
     return cam_thresholds(args, cams_of, source.ids(args.domain_train))
 

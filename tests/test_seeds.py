@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from command import DECODER, TRAINING, data_flags, parse, refusal, run
 from conftest import OBJECTS, SIZES, SPLITS
 from PIL import Image
+from test_cli import write_checkpoint
 from torch import nn
 
 import train_csrm
@@ -279,7 +280,10 @@ def test_photograph_and_label_take_the_same_crop_flip_and_mixing(folder_root, tm
 def test_auto_is_refused_where_there_is_nothing_to_read_it_from(folder_root, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = [*data_flags(folder_root), "--tag", "t", *TRAINING, *DECODER]
-    assert "--c2s_fg auto: no CAMs to read it from" in refusal(capsys, "train_csrm", *flags, "--c2s_fg", "auto")
+    others = write_checkpoint("p", "classifier", ["background", "bird", "fish"])
+    for restore in ([], ["--restore", others]):  # of other classes nothing but the backbone is taken
+        line = refusal(capsys, "train_csrm", *flags, "--c2s_fg", "auto", *restore)
+        assert "--c2s_fg auto: no CAMs to read it from" in line
 
 
 def test_auto_thresholds_in_training_and_inference(folder_root, tmp_path, monkeypatch, capsys):
