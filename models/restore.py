@@ -21,8 +21,11 @@ from tools.weights import common_prefix, load_weights
 OUTPUTS = {"classifier.weight": 1, "segmentation.4.weight": 0, "segmentation.4.bias": 0}
 """Tensors with a row for each class, and the class of their first row: the classifier has none for the background."""
 
-MOST = 0.8
-"""Part of the backbone that a file must give. It may have a fifth more of it too: buffers of other versions of timm."""
+MOST = 0.95
+"""Part of the backbone that a file must give. resnet50 would give .89 of resnet50d, all but its shortcuts and stem."""
+
+MORE = 0.2
+"""How much more it may have of the same blocks: buffers that other versions of timm keep (Swin) are a tenth."""
 
 _BACKBONE = re.compile(r"(?:backbone\.)?net\.(.+)")
 _LIST = re.compile(r"(.+)\.\d+\.")  # of blocks
@@ -169,7 +172,7 @@ def _check(
         )
     ours = [name for name in target if _BACKBONE.fullmatch(name)]
     given = sum(name in fits for name in ours)
-    if len(beside) > (1 - MOST) * given:
+    if len(beside) > MORE * given:
         raise UserError(
             f"{path}: has {len(beside)} tensors more than the {len(ours)} of the backbone in the same stages, so it is "
             "of a deeper network. Check --architecture, or pass the weights of another file."
