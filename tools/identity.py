@@ -263,8 +263,8 @@ def check_classes(folder: Path, classes: Sequence[str], photographs: Mapping[str
     except UserError:  # of another program, perhaps
         return
     compare_classes(folder, record.get("settings", {}).get("classes", classes), classes)
-    of = record.get("inputs", {}).get("photographs", {})
-    if changed := _first_changed({i: of[i] for i in of.keys() & _products(folder).keys()}, photographs):
+    of = record.get("inputs", {}).get("photographs", {}) if photographs else {}
+    if of and (changed := _first_changed({i: of[i] for i in of.keys() & _products(folder)}, photographs)):
         raise UserError(f"{folder}: made of other photographs {changed}. Check --data_dir, or make it again.")
 
 
