@@ -140,17 +140,21 @@ def training_data(source: DataSource, args: argparse.Namespace) -> tuple[Dataset
     read = functools.partial(ImageDataset, transform=geometry, with_masks=True, with_labels=False)
     ids = source.ids(args.domain_train)
     inputs = source.fingerprints(ids, masks=True)
+    better, corrected = corrected_masks(args, ids) if args.corrected_dir else (source, set())
+    others = [i for i in ids if i not in corrected]
+    parts = [read(source, others)]
     if args.masks_dir:
         identity.check_classes(args.masks_dir, source.info.classes[1:], inputs["photographs"])
+        check_agreement(source, others)
+    if corrected:
+        print(f"{len(corrected)} of {len(ids)} masks are corrected; each of them counts {args.corrected_weight} times")
+        parts += [read(better, [i for i in ids if i in corrected], all_empty=True)] * args.corrected_weight
+        inputs["corrected masks"] = better.fingerprints(ids, masks=True)["masks"]
+    return ConcatDataset(parts), inputs
 
-    def uncorrected(ids: Sequence[str]) -> ImageDataset:
-        dataset = read(source, ids)
-        if args.masks_dir:
-            check_agreement(source, ids)
-        return dataset
 
-    if not args.corrected_dir:
-        return uncorrected(ids), inputs
+def corrected_masks(args: argparse.Namespace, ids: Sequence[str]) -> tuple[DataSource, set[str]]:
+    """The dataset with the masks of --corrected_dir, and the ids that have one (UserError: see `training_data`)."""
     better = build_source(args.dataset, options.data_dir(args), args.corrected_dir)
     strays = [text for path, text in better.stray_masks() if path.suffix.lower() in IMAGE_SUFFIXES]
     if strays:
@@ -158,11 +162,7 @@ def training_data(source: DataSource, args: argparse.Namespace) -> tuple[Dataset
     corrected = {i for i in ids if better.mask_path(i).is_file()}
     if not corrected:
         raise UserError(f"--corrected_dir {args.corrected_dir}: no mask (ID.png) of an image of '{args.domain_train}'.")
-    print(f"{len(corrected)} of {len(ids)} masks are corrected; each of them counts {args.corrected_weight} times")
-    others = uncorrected([i for i in ids if i not in corrected])
-    repeated = [read(better, [i for i in ids if i in corrected], all_empty=True)] * args.corrected_weight
-    inputs["corrected masks"] = better.fingerprints(ids, masks=True)["masks"]
-    return ConcatDataset([others, *repeated]), inputs
+    return better, corrected
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
