@@ -151,19 +151,21 @@ def main(args: argparse.Namespace) -> None:
         distributed.start(options.EXPERIMENTS)
     source = build_source(args.dataset, options.data_dir(args))
     listed = source.ids(args.domain)
+    photographs = source.fingerprints(listed)["photographs"]
     ids = parallel.share(listed, shard=args.shard)
     folders = select_folders(args)
     workers = parallel.own_workers(args.num_workers)
     left_out = LeftOut(folders.refined.parent, "refine_sam", skip=args.on_error == "skip")
     if args.stage != "propose":
         remedy = "Pass the pseudo masks of inference.py with --pseudo_dir."
-        identity.check_classes(args.pseudo_dir, source.info.classes[1:], source.fingerprints(ids)["photographs"])
+        own = {image_id: photographs[image_id] for image_id in ids}
+        identity.check_classes(args.pseudo_dir, source.info.classes[1:], own)
         check_present(args.pseudo_dir, ids, ".png", remedy, some=left_out.skip)
         paths = (file_of(args.pseudo_dir, image_id, ".png") for image_id in listed)
         check_shown(filter(Path.is_file, paths), source.info)
     if args.stage != "merge":
         backend = select_backend(args)
-        made_by = proposals_identity(backend, source, listed)
+        made_by = proposals_identity(backend, source, photographs)
         if args.overwrite or not all((folders.proposals / f"{image_id}.json").exists() for image_id in ids):
             backend.build()  # before anything is recorded or deleted: wrong weights are refused here
         taken = "--proposals_dir (or --stage merge --proposals files, to take what it holds)"
@@ -177,9 +179,9 @@ def main(args: argparse.Namespace) -> None:
         return
     rule = options.from_flags(Rule, args)
     if args.stage == "merge" and args.proposals != "files":
-        check_made_by(args, folders.proposals, source, listed)
+        check_made_by(args, folders.proposals, photographs)
     check_present(folders.proposals, ids, ".json", "Run the same flags with --stage propose first.", some=left_out.skip)
-    made_by = merged_identity(rule, folders, listed, source)
+    made_by = merged_identity(rule, folders, source.info, photographs)
     another = f"--tag (with --proposals_dir {folders.proposals})"
     identity.claim_folder(folders.refined, made_by, another=another, overwrite=args.overwrite)
     merge(rule, source.info, ids, folders, workers, left_out)
@@ -229,7 +231,7 @@ def proposal_settings(args: argparse.Namespace) -> dict[str, object]:
     return name | weights | dataclasses.asdict(options.from_flags(MaskOptions, args))
 
 
-def check_made_by(args: argparse.Namespace, folder: Path, source: DataSource, ids: Sequence[str]) -> None:
+def check_made_by(args: argparse.Namespace, folder: Path, photographs: dict[str, int]) -> None:
     """Refuse to merge proposals of other flags or photographs (UserError), if their record says so.
 
     They may come from another machine: their precision is not compared, nor weights that are not on this one.
@@ -240,8 +242,8 @@ def check_made_by(args: argparse.Namespace, folder: Path, source: DataSource, id
     weights = flags.get("checkpoint")
     if weights is None or ("checkpoint" in stored.get("files", {}) and not weights.is_file()):
         flags.pop("checkpoint", None)
-    made = [image_id for image_id in ids if file_of(folder, image_id, ".json").is_file()]
-    made_by = identity.describe("refine_sam.py", flags, inputs=source.fingerprints(made))
+    made = {i: size for i, size in photographs.items() if file_of(folder, i, ".json").is_file()}
+    made_by = identity.describe("refine_sam.py", flags, inputs={"photographs": made})
     if other := identity.difference(stored, made_by):
         raise UserError(
             f"{folder}: made with {other}. Pass the flags that made them, make them again (--stage all --overwrite), "
@@ -302,35 +304,36 @@ def propose_batch(make: Propose, source: DataSource, folder: Path, ids: Sequence
         save_proposals(folder / f"{image_id}.json", masks, image.shape[:2])
 
 
-def proposals_identity(backend: Backend, source: DataSource, ids: Sequence[str]) -> dict:
-    """The identity of the proposals of these images (`tools.identity`).
+def proposals_identity(backend: Backend, source: DataSource, photographs: dict[str, int]) -> dict:
+    """The identity of the proposals of these photographs, sizes of files by id (`tools.identity`).
 
     Raises:
         UserError: the file of an image would be that of the identity.
     """
-    if "settings" in ids:
+    if "settings" in photographs:
         raise UserError(
             f"{source.image_path('settings')}: settings.json is taken in each folder. Rename the photograph."
         )
-    inputs, mask_files = source.fingerprints(ids), backend.settings.get("mask_files")
+    inputs, mask_files = {"photographs": photographs}, backend.settings.get("mask_files")
     if mask_files:
-        inputs["mask files"] = fingerprints(mask_files, ids)
+        inputs["mask files"] = fingerprints(mask_files, [*photographs])
     flags = {**backend.settings, "mask_files": mask_files}
     return identity.describe("refine_sam.py", flags, inputs=inputs)
 
 
-def merged_identity(rule: Rule, folders: Folders, ids: Sequence[str], source: DataSource) -> dict:
-    """The identity of the refined masks of these images. Proposals are compared by the size of their files.
+def merged_identity(rule: Rule, folders: Folders, info: DatasetInfo, photographs: dict[str, int]) -> dict:
+    """The identity of the refined masks of these photographs, sizes of files by id.
 
-    The photographs are not read here, but who reads the masks compares them (`tools.identity.check_classes`).
+    Proposals are compared by the size of their files. The photographs are not read here, but who reads the masks
+    compares them (`tools.identity.check_classes`).
     """
     inputs = {
-        **source.fingerprints(ids),
-        "pseudo masks": identity.contents({i: file_of(folders.pseudo_masks, i, ".png") for i in ids}),
-        "proposals": identity.sizes({i: file_of(folders.proposals, i, ".json") for i in ids}),
+        "photographs": photographs,
+        "pseudo masks": identity.contents({i: file_of(folders.pseudo_masks, i, ".png") for i in photographs}),
+        "proposals": identity.sizes({i: file_of(folders.proposals, i, ".json") for i in photographs}),
     }
     flags = {**dataclasses.asdict(rule), "pseudo_dir": folders.pseudo_masks, "proposals_dir": folders.proposals}
-    flags["classes"] = source.info.classes[1:]
+    flags["classes"] = info.classes[1:]
     return identity.describe("refine_sam.py", flags, inputs=inputs)
 
 

@@ -17,8 +17,8 @@ from datasets.base import DatasetInfo, DataSource, nothing_shown
 from tools.errors import UserError
 from tools.files import count_values, mask_colours
 from tools.options import IGNORE_INDEX
+from tools.parallel import sample
 
-SAMPLE = 100  # of the masks are compared with the image labels before they are learnt
 SEVERAL = 3  # with fewer masks there is no finding: their objects may be too small to be drawn
 THIN = 5  # pixels; a region in which no square of this side fits is an edge
 STRANGE = (
@@ -59,7 +59,7 @@ def shared_fault(paths: Sequence[Path], total: int, fault: str) -> str:
 
 
 def check_agreement(source: DataSource, ids: Sequence[str]) -> None:
-    """Compare masks that are to be learnt with the image labels: those of a sample of the images, evenly spread.
+    """Compare masks that are to be learnt with the image labels: those of a sample of the images.
 
     Images without a label, and masks without any class, are passed over.
 
@@ -67,7 +67,7 @@ def check_agreement(source: DataSource, ids: Sequence[str]) -> None:
         UserError: a third show none of the classes of their labels; or a mask cannot be used.
     """
     strange, count = [], 0
-    for image_id in ids[:: -(-len(ids) // SAMPLE) or 1]:
+    for image_id in sample(ids):
         try:
             label = source.image_label(image_id) > 0
         except UserError:  # refused where labels are needed

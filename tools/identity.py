@@ -263,8 +263,9 @@ def check_classes(folder: Path, classes: Sequence[str], photographs: Mapping[str
     except UserError:  # of another program, perhaps
         return
     compare_classes(folder, record.get("settings", {}).get("classes", classes), classes)
-    of = record.get("inputs", {}).get("photographs", {}) if photographs else {}
-    if of and (changed := _first_changed({i: of[i] for i in of.keys() & _products(folder)}, photographs)):
+    stored = record.get("inputs", {}).get("photographs", {}) if photographs else {}
+    made = _products(folder) if stored else {}
+    if changed := _first_changed({i: stored[i] for i in stored.keys() & made.keys()}, photographs):
         raise UserError(f"{folder}: made of other photographs {changed}. Check --data_dir, or make it again.")
 
 

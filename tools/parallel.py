@@ -25,6 +25,7 @@ Item = TypeVar("Item")
 
 CHUNK = 4  # jobs handed to a worker at a time
 LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"}  # variables that torchrun sets, among others
+SAMPLE = 100  # images that stand for all: for a threshold, or to see whether masks fit the labels
 READERS = 16  # threads that read small files, which cost latency on a network disk
 
 
@@ -84,6 +85,12 @@ def share(items: Sequence[Item], *, shard: tuple[int, int] | None = None) -> Seq
     if number > 1:
         print(f"part {index + 1} of {number}: {len(mine)} of {len(items)} images", file=sys.stderr)
     return mine
+
+
+def sample(items: Sequence[Item]) -> list[Item]:
+    """`SAMPLE` of the items, evenly spread; all, if there are fewer."""
+    count = min(SAMPLE, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def pending(ids: Sequence[str], is_done: Callable[[str], bool], what: str, folder: Path) -> list[str]:

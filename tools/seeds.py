@@ -24,11 +24,8 @@ from tools.errors import FileError
 from tools.files import check_present, file_of, save_mask
 from tools.maps import normalize, resize_labels, resize_maps
 from tools.options import CRF, PSEUDO_MASK_THRESHOLD, Views
+from tools.parallel import sample
 from tools.pseudo_labels import reliable_cam_labels
-
-SAMPLE = 100
-"""Images that are looked at for a threshold, or to see whether labels fit."""
-
 
 CamsOf = Callable[[str], np.ndarray]
 """CAMs f32[n,H,W] in [0, 1] of the classes of an image, from its ID."""
@@ -40,14 +37,14 @@ def auto_threshold(cams_of: CamsOf, ids: Sequence[str], *, skip: bool = False) -
     Otsu's threshold parts the values of an image's strongest CAM into two groups that vary least within themselves.
 
     Args:
-        ids: of the images; `SAMPLE` of them are taken, evenly spread.
+        ids: of the images; a sample of them is taken (`tools.parallel.sample`).
         skip: pass over images whose files cannot be used.
 
     Returns:
         In (0, 1), two decimals; the usual threshold if no image of the sample has a class with a CAM above 0.
     """
-    count, thresholds = min(SAMPLE, len(ids)), []
-    for image_id in (ids[i * len(ids) // count] for i in range(count)):
+    thresholds = []
+    for image_id in sample(ids):
         with contextlib.suppress(*(FileError,) if skip else ()):
             cams = cams_of(image_id)
             if cams.any():
