@@ -223,7 +223,7 @@ def add_optimization(
     add("--lr_alpha_scratch", type=cli.positive, default=10.0, help="learning rate multiplier of new layers")
     add("--lr_alpha_bias", type=cli.positive, default=alpha_bias, help="learning rate multiplier of biases")
     add("--grad_max_norm", type=cli.non_negative, default=1.0, help="gradient norm is clipped at this; 0: never")
-    add("--label_smoothing", type=cli.fraction, default=0.1, help="label smoothing of every loss")
+    add("--label_smoothing", type=cli.fraction, default=0.1, help="label smoothing; of CSRM not in L_u and L_contra")
 
 
 def network_arguments(args: argparse.Namespace) -> dict[str, object]:

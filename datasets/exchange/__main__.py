@@ -1,10 +1,10 @@
 """Masks to an annotation tool, and corrected ones back.
 
     python -m datasets.exchange export --format cvat --dataset folder --data_dir birds \\
-        --masks_dir experiments/predictions/folder-deeplab-round1@train/sam-regions-max_iou_imp2 \\
+        --masks_dir experiments/predictions/folder-deeplab-round1@train/pseudos-masks-c10 \\
         --review experiments/reports/folder/review.csv --first 20 --output_dir worst
     python -m datasets.exchange import --format cvat --dataset folder --data_dir birds \\
-        --masks_dir experiments/predictions/folder-deeplab-round1@train/sam-regions-max_iou_imp2 \\
+        --masks_dir experiments/predictions/folder-deeplab-round1@train/pseudos-masks-c10 \\
         --input corrected.zip --output_dir corrected
 
 `export` writes the photographs, upright, to OUTPUT_DIR/images, and beside them
