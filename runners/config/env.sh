@@ -16,7 +16,7 @@ check_count() { if [[ ! "${!1}" =~ ^[1-9][0-9]*$ ]]; then refuse "$1=${!1}: must
 : "${DEVICE:=auto}"         # auto, cpu, cuda or cuda:N
 if [[ "$DEVICE" == cpu ]] || ! command -v nvidia-smi >/dev/null; then : "${PRESET:=small}"; fi
 : "${PRESET:=standard}"     # of DATASET=folder: small (two CPU cores) or standard (a GPU)
-: "${GPUS:=1}"              # of a machine; above 1, all but the report is shared by as many processes
+: "${GPUS:=1}"              # of a machine; above 1, all but stage 0 and the report is shared by as many processes
 : "${NODES:=1}" "${NODE:=${SLURM_NODEID:-0}}"  # machines that run this runner together, and which of them this is
 check_count GPUS; check_count NODES
 if ((NODES > 1)); then
