@@ -16,10 +16,11 @@ often each class occurs to OUTPUT_DIR/classes.png. Columns of the table:
     copies      photographs with the same bytes as the photograph of another id, in any split
 
 Exit code 2 if there is an error: a photograph, label or mask is missing, unreadable or bad; a list is empty, repeats an
-id, or is not as long as the published one; no file of masks belongs to a photograph; a third of the masks contradict
-their labels, or a third of the photographs are nearly black. The last two columns are warnings. Warnings, too: label
-rows without a photograph, photographs in no list, files that are not read, classes that no training label names, or
-that all name, and lists that share ids (not train and trainval, whose names say so).
+id, or is not as long as the published one; a photograph is called like a mask; no file of masks belongs to a
+photograph; a third of the masks contradict their labels, or a third of the photographs are nearly black. The last two
+columns are warnings. Warnings, too: label rows without a photograph, photographs in no list, files that are not read,
+splits with masks of some images, masks that EXIF may turn, classes that no training label names, or that all name, and
+lists that share ids (not train and trainval, whose names say so).
 """
 
 from __future__ import annotations
