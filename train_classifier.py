@@ -136,6 +136,7 @@ def load_ordinary(args: argparse.Namespace, info: DatasetInfo) -> nn.Module:
             f"--oc_weights {args.oc_weights}: not a trained {args.architecture} with these "
             f"{info.num_foreground} classes. Train one with --method vanilla."
         )
+    model.pretrained.add("classifier")
     return model.eval() if args.method == "pnoc" else model.eval().requires_grad_(False)
 
 

@@ -348,6 +348,16 @@ def test_the_opponent_of_pnoc_is_trained_but_for_its_batch_norm_and_stem(folder_
     assert rates == pytest.approx([0.1 * (2 / 3) ** 0.9, *[0.1 * (1 / 3) ** 0.9] * 2]), "one step in an epoch"
 
 
+def test_the_trained_classifier_of_the_opponent_is_no_new_layer(ordinary):
+    """It learns at the rate of the backbone, as a CAM classifier of --restore does."""
+    args = parse("train_classifier", "--tag", "t", *TRAINING, *method_flags("pnoc", ordinary))
+    train_classifier.complete(args)
+    model = train_classifier.load_ordinary(args, DatasetInfo(("background", "cat", "dog")))
+    opponent = Opponent(model, Optimization("sgd", 0.1, 1e-4), label_smoothing=SMOOTHING, updates=8, dtype=None)
+    rates = {id(p): group["lr"] for group in opponent.update.optimizer.param_groups for p in group["params"]}
+    assert rates[id(model.classifier.weight)] == rates[id(model.backbone.net.layer4[0].conv1.weight)] == 0.1
+
+
 def test_pnoc_freezes_batch_norm_and_stem_unless_told_otherwise(folder_root, folder, ordinary):
     folder("run")
     flags = [*data_flags(folder_root), *TRAINING, *method_flags("pnoc", ordinary)]
