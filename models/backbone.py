@@ -3,8 +3,9 @@
     backbone = Backbone(BackboneConfig(architecture="resnet50", output_stride=16), weights="imagenet")
     low, high = backbone(images)    # [B,256,H/4,W/4], [B,2048,H/16,W/16]
 
-Freezing is part of the network: what `batch_norm="fix"` and the `trainable_*` switches freeze has no gradients, and
-`.train()` leaves it in eval mode, so that its running statistics do not move. docs/backbones.md says what was tried.
+Freezing is part of the network: what `batch_norm="fix"` and the `trainable_*` switches freeze has no gradients, and is
+always in eval mode, also after `.train()`, so that its running statistics do not move. docs/backbones.md says what was
+tried.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ class Backbone(nn.Module):
             restore(self, weights)
         for frozen in self._frozen():
             frozen.requires_grad_(False)
+        self.train()
 
     def _check_switches(self, rule: Rule) -> None:
         name, wanted = self.config.architecture, self.config.output_stride

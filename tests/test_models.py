@@ -144,6 +144,14 @@ def test_frozen_parts_get_no_gradient_and_keep_their_statistics(architecture):
     assert model.trunk.training and model.trunk.aspp.project[1].training  # dropout of the new layers stays on
 
 
+def test_frozen_statistics_do_not_move_in_a_new_network_either():
+    """Before anybody has called `.train()`."""
+    backbone = backbone_of("test_resnet", batch_norm="fix", trainable_stem=False)
+    before = copy.deepcopy(backbone.state_dict())
+    backbone(images(2, 3, 64, 64))
+    assert all(torch.equal(before[name], value) for name, value in backbone.state_dict().items())
+
+
 def test_frozen_batch_norm_stays_frozen_where_processes_share_it():
     backbone = convert_sync_batchnorm(backbone_of("test_resnet", batch_norm="fix")).train()
     norms = [m for m in backbone.modules() if isinstance(m, nn.SyncBatchNorm)]
