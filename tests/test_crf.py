@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from tools.crf import (
     CAM_SETTINGS,
     SEGMENTATION_SETTINGS,
     CRFSettings,
+    _grid_kernel,
+    _image_kernel,
     _softmax,
     lattice,
     mean_field,
@@ -91,6 +94,45 @@ def test_odd_shapes_equal_pydensecrf(shape):
     pytest.importorskip("pydensecrf")
     images, unary = random_problem(*shape, labels=3, batch=2)
     assert_same(mean_field(images, unary), mean_field(images, unary, backend="pydensecrf"))
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (3, 6), (3, 5), (4, 4)])
+def test_dark_images_of_any_number_of_pixels_equal_pydensecrf(shape):
+    """It adds black pixels to each image, up to a multiple of four: they join dark ones near the origin."""
+    images, unary = random_problem(*shape, labels=3, batch=20)
+    images //= 22
+    q = mean_field(images, unary, SEGMENTATION_SETTINGS)
+    for i in range(20):
+        torch.testing.assert_close(q[i : i + 1], mean_field(images[i : i + 1], unary[i : i + 1], SEGMENTATION_SETTINGS))
+    pytest.importorskip("pydensecrf")
+    assert_same(q, mean_field(images, unary, SEGMENTATION_SETTINGS, backend="pydensecrf"))
+
+
+def test_bounds_of_features_are_their_maxima(monkeypatch):
+    """Larger features would overflow into the next digit of a key. In an image that is not square, one is white."""
+    given = []
+    monkeypatch.setattr("tools.crf.Kernel", lambda features, highest, weight: given.append((features, highest)))
+    images = torch.zeros(2, 3, 5, 90, dtype=torch.uint8)
+    images[1] = 255
+    _image_kernel(images, CAM_SETTINGS)
+    _grid_kernel.__wrapped__(2, 5, 90, 3, 3, images.device)
+    for features, highest in given:
+        assert features.amin(dim=(1, 2)).eq(0).all()
+        torch.testing.assert_close(features.amax(dim=(1, 2)), torch.tensor(highest))
+
+
+@pytest.mark.parametrize("highest", [[0.0, 12.3], [166, 125], [0.4, 7.3, 51, 51, 51]])
+def test_no_digit_of_a_key_is_at_its_bound(highest):
+    """So that the keys of neighbours, whose quotients are one more or less, do not run into the next digit."""
+    generator = torch.Generator().manual_seed(0)
+    points = torch.rand(len(highest), 30_000, generator=generator)
+    points[:, ::2] = points[:, ::2].round()  # corners
+    quotients, rank, _ = lattice._enclosing_simplex(points * torch.tensor(highest)[:, None])
+    digits = lattice._vertex_digits(highest, batch=2)
+    keys = lattice._vertex_keys(quotients, rank, torch.arange(30_000) % 2, digits)
+    for place, above in itertools.pairwise([*digits.quotients[:-1], digits.image]):
+        digit = keys % above // place
+        assert digit.min() > 0 and digit.max() < above // place - 1
 
 
 def brute_force(image: np.ndarray, unary: np.ndarray, crf: CRFSettings, iterations: int) -> np.ndarray:
@@ -262,8 +304,9 @@ def test_energies_and_weights_of_any_size():
     unary = unary_from_labels(labels, 3)
     expected = mean_field(images, unary)
     torch.testing.assert_close(mean_field(images, unary - 500), expected, atol=1e-3, rtol=0)
-    q = mean_field(images, unary, CRFSettings(3, 300, 50, 5, 1000))
-    torch.testing.assert_close(q.sum(dim=1), torch.ones(1, 12, 15))
+    for weight in (60, 1000):
+        q = mean_field(images, unary, CRFSettings(3, weight, 50, 5, weight))
+        torch.testing.assert_close(q.sum(dim=1), torch.ones(1, 12, 15))
 
 
 @pytest.mark.parametrize("link", [lattice._link_by_search, lattice._link_by_merging])

@@ -9,7 +9,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from tools.errors import UserError
-from tools.history import SETTINGS, Command, read_commands, read_logs, read_run
+from tools.history import SETTINGS, Command, log_files, read_commands, read_logs, read_run
 
 
 def log(folder, values, *, start=1, seconds=10.0):
@@ -19,6 +19,7 @@ def log(folder, values, *, start=1, seconds=10.0):
     for epoch, value in enumerate(values, start):
         writer.add_scalar("loss", value, epoch, walltime=now + seconds * (1 + epoch - start))
         writer.add_scalar("valid/miou_cam", 10 * value, epoch, walltime=now + seconds * (1 + epoch - start))
+    writer.add_scalar("early", 1.0, start, walltime=now + seconds)
     writer.close()
 
 
@@ -30,6 +31,13 @@ def test_curves_and_time_of_a_resumed_run(tmp_path):
     assert curves["loss"] == [(1, 5.0), (2, 4.0), (3, 3.0), (4, 2.0)]
     assert curves["valid/miou_cam"] == [(1, 50.0), (2, 40.0), (3, 30.0), (4, 20.0)]
     assert seconds == pytest.approx(50, abs=1)
+
+
+def test_log_files_are_in_the_order_of_the_starts(tmp_path):
+    """Whatever the order in which the file system lists them."""
+    for second in (4, 1, 6, 3, 5, 2):
+        (tmp_path / f"events.out.tfevents.170000000{second}.host").touch()
+    assert [path.suffixes[2][-1] for path in log_files(tmp_path)] == [*"123456"]
 
 
 def test_a_run_of_which_nothing_is_left(tmp_path, monkeypatch):

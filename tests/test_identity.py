@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -50,7 +51,8 @@ def test_the_first_difference_in_words(tmp_path):
     assert identity.difference(before, described(same | {"lr": 0.2})) == "--lr 0.1, not 0.2"
     shown = [f"{path} (content {identity.file_fingerprint(path)[:8]})" for path in (one, two)]
     assert identity.difference(before, described(same | {"restore": two})) == f"--restore {shown[0]}, not {shown[1]}"
-    assert identity.difference(before, described(same | {"restore": None})) == f"--restore {shown[0]}, not None"
+    for other in (None, tmp_path / "gone.pth"):
+        assert identity.difference(before, described(same | {"restore": other})) == f"--restore {shown[0]}, not {other}"
     assert identity.difference({}, described()) == "a version of the code that did not note what it read"
     assert identity.difference(before, described(same) | {"script": "b.py"}) == "a.py, not b.py"
     assert identity.difference(before, described(same) | {"version": "2"}) == ""
@@ -78,6 +80,17 @@ def test_fingerprints_are_of_the_content(tmp_path):
     contents = identity.contents(paths)
     assert contents["a"] == contents["b"] == "2d711642b726b044" != contents["c"] and contents["d"] == ""
     assert identity.file_fingerprint(tmp_path / "a") == "2d711642b726b044"  # echo -n x | sha256sum
+    weights = np.random.default_rng(0).bytes(2_500_000)  # of several reads
+    (tmp_path / "a").write_bytes(weights)
+    assert identity.file_fingerprint(tmp_path / "a") == hashlib.sha256(weights).hexdigest()[:16]
+
+
+def test_words_for_weights_are_no_files(tmp_path, monkeypatch):
+    """Also beside a file of that name."""
+    monkeypatch.chdir(tmp_path)
+    for word in ("imagenet", "none"):
+        (tmp_path / word).touch()
+        assert described({"backbone_weights": word})["settings"] == {"backbone_weights": word}
 
 
 def test_only_these_flags_are_harmless():
@@ -185,6 +198,47 @@ def test_a_run_is_its_flags_and_weights(data, capsys, script):
 
 
 # -- folders -------------------------------------------------------------------------------------------------------
+
+
+def claim(folder, ids, flags, **options):
+    inputs = {"photographs": dict.fromkeys(ids, 10)}
+    identity.claim_folder(folder, identity.describe("a.py", flags, inputs=inputs), **options)
+
+
+def test_the_record_of_two_processes_has_the_same_bytes_whichever_comes_first(tmp_path):
+    for name, shares in (("one", ("ac", "bd")), ("two", ("bd", "ac"))):
+        for ids in shares:
+            claim(tmp_path / name, ids, {"lr": 0.1})
+    assert (tmp_path / "one" / "settings.json").read_bytes() == (tmp_path / "two" / "settings.json").read_bytes()
+
+
+def test_the_record_keeps_what_made_the_first_files(tmp_path, monkeypatch):
+    """A later version of the code, which has one more flag, adds an image."""
+    for version, ids, flags in (("1", "a", {"lr": 0.1}), ("2", "b", {"lr": 0.1, "new": 3})):
+        monkeypatch.setattr(identity, "code_version", lambda version=version: version)
+        claim(tmp_path, ids, flags)
+        (tmp_path / f"{ids}.png").write_text("mask")
+    record = identity.read_record(tmp_path / "settings.json")
+    assert (record["version"], record["settings"], [*record["inputs"]["photographs"]]) == ("1", {"lr": 0.1}, ["a", "b"])
+
+
+def test_overwrite_deletes_the_files_of_images_that_are_no_longer_listed(tmp_path):
+    """Who reads the folder would take them for files of the new settings. A file that no run has made stays."""
+    claim(tmp_path, "ab", {"lr": 0.1})
+    for name in ("a.png", "b.png", "mine.png"):
+        (tmp_path / name).write_text("mask")
+    claim(tmp_path, "a", {"lr": 0.2}, overwrite=True)
+    assert [path.name for path in tmp_path.glob("*.png")] == ["mine.png"]
+
+
+@pytest.mark.parametrize("spelling", ["absolute", "link", "../here/out"])
+def test_no_folder_is_read_and_written_however_it_is_spelt(tmp_path, monkeypatch, spelling):
+    (tmp_path / "here" / "out").mkdir(parents=True)
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "here" / "out")
+    monkeypatch.chdir(tmp_path / "here")
+    read = Path.cwd() / "out" if spelling == "absolute" else Path(spelling)
+    with pytest.raises(UserError, match="read and written by this command"):
+        claim(Path("out"), "a", {"pseudo_dir": read})
 
 
 def infer(data, *flags):

@@ -47,7 +47,7 @@ def test_a_run_of_no_pixels_is_refused_but_at_the_start(runs, data):
 
 
 @pytest.mark.parametrize(
-    "counts", ["", "a", "0", "67", "6\x7f", "\u00e9", "6 6", "6\x00", "o" * 20 + "1", "J6", "<0O1"]
+    "counts", ["", "a", "0", "67", "6\x7f", "\u00e9", "6 6", "6\x00", "o" * 20 + "1", "J6", "<0O1", ">N", "p0<"]
 )
 def test_damaged_counts_are_refused(counts):
     good = "0<"  # the whole of 12 pixels
