@@ -15,7 +15,18 @@ from PIL import Image
 
 from datasets import build_source
 from datasets.base import DatasetInfo
-from datasets.verify import ERRORS, WARNINGS, Published, Split, histogram, print_findings, table, verify, write_report
+from datasets.verify import (
+    ERRORS,
+    PUBLISHED,
+    WARNINGS,
+    Published,
+    Split,
+    histogram,
+    print_findings,
+    table,
+    verify,
+    write_report,
+)
 
 SHARED = {"overlap": ["1 of 2 ids of val are in train too, the first is 'b'"]}  # in every fixture
 
@@ -86,19 +97,31 @@ def test_a_class_that_is_everywhere_cannot_be_told_from_the_background(folder_co
     assert look(folder_copy)[1]["unused"] == [everywhere]
 
 
-def test_a_class_that_only_val_shows_cannot_be_learnt(folder_copy):
+@pytest.mark.parametrize("name", ["train", "my_train"])
+def test_a_class_that_only_val_shows_cannot_be_learnt(folder_copy, name):
     """As lists are that were cut from a table sorted by class."""
-    (folder_copy / "splits" / "train.txt").write_text("a\n")
+    (folder_copy / "splits" / "train.txt").unlink()
+    (folder_copy / "splits" / f"{name}.txt").write_text("a\n")
     (folder_copy / "splits" / "val.txt").write_text("b\nc\nd\n")
     assert "class 'dog' is in no training label" in look(folder_copy)[1]["unused"]
     (folder_copy / "labels.csv").write_text("id,labels\nb,cat;dog\nc,dog\nd,\n")
     assert look(folder_copy)[1]["label"] == ["no training image has a label, so nothing can be learnt"]
 
 
-def test_a_leak_from_val_into_train_is_a_copy_of_two_splits(folder_copy):
+@pytest.mark.parametrize(
+    "label, told", [("", ": with different labels"), ("dog", ": with different labels"), ("cat", "")]
+)
+def test_a_leak_from_val_into_train_is_a_copy_of_two_splits(folder_copy, label, told):
     (folder_copy / "images" / "d.webp").write_bytes((folder_copy / "images" / "a.jpg").read_bytes())
-    findings = look(folder_copy)[1]
-    assert findings["copies"] == ["a (train) = d (val): with different labels"]
+    (folder_copy / "labels.csv").write_text(f"id,labels\na,cat\nb,cat;dog\nc,dog\nd,{label}\n")
+    assert look(folder_copy)[1]["copies"] == [f"a (train) = d (val){told}"]
+
+
+def test_copies_count_in_every_split_of_each(folder_copy):
+    (folder_copy / "images" / "c.jpeg").write_bytes((folder_copy / "images" / "b.png").read_bytes())
+    splits, findings = look(folder_copy)
+    assert findings["copies"] == ["b (train, val) = c (train): with different labels"]
+    assert (splits["train"].counts["copies"], splits["val"].counts["copies"]) == (2, 1)
 
 
 def test_labels_that_name_no_class_teach_nothing(folder_copy):
@@ -125,6 +148,36 @@ def test_findings_are_shortened_on_screen(capsys):
     _, title, *lines, rest = capsys.readouterr().out.splitlines()
     assert "several ids (7)" in title and rest == "  ... and 2 more"
     assert lines == ["  " + "x" * 400 + " ..."] * 5
+
+
+def test_published_are_the_official_lists(voc_copy, tmp_path, capsys):
+    """As their authors count them; the command compares with them."""
+    counts = {name: {domain: split.images for domain, split in splits.items()} for name, splits in PUBLISHED.items()}
+    assert counts == {
+        "voc12": {"train_aug": 10582, "train": 1464, "val": 1449, "test": 1456},
+        "coco14": {"train2014": 82783, "val2014": 40504},
+    }
+    bare = {(name, domain) for name in PUBLISHED for domain, split in PUBLISHED[name].items() if not split.labels}
+    assert bare == {("voc12", "test")}
+    refusal(
+        capsys, "datasets.verify", "--dataset", "voc12", "--data_dir", voc_copy, "--output_dir", tmp_path / "report"
+    )
+    assert json.loads((tmp_path / "report" / "verify.json").read_text())["findings"]["list"] == [
+        "split 'train' lists 3 images, the published list 1464",
+        "split 'train_aug' lists 4 images, the published list 10582",
+        "split 'val' lists 2 images, the published list 1449",
+    ]
+
+
+def test_photographs_of_a_published_dataset_may_be_in_no_list(voc_copy):
+    (voc_copy / "ImageSets" / "Segmentation" / "train_aug.txt").unlink()
+    (voc_copy / "ImageSets" / "Segmentation" / "val.txt").write_text("b\n")
+    assert look(voc_copy, dataset="voc12")[1]["unlisted"] == [f"{voc_copy}/JPEGImages/d.jpg: in no list"]
+    published = {"train": Published(3), "val": Published(1)}
+    splits, findings = look(voc_copy, published, "voc12")
+    assert findings["unlisted"] == []
+    columns, row, _ = (line.split() for line in table(splits, {"train": Published(7)}).splitlines())
+    assert row[columns.index("known")] == "7"
 
 
 def test_a_published_split_must_have_its_images_labels_and_masks(voc_copy):
@@ -218,6 +271,11 @@ def test_what_is_wrong_ends_in_one_line_and_code_2(folder_copy, tmp_path, monkey
     change(folder_copy)
     flags = ["dev", "--dataset", "folder", "--data_dir", folder_copy, "--output_dir", "report", "--num_workers", "0"]
     assert message in refusal(capsys, "datasets.verify", *flags)
+
+
+def test_a_split_to_be_scored_must_be_there(folder_root, tmp_path, capsys):
+    flags = ["--dataset", "folder", "--data_dir", folder_root, "--output_dir", tmp_path, "--scored", "vall"]
+    assert "no domain 'vall'. Choose one of: train, val." in refusal(capsys, "datasets.verify", *flags)
 
 
 def test_the_histogram_shows_shares_to_scale(tmp_path):
