@@ -959,6 +959,63 @@ FAULTS = (
         "info.classes[i - 1], i) for i in indices if i != 0]",
         "test_report.py::test_a_legend_gives_each_colour_its_name",
     ),
+    # -- what made a folder, the dense CRF, and verify ---------------------------------------------------------------
+    Fault(
+        "two files of weights that begin alike are one",
+        "tools/identity.py",
+        "while block := file.read(1 << 20):",
+        "if block := file.read(1 << 20):",
+        "test_identity.py::test_fingerprints_are_of_the_content",
+    ),
+    Fault(
+        "--overwrite leaves masks of the old settings among the new ones",
+        "tools/identity.py",
+        "for image_id in (ids | _ids(stored)) & products.keys():",
+        "for image_id in ids & products.keys():",
+        "test_identity.py::test_overwrite_deletes_the_files_of_images_that_are_no_longer_listed",
+    ),
+    Fault(
+        "a folder is refined in place if it is read by its absolute path",
+        "tools/identity.py",
+        "if folder.resolve() == Path(place).resolve():",
+        "if folder == Path(place):",
+        "test_identity.py::test_no_folder_is_read_and_written_however_it_is_spelt",
+    ),
+    Fault(
+        "the dense CRF of dark images lacks the pixels that pydensecrf adds",
+        "tools/crf/lattice.py",
+        "if pixels % 4:",
+        "if pixels % 2:",
+        "test_crf.py::test_dark_images_of_any_number_of_pixels_equal_pydensecrf",
+    ),
+    Fault(
+        "in images that are not square, keys of the dense CRF's lattice run into each other",
+        "tools/crf/__init__.py",
+        "[(width - 1) / sxy, (height - 1) / sxy] + ",
+        "[(height - 1) / sxy, (width - 1) / sxy] + ",
+        "test_crf.py::test_bounds_of_features_are_their_maxima",
+    ),
+    Fault(
+        "the dense CRF's quick softmax overflows",
+        "tools/crf/__init__.py",
+        "settings.bilateral_weight < 20",
+        "settings.bilateral_weight < 200",
+        "test_crf.py::test_energies_and_weights_of_any_size",
+    ),
+    Fault(
+        "labels at stride 4 are those of other pixels",
+        "tools/maps.py",
+        'size, mode="nearest")',
+        'size, mode="nearest-exact")',
+        "test_pseudo_labels.py::test_labels_are_reduced_to_the_first_pixel_of_each_cell",
+    ),
+    Fault(
+        "verify forgets a split to be scored whose name is mistyped",
+        "datasets/verify.py",
+        "for domain in [*args.domains, *args.scored]:",
+        "for domain in args.domains:",
+        "test_verify.py::test_a_split_to_be_scored_must_be_there",
+    ),
 )
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from datasets import build_source
 from datasets.class_names import check_classes
-from datasets.listing import FileIndex, index_images, index_splits
+from datasets.listing import FileIndex, clean_id, index_images, index_splits
 from datasets.verify import verify
 from tools.errors import UserError
 
@@ -340,6 +340,11 @@ def test_photographs_that_differ_by_suffix_only_are_refused(tmp_path):
         index_images([photographs(tmp_path, "a.jfif", "a.png") / "images"])
 
 
+def test_characters_that_nobody_sees_are_no_part_of_the_id():
+    """Marks of order, direction and hyphenation, which texts bring along."""
+    assert clean_id("\ufeffa\u200b/b\u200e\u200f \u2060c\u00ad") == "a/b c"
+
+
 def test_unicode_forms_are_one_name(tmp_path):
     composed, decomposed = (unicodedata.normalize(form, "café/né") for form in ("NFC", "NFD"))
     root = dataset(tmp_path, f"{decomposed}.jpg", labels=f"id,labels\n{composed},cat\n")
@@ -616,6 +621,12 @@ def test_files_and_classes_that_belong_to_nothing_are_warned_of(tmp_path):
             "class 'dog' is in no training label",
         ],
     }
+
+
+def test_strays_beside_some_masks_are_no_error(folder_copy):
+    (folder_copy / "masks" / "d.png").rename(folder_copy / "masks" / "x.png")
+    found = findings(folder_copy)
+    assert found["stray"] == [f"{folder_copy}/masks/x.png: no ID.png of a photograph"] and "mask" not in found
 
 
 @pytest.mark.parametrize("name", ["a_mask.png", "a___fuse.png", "a.jpg___fuse.png", "a-seg.png", "a_labelIds.png"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from datasets import build_source
 from datasets.verify import verify
+from datasets.verify_masks import check_agreement
 from tools.errors import UserError
 from tools.files import load_image
 
@@ -95,6 +97,13 @@ def test_a_third_of_masks_without_any_class_of_their_labels_is_an_error(tmp_path
     assert found.get("mask", []) == [text] * refused and len(found["unlabelled"]) == wrong + (wrong >= 3) * (right == 0)
 
 
+@pytest.mark.parametrize(("value", "labels", "refused"), [(1, "cat;dog", False), (0, "cat", False), (1, "dog", True)])
+def test_masks_to_be_learnt_show_a_class_of_their_labels_or_none(tmp_path, value, labels, refused):
+    source = build_source("folder", dataset(tmp_path / "data", [square(value)] * 3, [labels] * 3))
+    with pytest.raises(UserError, match=r"0\.png: one of 3 masks \(of 3\)") if refused else contextlib.nullcontext():
+        check_agreement(source, ["0", "1", "2"])
+
+
 @pytest.mark.parametrize(("factor", "blended"), [(1, False), (2, True), (4, True)])
 def test_masks_that_were_resized_with_blending_are_an_error(tmp_path, factor, blended):
     """Between 0 and 2 there is 1 along the edges, which is another class."""
@@ -106,6 +115,14 @@ def test_masks_that_were_resized_with_blending_are_an_error(tmp_path, factor, bl
         "0.png: one of 3 masks (of 3) that show, along edges only, classes that their image labels lack. They were "
         "resized with blending, or saved as JPEG: make them again, with nearest neighbour"
     ] * blended
+
+
+@pytest.mark.parametrize(("edge", "label"), [(1, "dog"), (2, "cat")])
+def test_an_edge_may_be_of_any_class(tmp_path, edge, label):
+    mask = square(3 - edge)
+    mask[3, 5:14] = edge
+    (text,) = findings(dataset(tmp_path / "data", [mask] * 3, [label] * 3))["mask"]
+    assert "0.png: one of 3 masks (of 3) that show, along edges only, classes" in text
 
 
 def test_an_object_that_the_labels_lack_is_no_edge(tmp_path):
@@ -129,6 +146,7 @@ def test_predictions_in_which_255_is_the_object_are_warned_of(tmp_path, capsys):
     [
         (6, (20, 30), (20, 30), "EXIF orientation 6 turns the photograph, but not the mask: turn the mask, too"),
         (6, (20, 30), (30, 20), None),
+        (5, (20, 30), (30, 20), None),
         (6, (20, 20), (20, 20), "one of 1 photographs that EXIF turns"),
         (3, (20, 30), (20, 30), "one of 1 photographs that EXIF turns"),
         (4, (20, 30), (20, 30), "one of 1 photographs that EXIF turns"),
@@ -161,6 +179,10 @@ def test_palettes_in_which_a_colour_wanders_are_an_error(tmp_path):
     root = dataset(tmp_path / "data", [square(1), square(1)], ["cat", "dog"])
     save_palette(root / "masks" / "0.png", square(1), [black, orange])
     save_palette(root / "masks" / "1.png", square(1), [black, azure])
+    assert "mask" not in findings(root)
+    both = square(2)
+    both[4:6, 6:9] = 1
+    save_palette(root / "masks" / "0.png", both, [black, azure, azure])  # tells nothing
     assert "mask" not in findings(root)
     save_palette(root / "masks" / "0.png", square(2), [black, orange, azure])
     (text,) = findings(root)["mask"]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tools.maps import resize_labels
 from tools.pseudo_labels import (
     RelativeReading,
     mutual_promotion_labels,
@@ -198,6 +199,11 @@ def test_a_relative_reading_pixel_by_pixel():
     half = p.clone()
     half[0, 1:, 0, 2], half[0, 0, 0, 2] = p[0, 1:, 0, 2] / 8, 0.95
     assert reading.labels(half[..., 2:3]).tolist() == [[[0]]]
+
+
+def test_labels_are_reduced_to_the_first_pixel_of_each_cell():
+    labels = torch.arange(2 * 8 * 12).view(2, 8, 12)
+    assert torch.equal(resize_labels(labels, (2, 3)), labels[:, ::4, ::4])
 
 
 def plain_triangle(values: np.ndarray) -> float:

@@ -53,7 +53,7 @@ class Kernel:
         """Fold n = 1 / sqrt(K 1), the scale of the blur and the weight into the weights of splat and slice."""
         splat, slicing = self._stages[0], self._stages[-1]
         slicing.weights.mul_(scale)
-        norm = (self(torch.ones(len(slicing.weights), 1, device=slicing.weights.device)) + 1e-20).rsqrt()
+        norm = self(torch.ones(len(slicing.weights), 1, device=slicing.weights.device)).rsqrt()
         splat.weights.mul_(norm[:, 0].index_select(0, splat.index))
         slicing.weights.mul_(norm * weight)
 
