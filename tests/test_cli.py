@@ -80,7 +80,9 @@ def test_only_names_are_respelt():
 
 @pytest.mark.parametrize(
     "flags, expected",
-    [([], True), (["--hflip"], True), (["--hflip", "false"], False), (["--hflip=off"], False), (["--hflip=1"], True)],
+    [([], True), (["--hflip"], True), (["--hflip", "false"], False)]
+    + [([f"--hflip={text}"], True) for text in ("true", "yes", "on", "1", "True", "YES")]
+    + [([f"--hflip={text}"], False) for text in ("false", "no", "off", "0", "False", "NO")],
 )
 def test_switches(flags, expected):
     assert parse("inference", "--tag", "t", *flags).hflip is expected
@@ -125,6 +127,29 @@ def test_numbers_out_of_range(capsys, flag, value, reason):
     assert f"--{flag}" in line and reason in line
 
 
+@pytest.mark.parametrize(
+    "script, flag, least, most",
+    [
+        ("train_csrm", "wd", "0", None),
+        ("train_csrm", "crf_t", "0", None),
+        ("train_csrm", "batch_size", "1", None),
+        ("train_csrm", "momentum", "0", "1"),
+        ("inference", "threshold", "0", "1"),
+    ],
+)
+def test_bounds_of_numbers_are_allowed(script, flag, least, most):
+    for text in filter(None, (least, most)):
+        assert getattr(parse(script, "--tag", "t", f"--{flag}", text), flag) == float(text)
+
+
+@pytest.mark.parametrize(
+    "script, flag, text", [("train_csrm", "crf_gt_prob", "0"), ("train_csrm", "crf_gt_prob", "1")]
+    + [("inference", "threshold", text) for text in ("-0.1", "1.1", "nan", "Auto")],
+)  # fmt: skip
+def test_numbers_beyond_their_bounds(capsys, script, flag, text):
+    assert f"--{flag}: " in refusal(capsys, script, "--tag", "t", f"--{flag}={text}")
+
+
 @pytest.mark.parametrize("scales", ["", "1,,2", "0,1", "1,-2", "1,inf", "one"])
 def test_scales_are_positive_numbers(capsys, scales):
     assert "--scales" in refusal(capsys, "inference", "--tag", "t", "--scales", scales)
@@ -154,6 +179,16 @@ def test_cuda_where_there_is_none(capsys, folder_root, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     line = refusal(capsys, "train_classifier", "--tag", "t", *data_flags(folder_root), *TRAINING, "--device", "cuda")
     assert "--device cuda: PyTorch sees 0 GPUs" in line
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda", "cuda:0", "cuda:1"])
+def test_a_device_is_that_of_its_name(monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert devices.select_device(name) == torch.device(name)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    if name == "cuda:1":
+        with pytest.raises(UserError, match="^--device cuda:1: PyTorch sees 1 GPUs"):
+            devices.select_device(name)
 
 
 @pytest.mark.parametrize("available, expected", [(False, "cpu"), (True, "cuda")])

@@ -155,6 +155,29 @@ def contrast(part: slice) -> list[torch.Tensor]:
     return [loss.detach(), leaf.grad, bank.storage[:-1].clone(), bank.sizes.clone()]
 
 
+def exchange(rank: int) -> dict[str, torch.Tensor]:
+    """What each function of `distributed` makes of tensors that differ by rank."""
+    share = torch.arange(6.0).view(2, 3) + 100 * rank
+    weights = [nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), (1,), (4,))]
+    weights[0].grad, weights[2].grad = share.clone(), torch.full((4,), float(rank))
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    for tensor in model.state_dict().values():
+        tensor.fill_(rank + 1)
+    distributed.share_model(model)
+    total, gathered = distributed.all_reduce_sum(share), distributed.gather_batch(share.T)
+    distributed.average_gradients(weights)
+    assert weights[1].grad is None
+    state = torch.cat([tensor.flatten().float() for tensor in model.state_dict().values()])
+    return {
+        "share": share,
+        "total": total,
+        "gathered": gathered,
+        "first": weights[0].grad,
+        "last": weights[2].grad,
+        "model": state,
+    }
+
+
 # -- the two processes ---------------------------------------------------------------------------------------------
 
 
@@ -169,6 +192,7 @@ def work(root: Path, ports: list[int]) -> None:
     distributed.start(Path("experiments"))
     part = slice(rank, None, WORLD)
     results = {"losses": pixel_losses(part), "contrast": contrast(part), "report": report(root)}
+    results["exchange"] = exchange(rank)
     distributed.stop()
 
     def meet_again() -> None:  # torchrun's own meeting point is for one group
@@ -314,6 +338,19 @@ def test_predictions_have_the_same_bytes(two, folder_root, tmp_path, monkeypatch
     assert len(files) == len([path for path in (two.folder / PREDICTIONS).rglob("[!.]*") if path.is_file()])
 
 
+def test_what_processes_exchange(two):
+    first = torch.arange(6.0).view(2, 3)
+    second = first + 100
+    rows = [row for pair in zip(first.T, second.T, strict=True) for row in pair]
+    for rank, each in enumerate(two.results):
+        actual = each["exchange"]
+        assert torch.equal(actual["share"], (first, second)[rank]), "a sum leaves its argument as it is"
+        assert torch.equal(actual["total"], first + second)
+        assert torch.equal(actual["gathered"], torch.stack(rows))
+        assert torch.equal(actual["first"], first + 50) and actual["last"].tolist() == [0.5] * 4
+        assert actual["model"].unique().tolist() == [1.0], "weights and statistics are the first one's"
+
+
 def test_the_mean_of_every_loss_and_its_gradient_are_those_of_the_whole_batch(one, two):
     expected = one[1]["losses"]
     for index in range(0, len(expected), 2):
@@ -451,10 +488,10 @@ def test_processes_that_do_not_see_one_checkpoint(folder_root, tmp_path, monkeyp
 @pytest.mark.parametrize("device, message", [("cuda:0", "gives each of its processes a GPU"), ("cuda", "sees 1 GPUs")])
 def test_a_gpu_for_each_process(monkeypatch, device, message):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for name in ("LOCAL_RANK", "RANK", "MASTER_ADDR"):
-        monkeypatch.setenv(name, "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"LOCAL_RANK": "1", "RANK": "3", "MASTER_ADDR": "localhost", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)  # the second process of the second machine
     assert devices.select_device("cuda") == torch.device("cuda:1")
+    assert devices.select_device("cpu") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match=message):
         devices.select_device(device)

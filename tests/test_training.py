@@ -11,7 +11,7 @@ import torch
 from command import DECODER, TRAINING, data_flags, refusal, run
 
 from datasets import loaders
-from tools import training
+from tools import distributed, parallel, training
 from tools.checkpoint import previous_path
 from tools.files import locked
 from tools.history import read_run
@@ -345,3 +345,19 @@ def test_compiled_networks_train_alike(folder_root, folder, monkeypatch, script,
         runs.append(torch.load(CHECKPOINT, weights_only=True)["model"])
     assert len(names) == (3 if script == "train_csrm" else 1)
     torch.testing.assert_close(*runs)
+
+
+def test_a_save_within_an_epoch_leaves_the_means_of_two_processes(monkeypatch):
+    """The other process had losses of 3 in all, this one of 1, in two batches each; then both hold the mean."""
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(Trainer, "_save", lambda *_: None)
+    monkeypatch.setattr(Trainer, "_seed", lambda *_: None)
+    trainer = Trainer.__new__(Trainer)
+    trainer.model, trainer.companions, trainer.ids, trainer.losses = torch.nn.Linear(1, 1), {}, [], []
+    trainer.sums, trainer.batch = {"loss": torch.tensor(1.0)}, 2
+    monkeypatch.setattr(distributed, "broadcast", lambda _: None)
+    monkeypatch.setattr(distributed, "all_reduce_sum", lambda total: total + 3)
+    assert trainer.means() == {"loss": 1.0}
+    trainer._save_within(0)
+    monkeypatch.setattr(distributed, "all_reduce_sum", lambda total: total * 2)
+    assert trainer.means() == {"loss": 1.0}
