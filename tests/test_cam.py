@@ -312,6 +312,14 @@ def test_cams_that_are_not_normalised_are_named(tmp_path, hr_cam, message):
     assert str(error.value) == f"{tmp_path}/a.npz: values {message}; expected 0 to 1. {remedy}"
 
 
+@pytest.mark.parametrize("keys", [[0, 1], [0, 1, 3], [0, 0, 1], [0, -1, 1], [1, 1, 2]])
+def test_keys_that_are_not_zero_and_a_class_per_cam(tmp_path, keys):
+    write_cams(tmp_path / "a.npz", keys, HR_CAM)
+    with pytest.raises(FileError) as error:
+        read_cams(tmp_path / "a.npz", (2, 3), num_classes=3)
+    assert f"a.npz: keys {keys} for 2 CAMs; expected 0 and one class from 1 to 2 per CAM." in str(error.value)
+
+
 def test_what_rounding_adds_to_cams_is_no_fault(tmp_path):
     write_cams(tmp_path / "a.npz", [0, 1, 2], 1.012 * HR_CAM - 0.005)
     assert read_cams(tmp_path / "a.npz", (2, 3), num_classes=3)[1].max() == pytest.approx(1.007)

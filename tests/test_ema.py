@@ -61,3 +61,27 @@ def test_teacher_never_trains():
 def test_decay_grows_to_its_maximum():
     assert [ema_decay(t) for t in (0, 1, 3)] == pytest.approx([0.0, 0.5, 0.75])
     assert ema_decay(98) == pytest.approx(0.98989898) and ema_decay(99) == ema_decay(10_000) == 0.99
+
+
+class Keeping(nn.Linear):
+    """Like some of timm's layers: it keeps what it has computed from its weights until it trains."""
+
+    kept = None
+
+    def train(self, mode: bool = True) -> Keeping:
+        self.kept = None if mode else self.kept
+        return super().train(mode)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.kept = 2 * self.weight if self.kept is None else self.kept
+        return x @ self.kept.T
+
+
+def test_what_layers_keep_is_computed_again_from_new_weights():
+    student, x = Keeping(3, 2), torch.eye(3)
+    teacher = Teacher(student)
+    teacher(x)
+    with torch.no_grad():
+        student.weight.fill_(1.0)
+    teacher.update(student, 0.0)
+    assert torch.equal(teacher(x), torch.full((3, 2), 2.0)) and not teacher.module.training

@@ -52,8 +52,8 @@ def test_labelled_classes_that_the_mask_does_not_show_are_missing():
 def test_the_queue_is_written_with_its_reasons_and_read_back_in_order(tmp_path):
     rows = queue(
         [
-            Row("b", Doubt(0.4, 0.0), {"CAM": 0.5, "Refined": 0.25}),
             Row("c", Doubt(0.4, 0.0)),
+            Row("b", Doubt(0.4, 0.0), {"CAM": 0.5, "Refined": 0.25}),
             Row('a, "x"', Doubt(0.2, 1.0), {"Refined": 1.0}),
         ]
     )
