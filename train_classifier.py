@@ -136,7 +136,6 @@ def load_ordinary(args: argparse.Namespace, info: DatasetInfo) -> nn.Module:
             f"--oc_weights {args.oc_weights}: not a trained {args.architecture} with these "
             f"{info.num_foreground} classes. Train one with --method vanilla."
         )
-    model.pretrained.add("classifier")
     return model.eval() if args.method == "pnoc" else model.eval().requires_grad_(False)
 
 
@@ -167,9 +166,7 @@ def main(args: argparse.Namespace) -> None:
     seed_everything(args.seed)
     model = build_model("classifier", num_classes=source.info.num_classes, **options.network_arguments(args)).to(device)
     if args.restore:
-        report = restore(model, args.restore, source.info.classes)
-        if "classifier.weight" in report.restored:
-            model.pretrained.add("classifier")
+        restore(model, args.restore, source.info.classes)
     ordinary = load_ordinary(args, source.info).to(device) if args.oc_weights else None
     criterion = PriorCriterion(args.method, label_smoothing=args.label_smoothing, w_re=args.w_re, ordinary=ordinary)
     companions: dict[str, Any] = {}

@@ -489,9 +489,7 @@ def build_student(args: argparse.Namespace, classes: Sequence[str]) -> nn.Module
     heads = {"use_sal_head": args.use_sal_head, "use_rep_head": args.use_rep_head}
     student = build_model("csrm", num_classes=len(classes), **options.network_arguments(args), **heads)
     if args.restore:
-        report = restore(student, args.restore, classes)
-        if "classifier.weight" in report.restored:
-            student.pretrained.add("classifier")
+        restore(student, args.restore, classes)
     return student
 
 

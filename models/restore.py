@@ -70,6 +70,8 @@ class RestoreReport:
 def restore(model: nn.Module, path: str | Path, classes: Sequence[str] | None = None) -> RestoreReport:
     """Copy into `model`, in place, every tensor of a file that it has under the same name and shape; print what was.
 
+    A CAM classifier that the file gives joins the model's `pretrained` parts (`models.build_model`).
+
     Args:
         model: with or without a `Backbone`; dtypes and devices stay the model's.
         path: a checkpoint of this project, a state dict (.pth, as published with Puzzle-CAM, P-NOC, torchvision and
@@ -102,6 +104,8 @@ def restore(model: nn.Module, path: str | Path, classes: Sequence[str] | None = 
     )
     _check(path, fits, source, target, _blocks_beside(pairs, report.unused))
     model.load_state_dict(fits, strict=False)
+    if "classifier.weight" in fits:
+        model.pretrained.add("classifier")
     print(report)
     return report
 
