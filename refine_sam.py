@@ -304,8 +304,8 @@ def propose_batch(make: Propose, source: DataSource, folder: Path, ids: Sequence
         save_proposals(folder / f"{image_id}.json", masks, image.shape[:2])
 
 
-def proposals_identity(backend: Backend, source: DataSource, photographs: dict[str, int]) -> dict:
-    """The identity of the proposals of these photographs, sizes of files by id (`tools.identity`).
+def proposals_identity(backend: Backend, source: DataSource, photographs: dict[str, int | str]) -> dict:
+    """The identity of the proposals of these photographs (`tools.identity.photographs`).
 
     Raises:
         UserError: the file of an image would be that of the identity.
@@ -321,8 +321,8 @@ def proposals_identity(backend: Backend, source: DataSource, photographs: dict[s
     return identity.describe("refine_sam.py", flags, inputs=inputs)
 
 
-def merged_identity(rule: Rule, folders: Folders, info: DatasetInfo, photographs: dict[str, int]) -> dict:
-    """The identity of the refined masks of these photographs, sizes of files by id.
+def merged_identity(rule: Rule, folders: Folders, info: DatasetInfo, photographs: dict[str, int | str]) -> dict:
+    """The identity of the refined masks of these photographs (`tools.identity.photographs`).
 
     Proposals are compared by the size of their files. The photographs are not read here, but who reads the masks
     compares them (`tools.identity.check_classes`).

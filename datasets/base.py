@@ -217,12 +217,13 @@ class DataSource:
     def fingerprints(self, ids: Sequence[str], *, labels: bool = False, masks: bool = False) -> dict[str, dict]:
         """What is read of these images, by kind and id, as `tools.identity` compares it.
 
-        Of a photograph the size of its file, of a label the class names, of a mask a hash of the file ("" without one).
+        Of a photograph the size of its file (`identity.photographs`), of a label the class names, of a mask a hash of
+        the file ("" without one).
 
         Raises:
             UserError: an image without a photograph, or without the label asked for.
         """
-        inputs: dict[str, dict] = {"photographs": identity.sizes({i: self.image_path(i) for i in ids})}
+        inputs: dict[str, dict] = {"photographs": identity.photographs({i: self.image_path(i) for i in ids})}
         if labels:
             names = np.array(self.info.classes[1:], dtype=object)
             rows = zip(ids, self.image_labels(ids), strict=True)

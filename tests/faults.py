@@ -430,6 +430,13 @@ FAULTS = (
         "test_identity.py::test_a_file_that_the_record_does_not_list_is_not_taken",
     ),
     Fault(
+        "photographs without compression are compared by size",
+        "tools/identity.py",
+        "return _content(path) if path.suffix.lower() in UNCOMPRESSED else _size(path)",
+        "return _size(path)",
+        "test_identity.py::test_a_run_is_its_uncompressed_photographs[c.BMP]",
+    ),
+    Fault(
         "photographs are predicted at their full size, not at that of the training",
         "inference.py",
         'options.views(args, checkpoint["args"])',

@@ -19,7 +19,7 @@ from datasets import build_source
 from tools import identity
 from tools.cam_files import load_cams
 from tools.errors import UserError
-from tools.files import load_mask, save_mask
+from tools.files import load_image, load_mask, save_mask
 
 MODEL = Path("experiments/models/t.pth")
 CAMS = Path("experiments/predictions/t@train/cams")
@@ -143,6 +143,19 @@ def test_a_run_is_its_data(data, capsys, change, words):
     change(data)
     assert words.format(data) in refusal(capsys, "train_classifier", *flags)
     assert MODEL.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["c.BMP", "c.tif", "c.tiff"])
+def test_a_run_is_its_uncompressed_photographs(data, capsys, name):
+    """All of one camera have one size in bytes."""
+    path, pixels = data / "images" / name, load_image(data / "images" / "c.jpeg")
+    (data / "images" / "c.jpeg").unlink()
+    Image.fromarray(pixels).save(path)
+    before, flags = path.stat().st_size, [*data_flags(data), "--tag", "t", *TRAINING]
+    run("train_classifier", *flags)
+    Image.fromarray(pixels[::-1]).save(path)
+    assert path.stat().st_size == before
+    assert "t.pth: made with other photographs, or in another order: " in refusal(capsys, "train_classifier", *flags)
 
 
 def test_a_run_is_its_masks(data, capsys, tmp_path):

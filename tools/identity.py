@@ -8,7 +8,8 @@ An identity is a dict of plain values:
     script      the entry script                        version   of the code; shown, never compared
     settings    flags by name, without the harmless ones; classes: names, if the product depends on their order
     files       flag -> {"file", "sha256"}: files of weights; the content is compared, not the name
-    inputs      kind -> {id: fingerprint}: photographs (size of the file), labels (class names), masks (content)
+    inputs      kind -> {id: fingerprint}: photographs (size of the file; content of a BMP or TIFF), labels (class
+                names), masks (content)
     folders     flag -> where the inputs were; shown, never compared
 
 A checkpoint depends on all its images: it keeps a `digest` of its inputs, and all must agree. In a folder, each file
@@ -43,6 +44,9 @@ HARMLESS = ("tag", "device", "num_workers", "compile", "domain_valid", "overwrit
 
 FILES = ("restore", "oc_weights", "backbone_weights", "weights", "checkpoint")
 """Flags that name a file of weights."""
+
+UNCOMPRESSED = (".bmp", ".tif", ".tiff")
+"""Photographs of one camera have one size in these formats."""
 
 FOLDERS = {"photographs": "data_dir", "labels": "data_dir", "masks": "masks_dir"}
 FOLDERS |= {"pseudo masks": "pseudo_dir", "proposals": "proposals_dir", "mask files": "mask_files"}
@@ -247,13 +251,13 @@ def _is_identity(content: Any) -> bool:
     )
 
 
-def check_classes(folder: Path, classes: Sequence[str], photographs: Mapping[str, int] = {}) -> None:
+def check_classes(folder: Path, classes: Sequence[str], photographs: Mapping[str, int | str] = {}) -> None:
     """Refuse masks or maps of other classes, or of the same in another order, or of other photographs under the same
     ids, if the folder's record says so. Only files that are there count.
 
     Args:
         classes: of the dataset, without the background.
-        photographs: their `sizes`, by id.
+        photographs: what `photographs` says of them, by id.
 
     Raises:
         UserError: the record names others.
@@ -308,8 +312,13 @@ def contents(paths: Mapping[str, Path | None]) -> dict[str, str]:
 
 
 def sizes(paths: Mapping[str, Path]) -> dict[str, int]:
-    """The size of each file in bytes, by id; -1 if there is no file. Fast, and enough to tell photographs apart."""
+    """The size of each file in bytes, by id; -1 if there is no file. Fast, and enough for compressed files."""
     return dict(zip(paths, thread_map(_size, [*paths.values()], READERS), strict=True))
+
+
+def photographs(paths: Mapping[str, Path]) -> dict[str, int | str]:
+    """What tells photographs apart, by id: the size of the file, or the content of one that is not compressed."""
+    return dict(zip(paths, thread_map(_photograph, [*paths.values()], READERS), strict=True))
 
 
 def _content(path: Path | None) -> str:
@@ -317,6 +326,10 @@ def _content(path: Path | None) -> str:
         return file_fingerprint(path) if path else ""
     except OSError:
         return ""
+
+
+def _photograph(path: Path) -> int | str:
+    return _content(path) if path.suffix.lower() in UNCOMPRESSED else _size(path)
 
 
 def _size(path: Path) -> int:
