@@ -410,8 +410,9 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Train, or predict with --predict."""
-    if args.images and not args.predict:
-        raise UserError("--images: photographs to predict. Pass --predict too.")
+    for name in () if args.predict else ("images", "weights", "max_images", "tile", "save_overlays", "save_confidence"):
+        if getattr(args, name):
+            raise UserError(f"--{name}: without effect on a training. Pass --predict too, or drop it.")
     device = select_device(args.device)
     (predict if args.predict else train)(args, device)
 

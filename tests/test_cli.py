@@ -159,7 +159,9 @@ def test_flags_that_contradict_each_other(capsys, folder_root):
     flags = [*data_flags(folder_root), "--tag", "t", *TRAINING]
     assert "--min_image_size 90: above" in refusal(capsys, "train_classifier", *flags, "--min_image_size", 90)
     assert "--nesterov: needs --momentum" in refusal(capsys, "train_classifier", *flags, "--momentum", 0)
-    assert "--images: photographs to predict" in refusal(capsys, "train_segmentation", *flags, "--images", folder_root)
+    for flag in ("--images=a", "--weights=a", "--max_images=1", "--tile=9", "--save_overlays", "--save_confidence"):
+        refused = refusal(capsys, "train_segmentation", *flags, flag)
+        assert f"{flag.partition('=')[0]}: without effect on a training. Pass --predict" in refused
     assert "--batch_size 4: 3 images" in refusal(
         capsys, "train_classifier", *data_flags(folder_root), "--tag", "t", "--domain_train", "train",
         *("--architecture", "test_resnet", "--backbone_weights", "none", "--batch_size", 4),
