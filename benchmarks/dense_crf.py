@@ -45,8 +45,8 @@ def main(args: argparse.Namespace) -> None:
     photographs = sorted(args.images.glob("*.jpg"))[: args.num_images] if args.images else [None] * args.num_images
     on_gpu = device.type == "cuda"
     print(f"device {args.device}, {args.workers} processes, {len(photographs)} images, 10 iterations")
-    titles = ("size", "labels", "unaries", "torch s", "pydensecrf s", "ratio")
-    print_row(*titles, *(("GB/image", "floor s") if on_gpu else ()))
+    floors = ("GB/image", "floor s") if on_gpu else ()
+    print_row("size", "labels", "unaries", "torch s", "pydensecrf s", "ratio", *floors)
     for size, labels, unaries in itertools.product(SIZES, (3, 21), (1, 2)):
         cases = [(seed, size, labels, unaries, path) for seed, path in enumerate(photographs)]
         reference = measure_cores(cases, "pydensecrf", args.workers)

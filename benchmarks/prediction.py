@@ -37,12 +37,11 @@ def make_parser() -> cli.Parser:
 
 def main(args: argparse.Namespace) -> None:
     """Time both revisions in turn and print images/s and their ratio."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        codes = [checkout(args.revision, folder / "code"), HERE]
-        works = [folder / "before", folder / "here"]
-        prepare(args, folder / "data", works)
-        flags = f"--tag csrm --dataset folder --data_dir {folder / 'data'} --domain train --device {args.device}"
+    with tempfile.TemporaryDirectory() as folder:
+        codes = [checkout(args.revision, Path(folder, "code")), HERE]
+        data, *works = (Path(folder, name) for name in ("data", "before", "here"))
+        prepare(args, data, works)
+        flags = f"--tag csrm --dataset folder --data_dir {data} --domain train --device {args.device}"
         for command in ("inference.py", "train_segmentation.py --predict"):
             commands = [f"{code}/{command} {flags}" for code in codes]
             runs = [[seconds(*each) for each in zip(works, commands, strict=True)] for _ in range(args.repeats)]

@@ -17,7 +17,6 @@ import io
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from unittest import mock
 
@@ -115,7 +114,7 @@ def count(args: argparse.Namespace, images: int) -> tuple[int, int, int]:
     return counter.get_total_flops(), sizes.total, sum(storage.nbytes() for storage in kept.values())
 
 
-def train(args: argparse.Namespace, folder: Path, *measures: AbstractContextManager) -> list:
+def train(args: argparse.Namespace, folder: Path, *measures: contextlib.AbstractContextManager) -> list:
     """Run the script for two epochs of `--steps` steps.
 
     Returns:
@@ -124,7 +123,7 @@ def train(args: argparse.Namespace, folder: Path, *measures: AbstractContextMana
     original, found = Trainer.batches, []
 
     def measured(trainer: Trainer, epoch: int, batches: Iterator) -> Iterator:
-        with ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
             found[:] = [stack.enter_context(measure) for measure in measures] if epoch else []
             start = measuring.clock(trainer.device)
             yield from original(trainer, epoch, batches)
@@ -153,8 +152,7 @@ def print_floor(device: torch.device, flops: int, size: int, step: float) -> Non
     dtype = devices.autocast_dtype("auto", device) or torch.float32
     peak, copied = measuring.matrix_peak(device, dtype), measuring.bandwidth(device)
     rate, by_flops, by_bytes = flops / step, 1000 * flops / peak, 1000 * size * dtype.itemsize / 4 / copied
-    product = f"of the {peak / 1e12:.4f} of a matrix product ({dtype})"
-    print_row("TFLOP/s", f"{rate / 1e12:.4f}, {rate / peak:.1%} {product}")
+    print_row("TFLOP/s", f"{rate / 1e12:.4f}, {rate / peak:.1%} of the {peak / 1e12:.4f} of a matrix product ({dtype})")
     print_row("floor", f"{by_flops:.0f} ms by TFLOP, {by_bytes:.0f} ms by GB; a step takes {1000 * step:.0f} ms")
     print_row("copy", f"{copied / 1e9:.1f} GB/s")
 
