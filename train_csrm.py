@@ -302,14 +302,9 @@ def train_step(
     # 1. The teacher sees both halves. If nothing is mixed, the losses use this pass, too.
     mixes = labels.augment != "none" and random.random() < labels.cutmix_prob
     teaches, contrasts = criterion.teaches_itself(epoch), criterion.has_any(epoch, "contra")
-    needs_segmentation = teaches or observed or labels.c2s_mode == "mp"
-    teacher_out = {}
-    if needs_segmentation or labels.c2s_mode != "gt":
-        teacher_out = teacher(
-            normalize(batch.images),
-            segmented=None if needs_segmentation else 0,
-            representations=contrasts and not mixes,
-        )
+    segments = teaches or observed or labels.c2s_mode == "mp"
+    needs = {"segmented": None if segments else 0, "representations": contrasts and not mixes}
+    teacher_out = teacher(normalize(batch.images), **needs) if segments or labels.c2s_mode != "gt" else {}
     seg_logits, class_logits = teacher_out.get("seg_logits"), teacher_out.get("class_logits")
 
     # 2. Its CAMs become reliable pixel labels. Those of the unlabeled half are needed for mixing only.
@@ -324,20 +319,19 @@ def train_step(
 
     # 4. The teacher labels each pixel with the background or a class of the image.
     hard_labels = confidence = None
-    if needs_segmentation:
+    if segments:
         hard_labels, confidence = teacher_labels(seg_logits, image_labels, images.shape[-2:], labels.teacher_labels)
 
     # 5. Student and teacher see the mixed images. In warm-up no loss asks how the unlabeled half is segmented.
     inputs = normalize(images)
-    segmented = None if teaches else len(images) // 2
     with record_function("student"):
-        student_out = student(inputs, segmented=segmented, representations=contrasts)
+        student_out = student(inputs, segmented=None if teaches else len(images) // 2, representations=contrasts)
     if mixes and criterion.has_any(epoch, "u", "contra"):  # they look at the teacher's outputs, not only at its labels
         teacher_out = teacher(inputs, representations=contrasts)
 
     # 6. The five losses.
     targets = Targets(image_labels, cam_labels[: len(images) // 2], hard_labels, confidence)
-    if needs_segmentation:
+    if segments:
         criterion.observe(targets, class_logits, batch.image_labels)
     return criterion(student_out, teacher_out, targets, epoch)
 

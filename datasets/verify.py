@@ -217,16 +217,23 @@ def verify(
     report(shared_faults(source.info, masks))
     if is_systematic(len(dark := findings["dark"]), len(domains_of)):
         report([("unreadable", f"{dark[0]} (one of {len(dark)} photographs)")])
-    for labels in (labels for labels in copies.values() if len(labels) > 1):
-        told = ": with different labels" if len({*labels.values()} - {b""}) > 1 else ""
-        report([("copies", " = ".join(f"{i} ({', '.join(domains_of[i])})" for i in labels) + told)])
-        for domain in (domain for image_id in labels for domain in domains_of[image_id]):
-            splits[domain].counts["copies"] += 1
+    report(count_copies(splits, copies.values(), domains_of))
     for domain, split in splits.items():
         report(incomplete(domain, split, published.get(domain), scored=domain in scored))
     learnt = [split for domain, split in splits.items() if "train" in domain] or list(splits.values())
     report(unlearnable(source.info, learnt, published=bool(published)))
     return splits, findings
+
+
+def count_copies(
+    splits: dict[str, Split], photographs: Iterable[dict[str, bytes]], domains_of: dict[str, list[str]]
+) -> Found:
+    """Count the photographs that several ids have, in their splits; `photographs` are labels (empty: none) by id."""
+    for labels in (labels for labels in photographs if len(labels) > 1):
+        for domain in (domain for image_id in labels for domain in domains_of[image_id]):
+            splits[domain].counts["copies"] += 1
+        told = ": with different labels" if len({*labels.values()} - {b""}) > 1 else ""
+        yield "copies", " = ".join(f"{i} ({', '.join(domains_of[i])})" for i in labels) + told
 
 
 def incomplete(domain: str, split: Split, published: Published | None, *, scored: bool) -> Found:

@@ -63,6 +63,12 @@ def test_no_circle():
         below = {name: needs for name, needs in below.items() if name not in leaves}
 
 
+def test_no_function_is_long():
+    for path in (*modules().values(), *(ROOT / f"{script}.py" for script in SCRIPTS)):
+        functions = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef))
+        assert not [node.name for node in functions if node.end_lineno - node.lineno >= 50], path
+
+
 def test_names_that_other_programs_call_stay_where_they_are():
     for module, names in CALLED_ELSEWHERE.items():
         assert not [name for name in names if not hasattr(importlib.import_module(module), name)], module
