@@ -86,6 +86,18 @@ def test_an_epoch_is_the_mean_over_its_pixels_not_over_its_steps():
     assert [record["reliable"] for record in health.history] == [20, 100]
 
 
+def test_processes_that_share_an_epoch_go_on_with_halves(monkeypatch):
+    """Of two processes; the other has 1 of 7 pixels, this one 2 of 3, and later each 5 of 5: 13 of 20 in all."""
+    monkeypatch.setattr(health_module, "world_size", lambda: 2)
+    monkeypatch.setattr(health_module, "all_reduce_sum", lambda own: own + torch.tensor([1.0, 7.0]))
+    health = Health("on", warmup_epochs=1, max_epoch=3)
+    health.add("reliable", torch.tensor([True, True, False]), 3)
+    health.share()
+    health.add("reliable", torch.ones(5), 5)
+    monkeypatch.setattr(health_module, "all_reduce_sum", lambda own: 2 * own)
+    assert health.close()["reliable"] == 65
+
+
 def test_kept_is_the_part_of_the_objects_that_the_entropy_leaves():
     """Two of three object pixels have the highest entropy; a fifth of all pixels is dropped at epoch 0 of many."""
     observer = criterion("--warmup_epochs", 0, "--max_epoch", 10**6)
@@ -154,6 +166,28 @@ def test_when_all_losses_teach(mode, history, expected):
     health = Health(mode, warmup_epochs=2, max_epoch=6)
     health.history = history
     assert health.teaching_epochs() == expected
+
+
+def test_the_signals_of_the_first_epoch_are_waited_for():
+    health = Health("auto", warmup_epochs=0, max_epoch=6)
+    assert health.teaching_epochs() == (6, 6)
+    health.history = epochs([3, 3], [SOME, FEW])
+    assert health.teaching_epochs() == (2, 6)
+    health.history = epochs([3, 3], [FEW, FEW])
+    assert health.teaching_epochs() == (1, 6)
+
+
+@pytest.mark.parametrize("mode, history, expected", [
+    ("off", epochs([3] * 4), []),
+    ("on", epochs([3] * 4), [3, 4]),
+    ("auto", epochs([3] * 4, [SOME] * 4), []),
+    ("auto", epochs([3] * 4, [SOME, SOME, FEW, FEW]), [4, 4]),
+    ("auto", epochs([3, 3, LOW, 3]), [3, 3]),
+])  # fmt: skip
+def test_the_report_says_which_epochs_taught(mode, history, expected):
+    health = Health(mode, warmup_epochs=2, max_epoch=4)
+    health.history = [{**dict.fromkeys(SIGNALS), **record} for record in history]
+    assert health.report()["teaches_itself"] == expected
 
 
 def test_warm_up_lasts_until_self_training_starts_and_comes_back_when_it_stops():

@@ -64,6 +64,17 @@ def test_a_resumed_run_sees_what_the_unbroken_one_would():
     assert load(Noise(20), (3,), steps_per_epoch=3) == load(Noise(20), range(4), steps_per_epoch=3)[-12:]
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_epoch_goes_on_behind_the_batches_that_are_done(world_size):
+    for rank in range(world_size):
+        loader = build_loader(Noise(20), 4, num_workers=0, seed=0, rank=rank, world_size=world_size)
+        epochs = []
+        for steps_done in (0, 2):
+            loader.set_epoch(1, steps_done)
+            epochs.append([(*b["index"].tolist(), *b["noise"].tolist()) for b in loader])
+        assert len(epochs[0]) == 5 and epochs[1] == epochs[0][2:]
+
+
 @pytest.mark.parametrize("other", [{"seed": 1}, {"epochs": (1,)}], ids=["seeds", "passes"])
 def test_two_seeds_and_two_passes_have_independent_orders(other):
     first, second = load(Noise(100)), load(Noise(100), **other)

@@ -146,6 +146,15 @@ def test_each_image_of_a_batch_draws_its_own_rectangle():
     assert len(changed.unique(dim=0)) > 45
 
 
+def test_rectangles_reach_every_border_equally_often():
+    torch.manual_seed(0)
+    images, maps, logits, labels = make_batch(4000, 1, 4, 5, 0)
+    pasted = cutmix(torch.arange(4000).view(-1, 1, 1, 1).expand(-1, 1, 4, 5), maps, logits, labels)[0]
+    share = (pasted[:, 0] != torch.arange(4000).view(-1, 1, 1)).float().mean(dim=0)
+    torch.testing.assert_close(share, share.flip(0), atol=0.05, rtol=0)  # five standard deviations
+    torch.testing.assert_close(share, share.flip(1), atol=0.05, rtol=0)
+
+
 def test_partners_are_a_permutation_without_fixed_points():
     torch.manual_seed(0)
     seen = set()

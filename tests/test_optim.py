@@ -131,6 +131,30 @@ def test_an_update_follows_the_mean_over_the_batches_that_were_there(batches):
         torch.testing.assert_close(before - model.head.weight, 0.1 * expected)
 
 
+def test_weights_without_a_gradient_neither_decay_nor_go_on_moving():
+    """As CSRM's representation branch once self-training has stopped."""
+    model = Network()
+    update = Update(model, Optimization("sgd", 0.1, 0.5), updates=9, dtype=None)
+    update.backward(model(torch.randn(2, 3, 4, 4)).square().sum())
+    update.step()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    update.backward(model.head.weight.sum())
+    update.step()
+    assert [name for name, value in model.named_parameters() if not torch.equal(value, before[name])] == ["head.weight"]
+
+
+def test_no_update_of_a_long_training_is_left_out():
+    """The factor of the losses does not grow until it overflows, but for half precision."""
+    model, options = Network(), Optimization("sgd", 0.1, 0.0, momentum=0.0, nesterov=False, lr_poly_power=0.0)
+    update = Update(model, options, updates=9, dtype=torch.bfloat16)
+    start = model.head.bias.detach().clone()
+    for _ in range(300):
+        update.backward(model.head.bias.sum() / 100)
+        update.step()
+    lr = update.optimizer.param_groups[3]["lr"]
+    torch.testing.assert_close(start - model.head.bias, torch.full((2,), 300 * lr / 100))
+
+
 def test_nesterov_without_momentum_is_a_clear_error():
     with pytest.raises(UserError, match="--momentum above 0"):
         build_optimizer(Network(), Optimization("sgd", 0.1, 0, momentum=0.0))

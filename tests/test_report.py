@@ -214,6 +214,19 @@ def test_a_legend_gives_each_colour_its_name():
         assert np.array_equal(both[:, place + 2 : place + 30], one[:, text])
 
 
+def test_ignored_pixels_are_white_in_the_legend_too():
+    """As `overlay` paints them: its palette has a colour for them."""
+    picture = np.asarray(legend(DatasetInfo(("background", "cat")), [0, 255], 300))
+    assert not (picture == voc_palette()[255]).all(axis=2).any() and (picture < 255).any()
+
+
+@pytest.mark.parametrize("width", [200, 300, 417])
+def test_lines_of_a_legend_end_before_the_picture_does(width):
+    info = DatasetInfo(("background", *(f"class {n}" for n in range(1, 20))))
+    picture = np.asarray(legend(info, range(20), width))
+    assert picture.shape[1] == width and (picture[:, -10:] == 255).all()
+
+
 def test_no_name_in_a_legend_is_cut_off():
     """Not below a photograph that is narrower than the name."""
     info = DatasetInfo(("background", "yellow-bellied sapsucker"))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
-from command import DECODER, TRAINING, data_flags, refusal, run
+from command import DECODER, TRAINING, data_flags, parse, refusal, run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from datasets import loaders
-from tools import distributed, parallel, training
+from tools import distributed, options, parallel, training
 from tools.checkpoint import previous_path
 from tools.files import locked
 from tools.history import read_run
@@ -23,6 +26,7 @@ CSRM = [*CLASSIFIER, *DECODER, "--warmup_epochs", 0, "--cutmix_prob", 0.7, "--cr
 SEGMENTATION = [*CLASSIFIER, *DECODER]
 RUNS = [("train_classifier", CLASSIFIER), ("train_csrm", CSRM), ("train_segmentation", SEGMENTATION)]
 CHECKPOINT = Path("experiments/models/a.pth")
+CPU = torch.device("cpu")
 
 
 class Killed(BaseException):
@@ -49,6 +53,20 @@ def kill_at(number: int):
         return losses
 
     return change
+
+
+class Weight(torch.nn.Linear):
+    """One weight, which is not new."""
+
+    pretrained, config = ("weight",), {}
+
+    def __init__(self) -> None:
+        super().__init__(1, 1, bias=False)
+
+
+def trainer_of(*flags: object, steps_per_epoch: int = 3) -> Trainer:
+    run = options.training(parse("train_classifier", "--tag", "t", *flags), {})
+    return Trainer(Weight(), run, ["background", "cat"], device=CPU, steps_per_epoch=steps_per_epoch)
 
 
 @pytest.mark.parametrize("script, flags", RUNS, ids=[script for script, _ in RUNS])
@@ -190,6 +208,34 @@ def test_the_progress_bar_is_that_of_all_epochs(folder_root, folder, capsys):
     assert out.count("steps to go, at this speed in 00:0") == 1
 
 
+def test_a_resumed_run_counts_the_steps_that_are_left(folder_root, folder, monkeypatch, capsys):
+    """Of 24, eight are done; it says how many are left after eleven more."""
+    folder("resumed")
+    monkeypatch.setattr(training, "STEPS_PER_SAVE", 4)
+    flags = [*data_flags(folder_root), *CLASSIFIER, "--max_steps", 24, "--max_epoch", 1]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        change_steps(patch, "train_classifier", kill_at(8))
+        run("train_classifier", *flags)
+    capsys.readouterr()
+    run("train_classifier", *flags)
+    out, err = capsys.readouterr()
+    assert "24/24" in err and "\n5 steps to go" in out
+
+
+def test_the_speed_is_that_of_the_steps_that_were_timed(monkeypatch, capsys):
+    """Three of four: one was done before the run was resumed. Each takes ten seconds, for two images per process."""
+    trainer = trainer_of(steps_per_epoch=4)
+    trainer.batch, trainer.writer, trainer.clock = 1, None, training.Clock(3)
+    trainer.bar = parallel.progress((), desc="training", unit="step")
+    monkeypatch.setattr(training.time, "perf_counter", lambda: 10 * trainer.batch)
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_reduce_sum", lambda total: 2 * total)
+    monkeypatch.setattr(distributed, "broadcast", lambda _: None)
+    for _ in trainer.batches(0, [{"id": ["a", "b"]}] * 3):
+        trainer.step({"loss": trainer.model.weight.sum()})
+    assert capsys.readouterr().out.endswith("  0.10 steps/s  0.4 images/s\n")
+
+
 @pytest.mark.parametrize("script, flags", RUNS, ids=[script for script, _ in RUNS])
 def test_a_run_killed_within_an_epoch_ends_with_the_same_bytes(folder_root, folder, monkeypatch, capsys, script, flags):
     """Seven steps an epoch, a checkpoint after four (two updates of two batches) and at its end. The means that are
@@ -252,6 +298,8 @@ def test_a_training_anew_replaces_the_log_and_a_resumed_one_goes_on_with_it(fold
     run("train_classifier", *flags)
     whole = read_run("a")
     assert [epoch for epoch, _ in whole.curves["loss"]] == [1, 2, 3] and whole.curves["loss"][:2] == resumed_from
+    shown = EventAccumulator("experiments/logs/a").Reload().Scalars("loss")  # by TensorBoard, from all starts
+    assert [(event.step, event.value) for event in shown] == whole.curves["loss"]
     anew = [*flags, "--max_epoch", 1, "--lr", 0.2, "--overwrite"]
     run("train_classifier", *anew)
     shorter = read_run("a")
@@ -345,6 +393,41 @@ def test_compiled_networks_train_alike(folder_root, folder, monkeypatch, script,
         runs.append(torch.load(CHECKPOINT, weights_only=True)["model"])
     assert len(names) == (3 if script == "train_csrm" else 1)
     torch.testing.assert_close(*runs)
+
+
+def test_the_learning_rate_falls_over_the_updates_of_all_epochs():
+    """Three batches an epoch, two of them an update: the last one of an epoch is an update, too."""
+    trainer, rates = trainer_of("--max_epoch", 2, "--accumulate_steps", 2, "--lr", 0.5, "--lr_poly_power", 1), []
+    for _ in range(2):
+        trainer.batch = 0
+        for _ in range(3):
+            (rate,) = trainer.update.schedule.get_last_lr()[:1]
+            rates += [rate] * trainer.step({"loss": trainer.model.weight.sum()})
+    assert rates == pytest.approx([0.5, 0.375, 0.25, 0.125])
+
+
+@pytest.mark.parametrize(
+    "precision, dtype, scale", [("off", torch.float32, 1), ("bf16", torch.bfloat16, 1), ("fp16", torch.float16, 2**16)]
+)
+def test_the_precision_is_that_of_the_flag(precision, dtype, scale):
+    trainer = trainer_of("--mixed_precision", precision)
+    with trainer.autocast():
+        assert trainer.model(torch.ones(1, 1)).dtype == dtype
+    assert trainer.update.scaler.get_scale() == scale
+
+
+def test_first_weights_epochs_parts_and_processes_draw_their_own(monkeypatch):
+    """But what concerns a whole step is the same in all processes."""
+    trainer, own, shared = trainer_of("--seed", 5), [], []
+    training.seed_everything(5)
+    own.append(torch.rand(1).item())
+    for rank in (0, 1):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        for epoch, trainer.batch in ((0, 0), (0, 2), (1, 0)):
+            trainer._seed(epoch)
+            own.append(torch.rand(1).item())
+            shared.append((random.random(), np.random.rand()))
+    assert len(set(own)) == 7 and shared[:3] == shared[3:] and len(set(shared)) == 3
 
 
 def test_a_save_within_an_epoch_leaves_the_means_of_two_processes(monkeypatch):

@@ -55,6 +55,13 @@ def test_the_report(folder_root, capsys, segments):
     for name in ("average_precision", "precision", "recall"):
         assert report[f"valid/{name}"] == pytest.approx(recognised[name])
     assert ("valid/miou_seg" in report) == segments
+    if segments:
+        counts = 0
+        for image_id, view in zip(ids, views, strict=True):
+            truth, logits = source.mask(image_id), model(view)["seg_logits"]
+            maps = nn.functional.interpolate(logits, truth.shape, mode="bilinear", align_corners=True)
+            counts = counts + confusion_counts(truth, maps[0].numpy().argmax(axis=0), 3)
+        assert report["valid/miou_seg"] == pytest.approx(scores(counts).miou)
     printed = capsys.readouterr().out
     assert all(f"{name} {value:.2f}" in printed for name, value in report.items())
 
