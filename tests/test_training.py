@@ -236,6 +236,18 @@ def test_the_speed_is_that_of_the_steps_that_were_timed(monkeypatch, capsys):
     assert capsys.readouterr().out.endswith("  0.10 steps/s  0.4 images/s\n")
 
 
+def test_the_end_of_an_epoch_is_not_saved_as_a_part_of_it(monkeypatch):
+    """A run that goes on there would have no batch left."""
+    monkeypatch.setattr(training, "STEPS_PER_SAVE", 2)
+    trainer, saved = trainer_of(steps_per_epoch=6), []
+    trainer.writer, trainer.clock = None, training.Clock(6)
+    trainer.bar = parallel.progress((), desc="training", unit="step")
+    monkeypatch.setattr(Trainer, "_save", lambda self, epoch: saved.append((epoch, self.batch)))
+    for _ in trainer.batches(0, [{"id": ["a"]}] * 6):
+        trainer.step({"loss": trainer.model.weight.sum()})
+    assert saved == [(0, 2), (0, 4)]
+
+
 @pytest.mark.parametrize("script, flags", RUNS, ids=[script for script, _ in RUNS])
 def test_a_run_killed_within_an_epoch_ends_with_the_same_bytes(folder_root, folder, monkeypatch, capsys, script, flags):
     """Seven steps an epoch, a checkpoint after four (two updates of two batches) and at its end. The means that are
