@@ -119,6 +119,11 @@ def test_a_folder_called_background_is_no_class(tmp_path):
     assert labels(root) == {"Background/a": [], "cat/b": ["cat"], "dog/c": ["dog"]}
 
 
+def test_a_class_has_single_blanks_though_its_folder_has_two(tmp_path):
+    root = photographs(tmp_path, "house  sparrow/a.jpg", "robin/b.jpg")
+    assert labels(root) == {"house  sparrow/a": ["house sparrow"], "robin/b": ["robin"]}
+
+
 @pytest.mark.parametrize(
     "names",
     [("train", "val"), ("Train", "valid", "test"), ("training", "validation", "testing"), ("train", "training")],
@@ -383,8 +388,8 @@ def test_lists_in_files_of_other_kinds_are_refused(tmp_path):
     (tmp_path / "dev.csv").touch()
     with pytest.raises(UserError, match=r"dev\.csv: not a list of ids\. Save one as dev\.txt"):
         index_splits(tmp_path)
-    (tmp_path / "val.TXT").touch()
-    assert list(index_splits(tmp_path)) == ["val"]
+    (tmp_path / "Val.TXT").touch()
+    assert list(index_splits(tmp_path)) == ["Val"]
     assert index_splits(tmp_path / "nowhere") == {}
 
 

@@ -166,6 +166,7 @@ def test_a_list_may_be_in_another_unicode_form_than_the_files(holiday, tmp_path,
     source = Photographs(tmp_path / "list.txt", CLASSES)
     assert source.ids("train") == [unicodedata.normalize("NFC", "café/né")]
     np.testing.assert_array_equal(source.image(source.ids("train")[0]), noise(SIZES["a"]))
+    assert Photographs(tmp_path / place, CLASSES).ids("train") == [unicodedata.normalize("NFC", "né")]
 
 
 @pytest.mark.parametrize(
