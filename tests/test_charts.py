@@ -43,10 +43,10 @@ def test_only_round_values_inside_the_range_are_labelled():
 
 
 def test_the_last_or_the_highest_point_is_marked_and_named():
-    curves = {"a<b": [(1, 2.0), (2, 9.0), (3, 9.0), (4, 1.5)]}
+    curves = {"a<b": [(0.05, 2.0), (0.15, 9.0), (0.25, 9.0), (0.35, 1.5)]}
     last, peak = parse(curves), parse(curves, peak=True)
     assert [li.text for li in last.iter("li")] == ["a<b 1.5"]
-    assert [li.text for li in peak.iter("li")] == ["a<b 9 at 2"]
+    assert [li.text for li in peak.iter("li")] == ["a<b 9 at 0.15"]
     assert float(peak.find(".//circle").get("cx")) == points(peak)[0][1][0]
     assert "last: a<b 1.5" in last.find("svg").get("aria-label")
 

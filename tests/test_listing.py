@@ -160,7 +160,18 @@ def test_one_folder_of_a_split_with_a_table_is_that_split(tmp_path):
     assert build_source("folder", root).domains() == ["val"]
 
 
-@pytest.mark.parametrize("names", [("images", "masks"), ("JPEGImages", "SegmentationClass"), ("train", "train_masks")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("images", "masks"),
+        ("JPEGImages", "SegmentationClass"),
+        ("train", "train_masks"),
+        ("annotations", "img"),
+        ("groundtruth", "imgs"),
+        ("gt", "photos"),
+        ("image", "labels"),
+    ],
+)
 def test_folders_of_photographs_and_masks_are_no_classes(tmp_path, names):
     root = photographs(tmp_path, *(f"{name}/a.jpg" for name in names))
     with pytest.raises(
@@ -290,6 +301,15 @@ def test_a_link_that_leads_back_from_elsewhere_is_not_followed(tmp_path):
     assert sorted(index_images([tmp_path / "images"]).files) == ["cat/0", "cat/1/2"]
 
 
+def test_links_in_a_ring_are_followed_once(tmp_path):
+    first, second = (photographs(tmp_path / name, f"{name}.jpg") / "images" for name in ("first", "second"))
+    (first / "on").symlink_to(second)
+    (second / "back").symlink_to(first)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "cat").symlink_to(first)
+    assert sorted(index_images([tmp_path / "images"]).files) == ["cat/first", "cat/on/second"]
+
+
 def test_blanks_around_names_are_no_part_of_the_id(tmp_path):
     root = dataset(tmp_path, "a .jpg", "2024 /b.jpg", labels="id,labels\na ,cat\n2024 /b,dog\n")
     assert sorted(build_source("folder", root).images.files) == ["2024/b", "a"]
@@ -301,7 +321,8 @@ def test_blanks_around_names_are_no_part_of_the_id(tmp_path):
 def test_files_of_systems_are_passed_over(folder_copy):
     for name in ("images/.DS_Store", "images/Thumbs.db", "images/desktop.ini", "images/._a.jpg", "masks/._a.png",
                  "splits/._train.txt", "splits/.DS_Store", "splits/Thumbs.db", "images/__MACOSX/x.jpg",
-                 "images/@eaDir/a.jpg/SYNOPHOTO_THUMB_M.jpg"):  # fmt: skip
+                 "images/@eaDir/a.jpg/SYNOPHOTO_THUMB_M.jpg", "images/$RECYCLE.BIN/gone.jpg",
+                 "images/lost+found/1.jpg", "images/ehthumbs.db"):  # fmt: skip
         (folder_copy / name).parent.mkdir(parents=True, exist_ok=True)
         (folder_copy / name).write_bytes(b"\x00\x05\x16\x07\xff")
     source = build_source("folder", folder_copy)
@@ -634,7 +655,13 @@ def test_strays_beside_some_masks_are_no_error(folder_copy):
     assert found["stray"] == [f"{folder_copy}/masks/x.png: no ID.png of a photograph"] and "mask" not in found
 
 
-@pytest.mark.parametrize("name", ["a_mask.png", "a___fuse.png", "a.jpg___fuse.png", "a-seg.png", "a_labelIds.png"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("a_mask.png", "a___fuse.png", "a.jpg___fuse.png", "a-seg.png", "a_labelIds.png", "a masks.png", "a_GT.png"),
+        *("a.jpg___pixel.png", "a.jpg___save.png", "a_label.png", "a_labels.png", "a_segmentation.png"),
+    ],
+)
 def test_masks_among_the_photographs_are_errors(tmp_path, name):
     found = findings(photographs(tmp_path, "cat/a.jpg", f"cat/{name}"))
     assert [text.split(".png:")[1] for text in found["disguised"]] == [
