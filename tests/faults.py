@@ -1031,11 +1031,11 @@ FAULTS = (
         "test_training.py::test_the_precision_is_that_of_the_flag",
     ),
     Fault(
-        "--mixed_precision changes nothing",
-        "tools/training.py",
-        "enabled=self.dtype is not None)",
-        "enabled=False)",
-        "test_training.py::test_the_precision_is_that_of_the_flag",
+        "--optimizer adamw decays weights as Adam",
+        "tools/optim.py",
+        "torch.optim.AdamW(groups, ",
+        "torch.optim.Adam(groups, ",
+        "test_optim.py::test_weights_decay_as_each_optimizer_says",
     ),
     Fault(
         "--mixed_precision is that of the device",

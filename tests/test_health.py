@@ -86,6 +86,12 @@ def test_an_epoch_is_the_mean_over_its_pixels_not_over_its_steps():
     assert [record["reliable"] for record in health.history] == [20, 100]
 
 
+def test_logits_in_half_precision_are_added_in_full():
+    health = Health("on", warmup_epochs=1, max_epoch=3)
+    health.add("class_logit", torch.full((1000,), 1 + 2**-7, dtype=torch.bfloat16), 1000)
+    assert health.close()["class_logit"] == round(1 + 2**-7, 4)
+
+
 def test_processes_that_share_an_epoch_go_on_with_halves(monkeypatch):
     """Of two processes; the other has 1 of 7 pixels, this one 2 of 3, and later each 5 of 5: 13 of 20 in all."""
     monkeypatch.setattr(health_module, "world_size", lambda: 2)

@@ -113,6 +113,25 @@ def test_each_optimizer_is_that_of_its_name(name, second):
     torch.testing.assert_close(weight.detach(), start - 0.1 * (1 + second))
 
 
+@pytest.mark.parametrize(
+    "name, moved",
+    [
+        ("sgd", lambda w: w - 0.1 * 1.9 * (1 + 0.5 * w)),
+        ("momentum", lambda w: w - 0.1 * (1 + 0.5 * w)),
+        ("adamw", lambda w: w - 0.1 * (1 + 0.5 * w)),
+        ("lion", lambda w: w - 0.1 * (1 + 0.5 * w)),
+    ],
+)
+def test_weights_decay_as_each_optimizer_says(name, moved):
+    """By a gradient of 1 and half the weight. AdamW and Lion bring only the gradient to length 1."""
+    model = Network()
+    optimizer = build_optimizer(model, Optimization(name, 0.1, 0.5, lr_alpha_scratch=1))
+    weight = model.head.weight
+    expected, weight.grad = moved(weight.detach()), torch.ones_like(weight)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), expected)
+
+
 @pytest.mark.parametrize("batches", [1, 3, 4])
 def test_an_update_follows_the_mean_over_the_batches_that_were_there(batches):
     """Four are asked for; at the end of an epoch there may be fewer."""

@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from datasets import loaders
 from tools import distributed, options, parallel, training
 from tools.checkpoint import previous_path
+from tools.errors import UserError
 from tools.files import locked
 from tools.history import read_run
 from tools.priors import PriorCriterion
@@ -65,8 +66,12 @@ class Weight(torch.nn.Linear):
 
 
 def trainer_of(*flags: object, steps_per_epoch: int = 3) -> Trainer:
+    """One that has begun its first epoch, without a log."""
     run = options.training(parse("train_classifier", "--tag", "t", *flags), {})
-    return Trainer(Weight(), run, ["background", "cat"], device=CPU, steps_per_epoch=steps_per_epoch)
+    trainer = Trainer(Weight(), run, ["background", "cat"], device=CPU, steps_per_epoch=steps_per_epoch)
+    trainer.writer, trainer.clock = None, training.Clock(steps_per_epoch)
+    trainer.bar = parallel.progress((), desc="training", unit="step")
+    return trainer
 
 
 @pytest.mark.parametrize("script, flags", RUNS, ids=[script for script, _ in RUNS])
@@ -76,12 +81,16 @@ def test_a_killed_run_ends_with_the_same_bytes(folder_root, folder, script, flag
     folder("whole")
     run(script, *flags)
     expected = CHECKPOINT.read_bytes()
+    kept = ["args", "classes", "config", "epoch", "identity", "max_epoch", "model", "step"]
+    kept += ["teacher", "version"] if script == "train_csrm" else ["version"]
+    assert sorted(torch.load(CHECKPOINT, weights_only=True)) == kept, "not what only a resumed run needs"
     folder("killed")
     for step in (1, 5):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
             change_steps(patch, script, kill_at(step))
             run(script, *flags)
-    assert torch.load(CHECKPOINT, weights_only=True)["epoch"] == 2
+    state = torch.load(CHECKPOINT, weights_only=True)
+    assert (state["epoch"], state["max_epoch"]) == (2, 3)
     run(script, *flags)
     assert CHECKPOINT.read_bytes() == expected
     assert read_run("a").settings == torch.load(CHECKPOINT, weights_only=True)["args"]
@@ -225,8 +234,7 @@ def test_a_resumed_run_counts_the_steps_that_are_left(folder_root, folder, monke
 def test_the_speed_is_that_of_the_steps_that_were_timed(monkeypatch, capsys):
     """Three of four: one was done before the run was resumed. Each takes ten seconds, for two images per process."""
     trainer = trainer_of(steps_per_epoch=4)
-    trainer.batch, trainer.writer, trainer.clock = 1, None, training.Clock(3)
-    trainer.bar = parallel.progress((), desc="training", unit="step")
+    trainer.batch = 1
     monkeypatch.setattr(training.time, "perf_counter", lambda: 10 * trainer.batch)
     monkeypatch.setattr(parallel, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "all_reduce_sum", lambda total: 2 * total)
@@ -236,12 +244,28 @@ def test_the_speed_is_that_of_the_steps_that_were_timed(monkeypatch, capsys):
     assert capsys.readouterr().out.endswith("  0.10 steps/s  0.4 images/s\n")
 
 
+def test_the_losses_that_are_logged_are_means_over_each_epoch(folder_root, folder, monkeypatch):
+    folder("run")
+    change_steps(monkeypatch, "train_classifier", lambda losses, step: {n: 0 * v + step for n, v in losses.items()})
+    run("train_classifier", *data_flags(folder_root), *CLASSIFIER)
+    assert read_run("a").curves["loss"] == [(1, 0.5), (2, 2.5), (3, 4.5)]
+
+
+def test_a_run_that_has_diverged_is_not_saved_within_an_epoch(monkeypatch):
+    """The losses are looked at then, not only at every fifth of a hundred steps."""
+    monkeypatch.setattr(training, "STEPS_PER_SAVE", 2)
+    trainer, saved = trainer_of(steps_per_epoch=100), []
+    monkeypatch.setattr(Trainer, "_save", lambda self, epoch: saved.append(epoch))
+    with pytest.raises(UserError, match="training diverged .*; first in step 2 of the epoch, images a"):
+        for _ in trainer.batches(0, [{"id": ["a"]}] * 100):
+            trainer.step({"loss": trainer.model.weight.sum() * (torch.inf if trainer.batch else 1)})
+    assert not saved
+
+
 def test_the_end_of_an_epoch_is_not_saved_as_a_part_of_it(monkeypatch):
     """A run that goes on there would have no batch left."""
     monkeypatch.setattr(training, "STEPS_PER_SAVE", 2)
     trainer, saved = trainer_of(steps_per_epoch=6), []
-    trainer.writer, trainer.clock = None, training.Clock(6)
-    trainer.bar = parallel.progress((), desc="training", unit="step")
     monkeypatch.setattr(Trainer, "_save", lambda self, epoch: saved.append((epoch, self.batch)))
     for _ in trainer.batches(0, [{"id": ["a"]}] * 6):
         trainer.step({"loss": trainer.model.weight.sum()})
