@@ -18,7 +18,7 @@ from datasets import build_source
 from datasets.base import DatasetInfo, voc_palette
 from tools import identity
 from tools.cam_files import save_cams
-from tools.drawing import legend, with_legend
+from tools.drawing import legend, save_overlay, with_legend
 from tools.errors import UserError
 from tools.files import save_json, save_mask
 
@@ -212,6 +212,17 @@ def test_a_legend_gives_each_colour_its_name():
         assert columns.min() > place and len(columns) == len(first)
         place = columns.max()
         assert np.array_equal(both[:, place + 2 : place + 30], one[:, text])
+
+
+def test_the_legend_of_an_overlay_is_that_of_its_mask(tmp_path):
+    info = DatasetInfo(("background", *(f"class {n}" for n in range(1, 40))))
+    image, mask = np.full((*SIZE, 3), 90, np.uint8), np.zeros(SIZE, np.uint8)
+    mask[3:], mask[6:] = 7, 255
+    save_overlay(tmp_path / "a.jpg", image, mask, info)
+    expected = with_legend(Image.fromarray(report.overlay(image, mask, info.palette)), info, [0, 7, 255])
+    written = Image.open(tmp_path / "a.jpg")
+    assert written.size == expected.size
+    assert np.abs(np.asarray(written, float) - np.asarray(expected, float)).mean() < 3
 
 
 def test_ignored_pixels_are_white_in_the_legend_too():

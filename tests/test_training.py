@@ -18,6 +18,7 @@ from tools import distributed, options, parallel, training
 from tools.checkpoint import previous_path
 from tools.errors import UserError
 from tools.files import locked
+from tools.health import Health
 from tools.history import read_run
 from tools.priors import PriorCriterion
 from tools.training import Trainer
@@ -467,16 +468,25 @@ def test_first_weights_epochs_parts_and_processes_draw_their_own(monkeypatch):
 
 
 def test_a_save_within_an_epoch_leaves_the_means_of_two_processes(monkeypatch):
-    """The other process had losses of 3 in all, this one of 1, in two batches each; then both hold the mean."""
+    """The other process had losses of 3 in all, this one of 1, in two batches each; then both hold the mean.
+
+    So does what else adds up an epoch, as health.
+    """
     monkeypatch.setattr(parallel, "world_size", lambda: 2)
     monkeypatch.setattr(Trainer, "_save", lambda *_: None)
     monkeypatch.setattr(Trainer, "_seed", lambda *_: None)
     trainer = Trainer.__new__(Trainer)
-    trainer.model, trainer.companions, trainer.ids, trainer.losses = torch.nn.Linear(1, 1), {}, [], []
+    trainer.model, trainer.ids, trainer.losses = torch.nn.Linear(1, 1), [], []
+    health = Health("on", warmup_epochs=0, max_epoch=1)
+    health.add("reliable", torch.ones(3), 4)
+    trainer.companions = {"health": health}
     trainer.sums, trainer.batch = {"loss": torch.tensor(1.0)}, 2
     monkeypatch.setattr(distributed, "broadcast", lambda _: None)
     monkeypatch.setattr(distributed, "all_reduce_sum", lambda total: total + 3)
     assert trainer.means() == {"loss": 1.0}
+    monkeypatch.setattr("tools.health.all_reduce_sum", lambda sums: sums + torch.tensor([1, 4]))
+    monkeypatch.setattr("tools.health.world_size", lambda: 2)
     trainer._save_within(0)
     monkeypatch.setattr(distributed, "all_reduce_sum", lambda total: total * 2)
     assert trainer.means() == {"loss": 1.0}
+    assert torch.equal(torch.stack(health.sums["reliable"]), torch.tensor([2.0, 4.0], dtype=torch.float64))
