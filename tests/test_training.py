@@ -234,7 +234,7 @@ def test_a_resumed_run_counts_the_steps_that_are_left(folder_root, folder, monke
 
 def test_the_speed_is_that_of_the_steps_that_were_timed(monkeypatch, capsys):
     """Three of four: one was done before the run was resumed. Each takes ten seconds, for two images per process."""
-    trainer = trainer_of(steps_per_epoch=4)
+    trainer = trainer_of("--max_epoch", 1, "--lr", 0.5, "--lr_poly_power", 1, steps_per_epoch=4)
     trainer.batch = 1
     monkeypatch.setattr(training.time, "perf_counter", lambda: 10 * trainer.batch)
     monkeypatch.setattr(parallel, "world_size", lambda: 2)
@@ -242,7 +242,7 @@ def test_the_speed_is_that_of_the_steps_that_were_timed(monkeypatch, capsys):
     monkeypatch.setattr(distributed, "broadcast", lambda _: None)
     for _ in trainer.batches(0, [{"id": ["a", "b"]}] * 3):
         trainer.step({"loss": trainer.model.weight.sum()})
-    assert capsys.readouterr().out.endswith("  0.10 steps/s  0.4 images/s\n")
+    assert capsys.readouterr().out.endswith("  lr 1.25e-01  0.10 steps/s  0.4 images/s\n")
 
 
 def test_the_losses_that_are_logged_are_means_over_each_epoch(folder_root, folder, monkeypatch):
