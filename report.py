@@ -10,7 +10,7 @@
         --review Refined --tags prior csrm seg
 
 --summary takes the files `evaluate.py --output` wrote; the table has one row for each, in that order. Scores of
-predictions that are gone, or have changed since, are left out.
+predictions that are gone, or have changed since, are left out. So are columns of other classes or photographs.
 
 The sheet has one block per domain, one row per image: the photograph, its ground truth (unless no image has any), then
 the columns. A column is a folder of masks (ID.png) or of CAM files (ID.npz; shown as argmax[THRESHOLD; CAMs]). A title
@@ -98,9 +98,10 @@ def main(args: argparse.Namespace) -> None:
         print(f"\nSummary: {args.output_dir / 'summary.json'}")
     if columns:
         source = build_source(args.dataset, options.data_dir(args))
+        columns = fitting(columns, source, args.domain)
+    if columns:
+        reviewed = next((column for column in columns if column.title == reviewed.title), columns[-1])
         for column in columns:
-            for folder, _ in column.folders:
-                identity.check_classes(folder, source.info.classes[1:])
             if not any(column.file(image_id) for domain in args.domain for image_id in source.ids(domain)):
                 print(f"Warning: column '{column.title}': no image's ID.png or ID.npz is in {column.folders[0][0]}.")
         shown = {domain: complete(source.ids(domain), columns) for domain in args.domain}
@@ -216,6 +217,21 @@ def parse_columns(texts: Sequence[str]) -> list[Column]:
             raise UserError(f"--columns {title}={place}: the threshold must be between 0 and 1.")
         folders.setdefault(title, []).append((Path(name), threshold))
     return [Column(title, tuple(places)) for title, places in folders.items()]
+
+
+def fitting(columns: Sequence[Column], source: DataSource, domains: Sequence[str]) -> list[Column]:
+    """The columns without the folders that are of other classes or photographs; a line names each of these."""
+    fit: dict[str, list[tuple[Path, float]]] = {}
+    ids = [image_id for domain in domains for image_id in source.ids(domain)]
+    photographs = source.fingerprints(ids)["photographs"]
+    for column in columns:
+        for folder, threshold in column.folders:
+            try:
+                identity.check_classes(folder, source.info.classes[1:], photographs)
+                fit.setdefault(column.title, []).append((folder, threshold))
+            except UserError as error:
+                print(f"Column '{column.title}' is left out. {error}")
+    return [Column(title, tuple(places)) for title, places in fit.items()]
 
 
 def complete(ids: Sequence[str], columns: Sequence[Column]) -> list[str]:

@@ -440,7 +440,6 @@ def test_masks_and_maps_of_classes_in_another_order(data, capsys):
         (masks, "train_csrm", "--tag", "c", *TRAIN["train_csrm"], "--c2s_labels", masks),
         (CAMS, "evaluate", "--mode", "cams", "--domain", "train", "--pred_dir", CAMS, "--num_workers", 0),
         (refined, "evaluate", "--domain", "train", "--pred_dir", refined, "--num_workers", 0),
-        (CAMS, "report", "--output_dir", "r", "--columns", f"Refined={data / 'masks'}", f"CAM={CAMS}:0.3"),
     ):
         line = refusal(capsys, script, *data_flags(data), *flags)
         assert f"{folder}: made of the classes [cat, dog], but the dataset has [dog, cat]." in line

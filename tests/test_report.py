@@ -135,6 +135,27 @@ def test_a_column_without_any_image_is_named(data, tmp_path, capsys):
     assert warnings == [f"Warning: column 'Truth': no image's ID.png or ID.npz is in {data}."]
 
 
+@pytest.mark.parametrize("change", ["classes", "photograph"])
+def test_columns_of_other_classes_or_photographs_are_left_out(data, tmp_path, capsys, change):
+    """Those of an experiment that had the same name, and other data with the same ids."""
+    source = build_source("folder", data)
+    inputs = source.fingerprints(list("abc"))
+    save_json(tmp_path / "old/settings.json", identity.describe("a.py", {"classes": ["cat", "dog"]}, inputs=inputs))
+    for name in ("old", "new"):
+        squares(tmp_path / name, a=16, b=12, c=4)
+    if change == "classes":
+        (data / "classes.txt").write_text("\n".join([*CLASSES, "fox"]))
+    else:
+        Image.fromarray(np.arange(12 * 16 * 3, dtype=np.uint8).reshape(*SIZE, 3)).save(data / "images" / "b.png")
+    run(data, tmp_path / "out", "--columns", f"Old={tmp_path / 'old'}", f"New={tmp_path / 'new'}", "--review", "Old")
+    printed = capsys.readouterr().out
+    why = "the classes [cat, dog], but" if change == "classes" else "other photographs of 1 images, the first is b ("
+    assert f"Column 'Old' is left out. {tmp_path / 'old'}: made of {why}" in printed
+    assert "Review queue of 'New'" in printed and "Old" not in (tmp_path / "out" / "report.html").read_text()
+    run(data, tmp_path / "out", "--columns", f"Old={tmp_path / 'old'}")
+    assert "Picture sheet" not in capsys.readouterr().out
+
+
 def test_images_that_every_column_has_are_preferred(tmp_path):
     for folder, names in (("one", "abc"), ("two", "bc")):
         for name in names:
