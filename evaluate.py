@@ -98,7 +98,7 @@ def main(args: argparse.Namespace) -> None:
     suffix = f".{args.cam_format}" if args.mode == "cams" else ".png"
     source.check_masks(ids)
     check_present(args.pred_dir, ids, suffix, PREDICT)
-    identity.check_classes(args.pred_dir, source.info.classes[1:], source.fingerprints(ids)["photographs"])
+    identity.check_classes(args.pred_dir, source.info.classes[1:], source.fingerprints(ids))
     made_by = identity.read_record(args.pred_dir / identity.RECORD)
     origin = identity.sentence(made_by) if made_by else f"{args.pred_dir}, without a record of what made them"
     print(f"Predictions: {origin}")

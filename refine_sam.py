@@ -158,7 +158,7 @@ def main(args: argparse.Namespace) -> None:
     left_out = LeftOut(folders.refined.parent, "refine_sam", skip=args.on_error == "skip")
     if args.stage != "propose":
         remedy = "Pass the pseudo masks of inference.py with --pseudo_dir."
-        own = {image_id: photographs[image_id] for image_id in ids}
+        own = source.fingerprints(ids, labels=all(map(source.has_label, ids)))
         identity.check_classes(args.pseudo_dir, source.info.classes[1:], own)
         check_present(args.pseudo_dir, ids, ".png", remedy, some=left_out.skip)
         paths = (file_of(args.pseudo_dir, image_id, ".png") for image_id in listed)

@@ -223,11 +223,11 @@ def fitting(columns: Sequence[Column], source: DataSource, domains: Sequence[str
     """The columns without the folders that are of other classes or photographs; a line names each of these."""
     fit: dict[str, list[tuple[Path, float]]] = {}
     ids = [image_id for domain in domains for image_id in source.ids(domain)]
-    photographs = source.fingerprints(ids)["photographs"]
+    inputs = source.fingerprints(ids)
     for column in columns:
         for folder, threshold in column.folders:
             try:
-                identity.check_classes(folder, source.info.classes[1:], photographs)
+                identity.check_classes(folder, source.info.classes[1:], inputs)
                 fit.setdefault(column.title, []).append((folder, threshold))
             except UserError as error:
                 print(f"Column '{column.title}' is left out. {error}")

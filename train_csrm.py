@@ -367,10 +367,10 @@ def labelled_source(source: DataSource, args: argparse.Namespace, views: options
     """The dataset with the masks of --c2s_labels instead of its own.
 
     Raises:
-        UserError: see `tools.seeds.label_files`; or masks are of other classes or photographs.
+        UserError: see `tools.seeds.label_files`; or masks are of other classes, photographs or image labels.
     """
     files = label_files(args.c2s_labels, source.ids(args.domain_train))
-    identity.check_classes(args.c2s_labels, source.info.classes[1:], source.fingerprints([*files])["photographs"])
+    identity.check_classes(args.c2s_labels, source.info.classes[1:], source.fingerprints([*files], labels=True))
     folder = args.c2s_labels
     if next(iter(files.values())).suffix != ".png":
         folder = options.EXPERIMENTS / "labels" / args.tag

@@ -133,8 +133,8 @@ def training_data(source: DataSource, args: argparse.Namespace) -> tuple[Dataset
     fingerprints of all (`DataSource.fingerprints`).
 
     Raises:
-        UserError: a mask is missing; or those of --masks_dir are of other classes or photographs; or --corrected_dir
-            holds one of no photograph, or none of an image of the split.
+        UserError: a mask is missing; or those of --masks_dir are of other classes, photographs or image labels; or
+            --corrected_dir holds one of no photograph, or none of an image of the split.
     """
     geometry = segmentation_geometry(*options.image_sizes(args))
     read = functools.partial(ImageDataset, transform=geometry, with_masks=True, with_labels=False)
@@ -144,7 +144,8 @@ def training_data(source: DataSource, args: argparse.Namespace) -> tuple[Dataset
     others = [i for i in ids if i not in corrected]
     parts = [read(source, others)]
     if args.masks_dir:
-        identity.check_classes(args.masks_dir, source.info.classes[1:], inputs["photographs"])
+        made_of = source.fingerprints(others, labels=all(map(source.has_label, others)))
+        identity.check_classes(args.masks_dir, source.info.classes[1:], made_of)
         check_agreement(source, others)
     if corrected:
         print(f"{len(corrected)} of {len(ids)} masks are corrected; each of them counts {args.corrected_weight} times")

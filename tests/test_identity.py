@@ -445,25 +445,31 @@ def test_masks_and_maps_of_classes_in_another_order(data, capsys):
         assert f"{folder}: made of the classes [cat, dog], but the dataset has [dog, cat]." in line
 
 
-def test_masks_and_maps_of_other_photographs_of_the_same_names_and_sizes(data, capsys):
-    """As of two datasets that both have a 0001.jpg of one camera."""
+@pytest.mark.parametrize("kind", ["photographs", "labels"])
+def test_masks_and_maps_of_other_photographs_or_labels_of_the_same_names(data, capsys, kind):
+    """As of two datasets that both have a 0001.jpg of one camera; or before a label was corrected."""
     run("train_classifier", *data_flags(data), "--tag", "t", *TRAINING)
     infer(data)
     masks = CAMS.parent / "pseudos-t0.4-c0"
     refining = ["--domain", "train", "--proposals", "regions", "--num_workers", 0, "--pseudo_dir", masks]
     run("refine_sam", *data_flags(data), "--tag", "t", *refining)
     refined = CAMS.parent / "sam-regions-max_iou_imp2"
-    with Image.open(data / "images" / "c.jpeg") as image:
-        image.transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(data / "images" / "c.jpeg", quality=50)
+    scoring = ["evaluate", *data_flags(data), "--domain", "train", "--pred_dir", masks, "--num_workers", 0]
+    if kind == "labels":
+        change_a_label(data)
+        run(*scoring)
+    else:
+        with Image.open(data / "images" / "c.jpeg") as image:
+            image.transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(data / "images" / "c.jpeg", quality=50)
+        assert f"{masks}: made of other photographs of 1 images, the first is c (" in refusal(capsys, *scoring)
     for folder, script, *flags in (
-        (masks, "evaluate", "--domain", "train", "--pred_dir", masks, "--num_workers", 0),
         (masks, "refine_sam", "--tag", "o", *refining),
         (masks, "train_segmentation", *SEGMENTATION, "--masks_dir", masks),
-        (refined, "train_segmentation", *SEGMENTATION, "--masks_dir", refined),
+        (masks if kind == "labels" else refined, "train_segmentation", *SEGMENTATION, "--masks_dir", refined),
         (CAMS, "train_csrm", "--tag", "c", *TRAIN["train_csrm"], "--c2s_labels", CAMS),
     ):
         line = refusal(capsys, script, *data_flags(data), *flags)
-        assert f"{folder}: made of other photographs of 1 images, the first is c (" in line
+        assert f"{folder}: made of other {kind} of 1 images, the first is c (" in line
     (masks / "c.png").unlink()  # left out, as its photograph was damaged: that may be replaced
     corrected = ["--corrected_dir", shutil.copytree(data / "masks", "corrected")]
     run("train_segmentation", *data_flags(data), *SEGMENTATION, "--tag", "s", "--masks_dir", masks, *corrected)

@@ -15,7 +15,7 @@ An identity is a dict of plain values:
 A checkpoint depends on all its images: it keeps a `digest` of its inputs, and all must agree. In a folder, each file
 depends on one image: only the inputs of existing files must agree (`claim_folder`). So a list of images may grow, and
 an image that stopped a stage may be replaced. Masks and maps hold indices of classes: who reads a folder of them asks
-`check_classes` whether they are indices of the same classes, and of the same photographs.
+`check_classes` whether they are indices of the same classes, and of the same photographs and image labels.
 """
 
 import functools
@@ -251,13 +251,14 @@ def _is_identity(content: Any) -> bool:
     )
 
 
-def check_classes(folder: Path, classes: Sequence[str], photographs: Mapping[str, int | str] = {}) -> None:
-    """Refuse masks or maps of other classes, or of the same in another order, or of other photographs under the same
-    ids, if the folder's record says so. Only files that are there count.
+def check_classes(folder: Path, classes: Sequence[str], inputs: Mapping[str, Mapping[str, Any]] = {}) -> None:
+    """Refuse masks or maps of other classes, or of the same in another order, or of other photographs or image labels
+    under the same ids, if the folder's record says so, or that of the masks that it refines. Only files that are there
+    count.
 
     Args:
         classes: of the dataset, without the background.
-        photographs: what `photographs` says of them, by id.
+        inputs: what there is now, by kind and id (`DataSource.fingerprints`).
 
     Raises:
         UserError: the record names others.
@@ -267,10 +268,13 @@ def check_classes(folder: Path, classes: Sequence[str], photographs: Mapping[str
     except UserError:  # of another program, perhaps
         return
     compare_classes(folder, record.get("settings", {}).get("classes", classes), classes)
-    stored = record.get("inputs", {}).get("photographs", {}) if photographs else {}
-    made = _products(folder) if stored else {}
-    if changed := _first_changed({i: stored[i] for i in stored.keys() & made.keys()}, photographs):
-        raise UserError(f"{folder}: made of other photographs {changed}. Check --data_dir, or make it again.")
+    stored = {kind: record.get("inputs", {}).get(kind) for kind in ("photographs", "labels") if kind in inputs}
+    made = _products(folder) if any(stored.values()) else {}
+    for kind, before in stored.items():
+        if before and (changed := _first_changed({i: before[i] for i in before.keys() & made.keys()}, inputs[kind])):
+            raise UserError(f"{folder}: made of other {kind} {changed}. Check --data_dir, or make it again.")
+    if "labels" in inputs and "pseudo_dir" in record.get("folders", {}):
+        check_classes(Path(record["folders"]["pseudo_dir"]), classes, inputs)
 
 
 def compare_classes(place: Path, made_of: Sequence[str], classes: Sequence[str]) -> None:
