@@ -157,7 +157,7 @@ def main(args: argparse.Namespace) -> None:
     workers = parallel.own_workers(args.num_workers)
     left_out = LeftOut(folders.refined.parent, "refine_sam", skip=args.on_error == "skip")
     if args.stage != "propose":
-        remedy = "Pass the pseudo masks of inference.py with --pseudo_dir."
+        remedy = "Make them by inference.py (stage 1 of the runners), or pass others with --pseudo_dir."
         own = source.fingerprints(ids, labels=all(map(source.has_label, ids)))
         identity.check_classes(args.pseudo_dir, source.info.classes[1:], own)
         check_present(args.pseudo_dir, ids, ".png", remedy, some=left_out.skip)

@@ -225,6 +225,10 @@ def test_what_a_refusal_of_a_script_means_for_the_runner(tmp_path):
         python.write_text(f"#!/bin/sh\nexit {code}\n")
         _, process = commands(tmp_path, runner)
         assert process.returncode == code and (line in process.stderr) == told, process.stderr
+    python.write_text("#!/bin/sh\nif [ $1 = evaluate.py ]; then exit 2; fi\n")
+    _, process = commands(tmp_path, DOMAIN_EVAL="train")
+    without = "To go on without scores, where masks are missing: export DOMAIN_EVAL= DOMAIN_SCORE="
+    assert (process.returncode, process.stderr) == (2, f"{without}\n")
 
 
 @pytest.mark.parametrize("runner", ["0-setup", "1-csrm", "3-sam-refinement", "4-segmentation"])

@@ -87,6 +87,9 @@ run() {
   if ((code == 2)) && [[ " $* " == *" --tag "* ]]; then
     printf 'In a runner --tag comes from NAME, other flags from other variables (SETUP.md). To pass --overwrite, add it to the command above and run that.\n' >&2
   fi
+  if ((code == 2)) && [[ "$1" == evaluate.py ]]; then
+    printf 'To go on without scores, where masks are missing: export DOMAIN_EVAL= DOMAIN_SCORE=\n' >&2
+  fi
   if ((code && NODES > 1)); then
     printf '%s: exit code %d on machine %d of %d. To continue, start the runner again on all of them.\n' \
       "$1" "$code" "$NODE" "$NODES" >&2
