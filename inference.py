@@ -264,6 +264,8 @@ def main(args: argparse.Namespace) -> None:
     maps, pseudos = identities(args, source, ids, weights)
     model, checkpoint = load_model(weights, device, kinds=["classifier", "csrm", "segmentation"])
     identity.compare_classes(weights, checkpoint["classes"][1:], source.info.classes[1:])
+    for made_by in (maps, pseudos):
+        identity.inherit(made_by, checkpoint)
     check_flags(args, model)
     folder = options.predictions_dir(args.tag, args.domain)
     views = options.views(args, checkpoint["args"])

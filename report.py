@@ -10,7 +10,8 @@
         --review Refined --tags prior csrm seg
 
 --summary takes the files `evaluate.py --output` wrote; the table has one row for each, in that order. Scores of
-predictions that are gone, or have changed since, are left out. So are columns of other classes or photographs.
+predictions that are gone, or have changed since, are left out; so are columns of other classes or photographs, and
+scores and columns of what was made from a checkpoint or folder that has been made anew since.
 
 The sheet has one block per domain, one row per image: the photograph, its ground truth (unless no image has any), then
 the columns. A column is a folder of masks (ID.png) or of CAM files (ID.npz; shown as argmax[THRESHOLD; CAMs]). A title
@@ -154,8 +155,9 @@ def predictions_fault(score: Mapping) -> str:
     folder = Path(score["pred_dir"])
     if not folder.is_dir():
         return "no longer exist"
-    now = identity.digest(identity.read_record(folder / identity.RECORD))
-    return "have changed since" if score.get("made_by", now) != now else ""
+    record = identity.read_record(folder / identity.RECORD)
+    now = {**identity.digest(record), "lineage": None}
+    return "have changed since" if {**score.get("made_by", now), "lineage": None} != now else identity.outdated(record)
 
 
 def stage_table(stages: dict[str, dict]) -> str:
@@ -220,12 +222,15 @@ def parse_columns(texts: Sequence[str]) -> list[Column]:
 
 
 def fitting(columns: Sequence[Column], source: DataSource, domains: Sequence[str]) -> list[Column]:
-    """The columns without the folders that are of other classes or photographs; a line names each of these."""
+    """The columns without the folders that are outdated, or of other classes or photographs; a line names each."""
     fit: dict[str, list[tuple[Path, float]]] = {}
     ids = [image_id for domain in domains for image_id in source.ids(domain)]
     inputs = source.fingerprints(ids)
     for column in columns:
         for folder, threshold in column.folders:
+            if fault := identity.outdated(identity.known_record(folder)):
+                print(f"Column '{column.title}' is left out. The files of {folder} {fault}.")
+                continue
             try:
                 identity.check_classes(folder, source.info.classes[1:], inputs)
                 fit.setdefault(column.title, []).append((folder, threshold))

@@ -389,6 +389,7 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
     flags["images"] = args.images and str(args.images.resolve())  # two folders of one name never mix
     inputs = source.fingerprints(ids)
     made_by = identity.describe("train_segmentation.py", flags, inputs=inputs)
+    identity.inherit(made_by, checkpoint)
     old = [kind for kind in ("overlays", "confidence") if args.overwrite and (predictor.folder / kind).is_dir()]
     for kind in dict.fromkeys([*predictor.suffixes, *old]):  # those of the old masks go with them
         another = f"--tag (with --weights {weights})"

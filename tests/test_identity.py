@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -473,6 +474,46 @@ def test_masks_and_maps_of_other_photographs_or_labels_of_the_same_names(data, c
     (masks / "c.png").unlink()  # left out, as its photograph was damaged: that may be replaced
     corrected = ["--corrected_dir", shutil.copytree(data / "masks", "corrected")]
     run("train_segmentation", *data_flags(data), *SEGMENTATION, "--tag", "s", "--masks_dir", masks, *corrected)
+
+
+@pytest.mark.parametrize("anew", ["weights", "masks"])
+def test_what_was_made_from_a_stage_that_was_done_anew_is_named_and_left_off_the_page(data, capsys, anew):
+    """However many stages lie between; until these are done again, too."""
+    masks, refined = CAMS.parent / "pseudos-t0.4-c0", CAMS.parent / "sam-regions-max_iou_imp2"
+    final, scores = Path("experiments/predictions/s@val/masks"), ["--output", "s.json", "--num_workers", 0]
+    refine = ["--tag", "t", "--domain", "train", "--proposals", "regions", "--num_workers", 0, "--pseudo_dir", masks]
+    learn = [*SEGMENTATION, "--tag", "s", "--masks_dir", refined]
+    predict = [*SEGMENTATION, "--tag", "s", "--predict", "--domain", "val", "--scales", 1]
+    columns = [f"Mask={masks}", f"Refined={refined}", f"Final={final}"]
+    page = ["--domain", "train", "val", "--num_workers", 0, "--output_dir", "page", "--summary", "s=s.json"]
+
+    def printed(script, *flags):
+        capsys.readouterr()
+        run(script, *data_flags(data), *flags)
+        return capsys.readouterr().out
+
+    def rest(*overwrite):
+        """The later stages, and what is left off the page then."""
+        for script, flags in (("train_segmentation", learn), ("train_segmentation", predict)):
+            printed(script, *flags, *overwrite)
+        printed("evaluate", "--domain", "val", "--pred_dir", final, *scores)
+        return re.findall(
+            "(.*) (?:is left out|were made from .*Left out)", printed("report", *page, "--columns", *columns)
+        )
+
+    run("train_classifier", *data_flags(data), "--tag", "t", *TRAINING)
+    infer(data)
+    run("refine_sam", *data_flags(data), *refine)
+    assert rest() == []
+    if anew == "weights":
+        run("train_classifier", *data_flags(data), "--tag", "t", *TRAINING, "--seed", 1, "--overwrite")
+    infer(data, "--overwrite", "--hflip", "false")
+    changed = f"{MODEL if anew == 'weights' else masks}, which has changed since, so that the stages after it must run"
+    assert f"Warning: the files of {refined} were made from {changed}" in printed("train_segmentation", *learn)
+    assert rest() == [f"s.json: its predictions, {final},", "Column 'Refined'", "Column 'Final'"]
+    assert "Warning" not in printed("refine_sam", *refine, "--overwrite")
+    assert "Warning" not in printed("train_segmentation", *learn, "--overwrite")
+    assert rest("--overwrite") == []
 
 
 def test_segmentations_of_classes_in_another_order(data, capsys):

@@ -30,7 +30,7 @@ from typing import Any
 
 from tools.errors import UserError
 from tools.files import check_writable, locked, read_json, save_json
-from tools.options import plain
+from tools.options import EXPERIMENTS, plain
 from tools.parallel import READERS, thread_map
 
 VERSION = "1.0.0"
@@ -75,7 +75,7 @@ def describe(
         for name, value in counting.items()
         if name not in files and (name in FILES or not isinstance(value, Path))
     }
-    return {
+    made_by = {
         "script": script,
         "version": code_version(),
         "settings": settings,
@@ -83,6 +83,38 @@ def describe(
         "folders": {name: str(flags[name]) for name in FOLDERS.values() if isinstance(flags.get(name), Path)},
         "inputs": inputs,
     }
+    return {**made_by, "lineage": _lineage(made_by)}
+
+
+def _lineage(made_by: Mapping[str, Any]) -> dict[str, str]:
+    """What of `experiments/` this was made of, however early: path of a checkpoint or a folder -> its `_state`."""
+    lineage = {}
+    for folder in made_by["folders"].values():
+        lineage |= known_record(Path(folder)).get("lineage", {}) | {folder: _state(Path(folder))}
+    lineage |= {each["file"]: each["sha256"] for each in made_by["files"].values()}
+    return {place: state for place, state in lineage.items() if state and Path(place).is_relative_to(EXPERIMENTS)}
+
+
+def _state(place: Path) -> str:
+    """The content of a file, or the flags and weights that made a folder; "" if that is not known."""
+    if not place.is_dir():
+        return _content(place)
+    record = known_record(place)
+    made_with = [record.get("settings"), [each["sha256"] for each in record.get("files", {}).values()]]
+    return hashlib.sha256(json.dumps(made_with).encode()).hexdigest()[:16] if record else ""
+
+
+def inherit(made_by: dict[str, Any], checkpoint: Mapping[str, Any]) -> None:
+    """Add to an identity, in place, what its checkpoint was made of."""
+    made_by["lineage"] = checkpoint.get("identity", {}).get("lineage", {}) | made_by["lineage"]
+
+
+def outdated(made_by: Mapping[str, Any]) -> str:
+    """What this was made of that is another now, as the end of a sentence; "" if nothing is, or it is not known."""
+    for place, before in made_by.get("lineage", {}).items():
+        if _state(Path(place)) not in ("", before):
+            return f"were made from {place}, which has changed since, so that the stages after it must run again"
+    return ""
 
 
 def digest(made_by: dict[str, Any]) -> dict[str, Any]:
@@ -104,7 +136,7 @@ def difference(stored: Mapping[str, Any], made_by: Mapping[str, Any]) -> str:
 
     A setting that only one of them has is ignored: the other version of the code did not know it.
     """
-    if not stored.keys() >= made_by.keys():
+    if not stored.keys() >= made_by.keys() - {"lineage"}:
         return "a version of the code that did not note what it read"
     if stored["script"] != made_by["script"]:
         return f"{stored['script']}, not {made_by['script']}"
@@ -183,9 +215,10 @@ def claim_folder(folder: Path, made_by: dict[str, Any], *, another: str = "--tag
             stored = {}
         old = stored.get("inputs", {})
         inputs = {kind: dict(sorted({**old.get(kind, {}), **each}.items())) for kind, each in made_by["inputs"].items()}
-        if inputs != old:
+        now = {**made_by, **stored, "inputs": inputs, "lineage": made_by.get("lineage", {})}
+        if inputs != old or now["lineage"] != stored.get("lineage"):
             # After the deletions: if the process is killed between them, the record is true of the files that are left.
-            save_json(record, {**made_by, **stored, "inputs": inputs})
+            save_json(record, now)
 
 
 def _products(folder: Path) -> dict[str, list[Path]]:
@@ -238,12 +271,20 @@ def read_record(record: Path) -> dict[str, Any]:
     return content
 
 
+def known_record(folder: Path) -> dict[str, Any]:
+    """`read_record` of a folder; {} also where the file is damaged, or another program's."""
+    try:
+        return read_record(folder / RECORD)
+    except UserError:
+        return {}
+
+
 def _is_identity(content: Any) -> bool:
     """Whether JSON has the shape of an identity, or of one that an older version of the code has written."""
     if not isinstance(content, dict):
         return False
-    settings, files, inputs = (content.get(key, {}) for key in ("settings", "files", "inputs"))
-    if not all(isinstance(table, dict) for table in (settings, files, inputs)):
+    settings, files, inputs, lineage = (content.get(key, {}) for key in ("settings", "files", "inputs", "lineage"))
+    if not all(isinstance(table, dict) for table in (settings, files, inputs, lineage)):
         return False
     tables = [*files.values(), *inputs.values()]
     return all(isinstance(table, dict) for table in tables) and all(
@@ -263,16 +304,15 @@ def check_classes(folder: Path, classes: Sequence[str], inputs: Mapping[str, Map
     Raises:
         UserError: the record names others.
     """
-    try:
-        record = read_record(folder / RECORD)
-    except UserError:  # of another program, perhaps
-        return
+    record = known_record(folder)
     compare_classes(folder, record.get("settings", {}).get("classes", classes), classes)
     stored = {kind: record.get("inputs", {}).get(kind) for kind in ("photographs", "labels") if kind in inputs}
     made = _products(folder) if any(stored.values()) else {}
     for kind, before in stored.items():
         if before and (changed := _first_changed({i: before[i] for i in before.keys() & made.keys()}, inputs[kind])):
             raise UserError(f"{folder}: made of other {kind} {changed}. Check --data_dir, or make it again.")
+    if inputs and (text := outdated(record)):
+        print(f"Warning: the files of {folder} {text}.")
     if "labels" in inputs and "pseudo_dir" in record.get("folders", {}):
         check_classes(Path(record["folders"]["pseudo_dir"]), classes, inputs)
 
