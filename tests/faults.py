@@ -437,6 +437,27 @@ FAULTS = (
         "test_identity.py::test_a_run_is_its_uncompressed_photographs[c.BMP]",
     ),
     Fault(
+        "masks of other image labels are learnt",
+        "tools/identity.py",
+        'for kind in ("photographs", "labels") if kind in inputs}',
+        'for kind in ("photographs",) if kind in inputs}',
+        "test_identity.py::test_masks_and_maps_of_other_photographs_or_labels_of_the_same_names",
+    ),
+    Fault(
+        "what was made from a stage that was done anew is shown and scored",
+        "tools/identity.py",
+        'if _state(Path(place)) not in ("", before):',
+        'if _state(Path(place)) == "":',
+        "test_identity.py::test_what_was_made_from_a_stage_that_was_done_anew_is_named_and_left_off_the_page[masks]",
+    ),
+    Fault(
+        "a model does not say what it was made of",
+        "train_segmentation.py",
+        "    identity.inherit(made_by, checkpoint)\n",
+        "",
+        "test_identity.py::test_what_was_made_from_a_stage_that_was_done_anew_is_named_and_left_off_the_page[masks]",
+    ),
+    Fault(
         "photographs are predicted at their full size, not at that of the training",
         "inference.py",
         'options.views(args, checkpoint["args"])',

@@ -98,10 +98,16 @@ def _lineage(made_by: Mapping[str, Any]) -> dict[str, str]:
 def _state(place: Path) -> str:
     """The content of a file, or the flags and weights that made a folder; "" if that is not known."""
     if not place.is_dir():
-        return _content(place)
+        return _content_since(place, place.stat().st_mtime_ns) if place.exists() else ""
     record = known_record(place)
     made_with = [record.get("settings"), [each["sha256"] for each in record.get("files", {}).values()]]
     return hashlib.sha256(json.dumps(made_with).encode()).hexdigest()[:16] if record else ""
+
+
+@functools.cache
+def _content_since(path: Path, _: int) -> str:
+    """`_content` of a file, by the time of its last change: a page asks about a large checkpoint many times."""
+    return _content(path)
 
 
 def inherit(made_by: dict[str, Any], checkpoint: Mapping[str, Any]) -> None:
