@@ -44,7 +44,8 @@ class VOC12Source(DataSource):
         root = find_devkit(data_dir)
         if root is None:
             places = "in it, in VOC2012/ or in VOCdevkit/VOC2012/"
-            raise UserError(f"{data_dir}: no JPEGImages/ {places}. Set --data_dir to the folder that holds it.")
+            remedy = "Set --data_dir to the folder that holds it; for photographs of your own, --dataset folder."
+            raise UserError(f"{data_dir}: no JPEGImages/ {places}. {remedy}")
         splits = index_splits(root / "ImageSets" / "Segmentation")
         if not splits:
             raise UserError(f"{root / 'ImageSets' / 'Segmentation'}: no lists of ids (train.txt, val.txt, ...) there.")

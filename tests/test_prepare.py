@@ -272,6 +272,17 @@ def test_photographs_of_coco_in_another_folder_are_not_downloaded_again(coco, ca
     assert f"{inside}: photographs are read from data/coco14/train2014" in line and not coco.asked
 
 
+@pytest.mark.parametrize("own", ["images/robin/1.jpg", "labels.csv"])
+@pytest.mark.parametrize("dataset", ["voc12", "coco14"])
+def test_nothing_is_downloaded_into_somebodys_own_photographs(voc, coco, capsys, dataset, own):
+    """Whose owner forgot DATASET=folder: the runners' default is voc12."""
+    (path := Path("birds", own)).parent.mkdir(parents=True)
+    path.touch()
+    line = refusal(capsys, "datasets.prepare.__main__", "--dataset", dataset, "--data_dir", "birds")
+    assert f"birds: holds {own.partition('/')[0]}, so it is a data set of your own" in line
+    assert [*snapshot(Path("birds"))] == [path] and not (voc.asked or coco.asked)
+
+
 def test_mistakes_on_the_way_are_one_line(voc, coco, capsys):
     prepared = ["--num_workers", "0", "--mirror", f"{coco.url}/nowhere"]
     assert "404" in refusal(capsys, "datasets.prepare.__main__", "--dataset", "coco14", *prepared)

@@ -102,7 +102,10 @@ def main(args: argparse.Namespace) -> None:
 
 def prepare_voc12(data_dir: Path, downloads: Path, mirror: str | None, workers: int) -> None:
     """The devkit, the test images if there is an archive of them, SBD's list and masks."""
-    devkit = find_devkit(data_dir) or data_dir / "VOCdevkit" / "VOC2012"
+    devkit = find_devkit(data_dir)
+    if devkit is None:
+        refuse_own(data_dir)
+        devkit = data_dir / "VOCdevkit" / "VOC2012"
     provide(VOC12, devkit, downloads, mirror)
     if VOC12_TEST.is_unpacked(devkit) or (downloads / VOC12_TEST.name).is_file():
         provide(VOC12_TEST, devkit, downloads, mirror)
@@ -121,6 +124,8 @@ def prepare_voc12(data_dir: Path, downloads: Path, mirror: str | None, workers: 
 def prepare_coco14(data_dir: Path, downloads: Path, mirror: str | None, workers: int) -> None:
     """Photographs, then masks, labels and lists from the annotations."""
     annotations, *photographs = COCO14
+    if not any((data_dir / place / part).is_dir() for place in ("", "images") for part in COCO14_PARTS):
+        refuse_own(data_dir)
     for archive in photographs:
         inside = data_dir / "images" / archive.yields  # many projects keep them there
         if inside.is_dir() and not archive.is_unpacked(data_dir):
@@ -142,6 +147,16 @@ def prepare_deepglobe(data_dir: Path, downloads: Path, mirror: str | None, worke
     for path in sorted(downloads.glob("*.zip")):
         unpack(Archive(path.name, url="", md5="", yields="."), path, unpacked)
     deepglobe.convert([downloads, unpacked], data_dir, workers)
+
+
+def refuse_own(data_dir: Path) -> None:
+    """Before gigabytes are downloaded into somebody's own data set (UserError: it is one)."""
+    found = [name for name in ("images", "labels.csv", "labels.json") if (data_dir / name).exists()]
+    if found:
+        raise UserError(
+            f"{data_dir}: holds {found[0]}, so it is a data set of your own, which needs no preparation. Set "
+            "DATASET=folder (of a script: --dataset folder), or choose another folder."
+        )
 
 
 def provide(archive: Archive, target: Path, downloads: Path, mirror: str | None) -> None:
