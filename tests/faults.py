@@ -434,7 +434,7 @@ FAULTS = (
         "tools/identity.py",
         "return _content(path) if path.suffix.lower() in UNCOMPRESSED else _size(path)",
         "return _size(path)",
-        "test_identity.py::test_a_run_is_its_uncompressed_photographs[c.BMP]",
+        "test_identity.py::test_a_run_is_its_uncompressed_photographs",
     ),
     Fault(
         "masks of other image labels are learnt",
@@ -448,14 +448,14 @@ FAULTS = (
         "tools/identity.py",
         'if _state(Path(place)) not in ("", before):',
         'if _state(Path(place)) == "":',
-        "test_identity.py::test_what_was_made_from_a_stage_that_was_done_anew_is_named_and_left_off_the_page[masks]",
+        "test_identity.py::test_what_was_made_from_a_stage_that_was_done_anew_is_named_and_left_off_the_page",
     ),
     Fault(
         "a model does not say what it was made of",
         "train_segmentation.py",
         "    identity.inherit(made_by, checkpoint)\n",
         "",
-        "test_identity.py::test_what_was_made_from_a_stage_that_was_done_anew_is_named_and_left_off_the_page[masks]",
+        "test_identity.py::test_what_was_made_from_a_stage_that_was_done_anew_is_named_and_left_off_the_page",
     ),
     Fault(
         "photographs are predicted at their full size, not at that of the training",
