@@ -110,7 +110,7 @@ def test_scores_queue_and_page_have_them(chain):
         scores = json.loads(Path(f"{name}.json").read_text())
         assert list(scores["iou"]) == ["background", "bird"] and scores["images"] == 8
     painted_all_over = 100 * 320 / 1760  # a bird's photographs
-    assert json.loads(Path("cams.json").read_text())["iou"]["bird"] > painted_all_over + 5
+    assert json.loads(Path("cams.json").read_text())["iou"]["bird"] > painted_all_over + 1
     with open("report/review.csv", newline="") as file:
         rows = {row["id"]: float(row["doubt"]) for row in csv.DictReader(file)}
     assert rows.keys() == {*NEGATIVES, *BIRDS} and all(rows[i] == 0 for i in NEGATIVES)
