@@ -476,12 +476,13 @@ def test_masks_and_maps_of_other_photographs_or_labels_of_the_same_names(data, c
     run("train_segmentation", *data_flags(data), *SEGMENTATION, "--tag", "s", "--masks_dir", masks, *corrected)
 
 
-@pytest.mark.parametrize("anew", ["weights", "masks"])
+@pytest.mark.parametrize("anew", ["weights", "masks", "masks by another path"])
 def test_what_was_made_from_a_stage_that_was_done_anew_is_named_and_left_off_the_page(data, capsys, anew):
     """However many stages lie between; until these are done again, too."""
     masks, refined = CAMS.parent / "pseudos-t0.4-c0", CAMS.parent / "sam-regions-max_iou_imp2"
     final, scores = Path("experiments/predictions/s@val/masks"), ["--output", "s.json", "--num_workers", 0]
-    refine = ["--tag", "t", "--domain", "train", "--proposals", "regions", "--num_workers", 0, "--pseudo_dir", masks]
+    refine = ["--tag", "t", "--domain", "train", "--proposals", "regions", "--num_workers", 0]
+    refine += ["--pseudo_dir", masks.absolute() if anew == "masks by another path" else masks]
     learn = [*SEGMENTATION, "--tag", "s", "--masks_dir", refined]
     predict = [*SEGMENTATION, "--tag", "s", "--predict", "--domain", "val", "--scales", 1]
     columns = [f"Mask={masks}", f"Refined={refined}", f"Final={final}"]

@@ -92,7 +92,8 @@ def _lineage(made_by: Mapping[str, Any]) -> dict[str, str]:
     for folder in made_by["folders"].values():
         lineage |= known_record(Path(folder)).get("lineage", {}) | {folder: _state(Path(folder))}
     lineage |= {each["file"]: each["sha256"] for each in made_by["files"].values()}
-    return {place: state for place, state in lineage.items() if state and Path(place).is_relative_to(EXPERIMENTS)}
+    lineage = {os.path.relpath(place): state for place, state in lineage.items() if state}  # however it was spelt
+    return {place: state for place, state in lineage.items() if Path(place).is_relative_to(EXPERIMENTS)}
 
 
 def _state(place: Path) -> str:
