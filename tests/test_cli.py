@@ -463,6 +463,11 @@ def test_a_reader_that_has_had_enough(length):
     assert process.wait() == 1
 
 
+def test_work_is_done_also_where_stdout_is_closed(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # as Python has it after `>&-`
+    cli.run(lambda args: print("done"), cli.Parser("A test.").parse_args([]))
+
+
 def test_a_mistake_found_under_a_progress_bar_has_a_line_of_its_own(capsys, monkeypatch):
     def main(args):
         for _ in parallel.progress([1, 2], desc="working", unit="image"):

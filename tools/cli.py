@@ -111,7 +111,7 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
             if line := parallel.left_over():
                 print(line)
             main(args)
-            sys.stdout.flush()
+            print(end="", flush=True)  # also where stdout is closed (None)
         _leave_together()
         return
     except Incomplete as error:
