@@ -29,7 +29,7 @@ def make_parser() -> cli.Parser:
     """The command line of this script."""
     parser = cli.Parser(__doc__)
     group = parser.add_argument_group("run")
-    group.add_argument("--tag", required=True, help="name of the run whose pseudo masks are refined")
+    group.add_argument("--tag", type=options.tag, required=True, help="name of the run whose pseudo masks are refined")
     group.add_argument("--stage", choices=["propose", "merge", "all"], default="all", help="which steps to run")
     options.add_shared(group, "device")
     text = "do part I of N of the images, I from 0 to N-1; default: torchrun's rank, else all"

@@ -381,6 +381,13 @@ def test_a_tag_that_names_the_checkpoint_before_the_last(capsys, script):
         assert text in refusal(capsys, script, "--tag", tag)
 
 
+@pytest.mark.parametrize("script, flag", [
+    ("train_segmentation", "--images"), ("evaluate", "--pred_dir"), ("inference", "--tag"), ("refine_sam", "--tag"),
+])  # fmt: skip
+def test_a_variable_that_is_not_set_is_no_name(capsys, script, flag):
+    assert f"argument {flag}: empty. Is a variable not set?" in refusal(capsys, script, flag, "")
+
+
 def test_starting_from_weights_that_are_none(capsys, folder_root):
     flags = [*data_flags(folder_root), "--tag", "t", *TRAINING, *DECODER]
     assert "none.pth: no such file" in refusal(capsys, "train_csrm", *flags, "--restore", "none.pth")

@@ -63,6 +63,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str) -> None:
         super().__init__(prog=_name(), description=description, formatter_class=_ManualFormatter, allow_abbrev=False)
+        self.register("type", Path, _path)
 
     def parse_known_args(self, args=None, namespace=None):
         tokens = sys.argv[1:] if args is None else args
@@ -229,6 +230,13 @@ def _in_words(error: BaseException, args: argparse.Namespace) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EAGAIN) and not error.filename:
         return f"{workers}: the helper processes cannot start ({error.strerror}). Make room in /dev/shm, or lower it."
     return ""
+
+
+def _path(text: str) -> Path:
+    """The type of flags that name a file or folder. An empty one, of a variable that is not set, would be `.`."""
+    if not text:
+        raise argparse.ArgumentTypeError("empty. Is a variable not set?")
+    return Path(text)
 
 
 def boolean(text: str) -> bool:

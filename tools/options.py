@@ -142,6 +142,8 @@ def add_shared(group: argparse._ActionsContainer, *names: str) -> None:
 
 def tag(text: str) -> str:
     """The type of --tag. Training TAG.previous would replace the checkpoint that `tools.checkpoint` keeps of TAG."""
+    if not text:
+        raise argparse.ArgumentTypeError("empty. Is a variable not set?")
     if text.endswith(".previous"):
         raise argparse.ArgumentTypeError(
             f"'{text}' ends in .previous, as the checkpoint before the last does; choose another name"
