@@ -48,11 +48,12 @@ def make_parser() -> cli.Parser:
     group = parser.add_argument_group("report")
     add, cut = group.add_argument, f"CAMs without a threshold are cut at {options.PSEUDO_MASK_THRESHOLD}"
     add("--output_dir", type=Path, required=True, help="folder of report.html and the other files")
-    add("--summary", nargs="*", default=[], metavar="STAGE=FILE", help="scores written by evaluate.py")
-    add("--columns", nargs="*", default=[], metavar="TITLE=DIR[:THRESHOLD]", help=f"masks or CAM files to show; {cut}")
+    lists = {"nargs": "*", "action": "extend", "default": []}
+    add("--summary", **lists, metavar="STAGE=FILE", help="scores written by evaluate.py")
+    add("--columns", **lists, metavar="TITLE=DIR[:THRESHOLD]", help=f"masks or CAM files to show; {cut}")
     add("--review", metavar="TITLE", help="column whose masks are to be looked over (default: the last)")
     add("--page_images", type=cli.positive_int, default=200, help="pictures per split on the page")
-    add("--tags", nargs="*", default=[], metavar="TAG", help="trainings whose curves the page shows")
+    add("--tags", **lists, metavar="TAG", help="trainings whose curves the page shows")
     options.add_shared(group, "num_workers")
     return parser
 

@@ -150,7 +150,9 @@ def make_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
     parser.add_argument("domains", nargs="*", help="splits that must be there; all that are there are looked at")
     group = options.add_dataset(parser)
-    group.add_argument("--scored", nargs="*", default=[], metavar="DOMAIN", help="splits that must have all masks")
+    group.add_argument(
+        "--scored", nargs="*", action="extend", default=[], metavar="DOMAIN", help="splits that must have all masks"
+    )
     group.add_argument("--output_dir", type=Path, help="folder of the report (default: experiments/data/DATASET)")
     options.add_shared(group, "num_workers")
     return parser

@@ -88,6 +88,12 @@ def test_switches(flags, expected):
     assert parse("inference", "--tag", "t", *flags).hflip is expected
 
 
+@pytest.mark.parametrize("flag", ["summary", "columns", "tags"])
+def test_lists_given_twice_are_joined(flag):
+    args = parse("report", "--output_dir", "page", f"--{flag}", "A=a", "B=b", f"--{flag}", "C=c")
+    assert getattr(args, flag) == ["A=a", "B=b", "C=c"]
+
+
 def test_a_flag_is_not_abbreviated(capsys):
     assert "--max_ep" in refusal(capsys, "train_classifier", "--tag", "t", "--max_ep", 3)
 
