@@ -57,6 +57,15 @@ def test_a_full_disk_is_answered_in_one_line(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_file_system_that_refuses_modes(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("pathlib.Path.chmod", refuse)
+    save_json(tmp_path / "a.json", 1)
+    assert (tmp_path / "a.json").read_text() == "1\n"
+
+
 def test_a_file_where_the_folder_should_be(tmp_path):
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):

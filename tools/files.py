@@ -72,7 +72,8 @@ def atomic_write(path: str | os.PathLike, *, durable: bool = True) -> Iterator[P
     try:
         with writing(path):
             yield temporary
-            temporary.chmod(0o644)
+            with contextlib.suppress(PermissionError):  # file systems without such modes, as of Windows shares
+                temporary.chmod(0o644)
             if durable:
                 _sync(temporary)
             os.replace(temporary, path)
