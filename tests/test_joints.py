@@ -147,7 +147,10 @@ class OnePhotograph:
     def photograph(self, image_id: str) -> torch.Tensor:
         return golden_image(0)
 
-    def fingerprints(self, ids) -> dict[str, dict]:
+    def has_label(self, image_id: str) -> bool:
+        return False
+
+    def fingerprints(self, ids, *, labels: bool = False) -> dict[str, dict]:
         return {"photographs": {}}
 
 
