@@ -214,7 +214,7 @@ def test_auto_limits_the_weight_of_l_s2c_by_the_last_ratio():
 
 @pytest.mark.parametrize("mode, history, expected", [
     ("on", epochs([3, 3, 3]), None),
-    ("on", epochs([3, 3, LOW]), "Warning: self-training makes it worse"),
+    ("on", epochs([3, 3, LOW]), "Warning: class logits have fallen below 0.7 of what they were"),
     ("on", epochs([3, 3, LOW, LOW]), None),  # said once
     ("auto", epochs([3, 3]), "self-training starts after epoch 2."),
     ("auto", epochs([3, 3, 3]), None),

@@ -115,8 +115,8 @@ class Health:
             return f"self-training {what} after epoch {epoch}."
         if self.mode == "on" and harmed(self.history, first) == epoch:
             return (
-                f"Warning: self-training makes it worse: class logits have fallen below {HARM:g} of what they were. "
-                "Start again under another --tag with --self_training auto (or off)."
+                f"Warning: class logits have fallen below {HARM:g} of what they were, as where self-training makes it "
+                "worse. Compare the masks with those of --self_training auto (or off), under another --tag."
             )
         return None
 
