@@ -11,6 +11,7 @@ An identity is a dict of plain values:
     inputs      kind -> {id: fingerprint}: photographs (size of the file; content of a BMP or TIFF), labels (class
                 names), masks (content)
     folders     flag -> where the inputs were; shown, never compared
+    lineage     what of experiments/ it was made of, however many stages before (`outdated`)
 
 A checkpoint depends on all its images: it keeps a `digest` of its inputs, and all must agree. In a folder, each file
 depends on one image: only the inputs of existing files must agree (`claim_folder`). So a list of images may grow, and
@@ -90,7 +91,8 @@ def _lineage(made_by: Mapping[str, Any]) -> dict[str, str]:
     """What of `experiments/` this was made of, however early: path of a checkpoint or a folder -> its `_state`."""
     lineage = {}
     for folder in made_by["folders"].values():
-        lineage |= known_record(Path(folder)).get("lineage", {}) | {folder: _state(Path(folder))}
+        record = known_record(Path(folder))
+        lineage |= record.get("lineage", {}) | {folder: _made_with(record)}
     lineage |= {each["file"]: each["sha256"] for each in made_by["files"].values()}
     lineage = {os.path.relpath(place): state for place, state in lineage.items() if state}  # however it was spelt
     return {place: state for place, state in lineage.items() if Path(place).is_relative_to(EXPERIMENTS)}
@@ -98,9 +100,13 @@ def _lineage(made_by: Mapping[str, Any]) -> dict[str, str]:
 
 def _state(place: Path) -> str:
     """The content of a file, or the flags and weights that made a folder; "" if that is not known."""
-    if not place.is_dir():
-        return _content_since(place, place.stat().st_mtime_ns) if place.exists() else ""
-    record = known_record(place)
+    if place.is_dir():
+        return _made_with(known_record(place))
+    return _content_since(place, place.stat().st_mtime_ns) if place.exists() else ""
+
+
+def _made_with(record: Mapping[str, Any]) -> str:
+    """The flags and weights in a folder's record, in short; "" if there is none."""
     made_with = [record.get("settings"), [each["sha256"] for each in record.get("files", {}).values()]]
     return hashlib.sha256(json.dumps(made_with).encode()).hexdigest()[:16] if record else ""
 
